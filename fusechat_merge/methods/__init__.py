@@ -1,0 +1,1 @@
+"""Merge methods as pure tensor math: they know neither files nor mergekit."""

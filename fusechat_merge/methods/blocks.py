@@ -1,0 +1,139 @@
+"""The fixed grid on which every merge method computes, whatever feeds it.
+
+A tensor's elements, counted from its first, fall into cells of ``BLOCK``. All arithmetic happens
+within one cell, in scratch that stays in the processor's cache, and is handed on as one float64 a
+cell; so neither the size of a caller's buffers nor the number of its threads can change a bit of a
+result. A reduction never covers more than ``BLOCK // 2`` elements at once: from ``BLOCK`` on torch
+would split it between its threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 15
+_CUDA_CELL = 1 << 22
+
+T = TypeVar("T")
+
+
+class NonFiniteError(ValueError):
+    """An input holds NaN or Inf. ``target`` is the target's index, None for the base."""
+
+    def __init__(self, target: int | None) -> None:
+        self.target = target
+        super().__init__(f"{'base' if target is None else f'target {target}'} holds NaN or Inf")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive elements of one tensor in every model.
+
+    Attributes:
+        start: number of the first element, a multiple of ``BLOCK``.
+        base: [n] contiguous, any floating dtype.
+        targets: K tensors [n] on base's device, contiguous, any floating dtype each.
+    """
+
+    start: int
+    base: Tensor
+    targets: tuple[Tensor, ...]
+
+    def cells(self) -> Iterator[Block]:
+        """The block cut at the grid (a coarser one on an accelerator)."""
+        size = BLOCK if self.base.device.type == "cpu" else _CUDA_CELL
+        n = self.base.numel()
+        for i in range(0, n, size):
+            j = min(i + size, n)
+            yield Block(self.start + i, self.base[i:j], tuple(t[i:j] for t in self.targets))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float32 for 16-bit inputs; float64 for wider ones, so that float32 rounds just once."""
+        narrow = {torch.bfloat16, torch.float16}
+        wide = {self.base.dtype, *(t.dtype for t in self.targets)} - narrow
+        return torch.float64 if wide else torch.float32
+
+    def raise_if_not_finite(self) -> None:
+        """Raise NonFiniteError for the first input that holds NaN or Inf."""
+        for index, tensor in enumerate((self.base, *self.targets)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(index - 1 if index else None)
+
+
+class Passes(Protocol):
+    """One tensor of every model, readable from first to last element as often as a method asks."""
+
+    @property
+    def count(self) -> int:
+        """Number of targets, K."""
+
+    def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
+        """``fn`` of every block; the results in element order."""
+
+    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+        """Let ``fn`` fill the output of every block: [n] of the inputs' promoted dtype."""
+
+
+class InMemory:
+    """Passes over whole tensors.
+
+    Args:
+        base: any shape, floating.
+        targets: tensors of base's shape and device.
+    """
+
+    def __init__(self, base: Tensor, targets: Sequence[Tensor]) -> None:
+        dtype = base.dtype
+        for target in targets:
+            dtype = torch.promote_types(dtype, target.dtype)
+        self.count = len(targets)
+        self._block = Block(
+            0, base.detach().reshape(-1), tuple(t.detach().reshape(-1) for t in targets)
+        )
+        self._shape = base.shape
+        self._out = torch.empty(base.numel(), dtype=dtype, device=base.device)
+
+    @property
+    def output(self) -> Tensor:
+        """What ``write`` has written, in the base's shape and the inputs' promoted dtype."""
+        return self._out.view(self._shape)
+
+    def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
+        yield fn(self._block)
+
+    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+        fn(self._block, self._out)
+
+
+class _Scratch(threading.local):
+    """Buffers kept from cell to cell: fresh memory costs more in page faults than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised [n] of ``dtype``, n as in ``like``, on its device."""
+        key = (slot, dtype, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < like.numel():
+            size = max(like.numel(), BLOCK)
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
+        return buffer[: like.numel()]
+
+
+scratch = _Scratch()
+
+
+def cell_sum(values: Tensor) -> float:
+    """Σ of a cell's float64 ``values`` [n], the same at every thread count."""
+    if values.numel() < BLOCK or values.device.type != "cpu":
+        return float(values.sum())
+    half = BLOCK // 2
+    return float(values[:half].sum()) + float(values[half:].sum())

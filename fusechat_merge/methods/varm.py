@@ -1,0 +1,251 @@
+"""Variation Ratio Merge: a unit's targets count as much as they moved it (arXiv 2402.16107, eq. 7).
+
+W_j = weight_j · s_j / Σ weight · s, where s_j is the sum over the unit of δ_j² (or |δ_j|) and
+δ_j = target_j − base. Merged: base + λ Σ_j W_j δ_j, computed as (1 − λ) base + λ Σ_j W_j target_j.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sum, scratch
+
+Statistic = Literal["square", "absolute"]
+STATISTICS: tuple[str, ...] = ("square", "absolute")
+
+
+def delta_sums(block: Block, statistic: str) -> list[list[float]]:
+    """Σ δ_j² or Σ |δ_j| per grid cell: a list of cells, each of K floats.
+
+    Raises:
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    sums = []
+    for cell in block.cells():
+        row = _cell_sums(cell, statistic, cell.compute_dtype)
+        if not all(map(math.isfinite, row)):
+            cell.raise_if_not_finite()
+            row = _cell_sums(cell, statistic, torch.float64)  # two finite ends of float32's range
+        sums.append(row)
+    return sums
+
+
+def _cell_sums(cell: Block, statistic: str, dtype: torch.dtype) -> list[float]:
+    base = scratch.take("base", cell.base, dtype).copy_(cell.base)
+    delta = scratch.take("delta", cell.base, dtype)
+    # Squared in float64: in float32 a delta of 1e-23 would count as unmoved.
+    wide = scratch.take("wide", cell.base, torch.float64)
+    row = []
+    for target in cell.targets:
+        delta.copy_(target).sub_(base)
+        if statistic == "absolute":
+            wide.copy_(delta).abs_()
+        else:
+            wide.copy_(delta).mul_(wide)
+        row.append(cell_sum(wide))
+    return row
+
+
+def statistics(passes: Passes, statistic: str = "square") -> list[float]:
+    """Σ over one tensor of δ_j² or |δ_j|: K floats, exact sums of the cells' float64 sums.
+
+    Raises:
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    rows = [row for rows in passes.map(lambda block: delta_sums(block, statistic)) for row in rows]
+    return total(rows, passes.count)
+
+
+def total(rows: Sequence[Sequence[float]], count: int) -> list[float]:
+    """The columns' sums of ``rows`` [n][count], correctly rounded and so free of any order."""
+    return [math.fsum(row[j] for row in rows) for j in range(count)]
+
+
+def weights(statistics: Sequence[float], prior: Sequence[float]) -> list[float]:
+    """W_j ∝ prior_j · statistic_j, Σ W = 1; all 0 where no target with a prior moved."""
+    largest = max((s for s, w in zip(statistics, prior, strict=True) if w), default=0.0)
+    if largest == 0.0:
+        return [0.0] * len(statistics)
+    shares = [w * (s / largest) for s, w in zip(statistics, prior, strict=True)]
+    whole = math.fsum(shares)
+    return [share / whole for share in shares]
+
+
+def write(passes: Passes, weights: Sequence[float], lam: float = 1.0) -> None:
+    """Write (1 − λ) base + λ Σ W_j target_j, rounded once to the inputs' promoted dtype.
+
+    A unit no target moved (all weights 0) is the base's, bit for bit, and where one target has all
+    the weight at λ = 1 the unit is that target's.
+    """
+    coefficients = [lam * w for w in weights]
+    if not any(coefficients):
+        passes.write(lambda block, out: out.copy_(block.base))
+    elif lam == 1.0 and 1.0 in weights:
+        sole = weights.index(1.0)
+        passes.write(lambda block, out: out.copy_(block.targets[sole]))
+    else:
+        passes.write(lambda block, out: _write_block(block, out, coefficients, 1.0 - lam))
+
+
+def _write_block(
+    block: Block, out: Tensor, coefficients: Sequence[float], of_base: float
+) -> None:
+    for cell in block.cells():
+        dtype = cell.compute_dtype
+        merged = scratch.take("merged", cell.base, dtype)
+        term = scratch.take("delta", cell.base, dtype)
+        if of_base:
+            merged.copy_(cell.base).mul_(of_base)
+        else:
+            merged.zero_()
+        for target, coefficient in zip(cell.targets, coefficients, strict=True):
+            if coefficient:
+                merged.add_(term.copy_(target), alpha=coefficient)
+        first = cell.start - block.start
+        out[first : first + merged.numel()].copy_(merged)
+
+
+def write_elements(
+    passes: Passes, prior: Sequence[float], statistic: str = "square", lam: float = 1.0
+) -> None:
+    """The same with every element a unit of its own; an unmoved element keeps the base's bits.
+
+    Raises:
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    passes.write(lambda block, out: _write_elements_block(block, out, prior, statistic, lam))
+
+
+def _write_elements_block(
+    block: Block, out: Tensor, prior: Sequence[float], statistic: str, lam: float
+) -> None:
+    for cell in block.cells():
+        cell.raise_if_not_finite()
+        first = cell.start - block.start
+        merged = out[first : first + cell.base.numel()]
+        merged.copy_(cell.base)
+        counted = [(t, w) for t, w in zip(cell.targets, prior, strict=True) if w]
+        base = scratch.take("base", cell.base, torch.float64).copy_(cell.base)
+        value = scratch.take("delta", cell.base, torch.float64)
+        share = scratch.take("wide", cell.base, torch.float64)
+        largest = scratch.take("largest", cell.base, torch.float64).zero_()
+        for target, _ in counted:
+            torch.maximum(largest, value.copy_(target).sub_(base).abs_(), out=largest)
+        moved = largest > 0
+        largest.masked_fill_(~moved, 1.0)
+        whole = scratch.take("whole", cell.base, torch.float64).zero_()
+        mean = scratch.take("merged", cell.base, torch.float64).zero_()
+        for target, weight in counted:
+            value.copy_(target)
+            # Relative to the largest, so that no square underflows.
+            torch.sub(value, base, out=share).div_(largest).abs_()
+            if statistic == "square":
+                share.mul_(share)
+            share.mul_(weight)
+            whole.add_(share)
+            mean.addcmul_(share, value)
+        mean.div_(whole.masked_fill_(~moved, 1.0))
+        if lam != 1.0:
+            mean.mul_(lam).add_(base, alpha=1.0 - lam)
+        elif len(cell.targets) == 1:
+            mean.copy_(cell.targets[0])
+        torch.where(moved, mean.to(merged.dtype), merged, out=merged)
+
+
+def varm_weights(
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    statistic: Statistic = "square",
+    weight: Sequence[float] | None = None,
+) -> Tensor:
+    """The merge weights of one unit that is one tensor (arXiv 2402.16107, eq. 7).
+
+    Args:
+        base: the pivot's tensor, any shape, floating.
+        targets: K tensors of the same shape.
+        statistic: ``square`` (the paper's) or ``absolute``.
+        weight: prior of each target, at least 0; default 1.
+
+    Returns:
+        float64 [K] on the CPU: the weights, which sum to 1; all 0 where no target moved.
+
+    Raises:
+        ValueError: shapes differ, no target, an unknown statistic, a negative or all-zero weight.
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    prior = _checked(base, targets, statistic, weight)
+    found = weights(statistics(InMemory(base, targets), statistic), prior)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def varm(
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    granularity: str = "matrix",
+    statistic: Statistic = "square",
+    weight: Sequence[float] | None = None,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Merge one tensor by variation ratio (arXiv 2402.16107, eq. 7).
+
+    Args:
+        base: the pivot's tensor, any shape, floating.
+        targets: K tensors of the same shape.
+        granularity: ``element`` weighs each element by itself; for any other granularity the unit
+            is this tensor.
+        statistic: ``square`` (the paper's) or ``absolute``.
+        weight: prior of each target, at least 0; default 1.
+        lambda_: scale of the merged update.
+
+    Returns:
+        The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
+
+    Raises:
+        ValueError: shapes differ, no target, an unknown granularity or statistic, a negative or
+            all-zero weight.
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    from fusechat_merge.granularity import check_granularity
+
+    check_granularity(granularity)
+    prior = _checked(base, targets, statistic, weight)
+    passes = InMemory(base, targets)
+    if granularity == "element":
+        write_elements(passes, prior, statistic, lambda_)
+    else:
+        write(passes, weights(statistics(passes, statistic), prior), lambda_)
+    return passes.output
+
+
+def _checked(
+    base: Tensor, targets: Sequence[Tensor], statistic: str, weight: Sequence[float] | None
+) -> list[float]:
+    if not targets:
+        raise ValueError("varm needs at least one target")
+    for index, target in enumerate(targets):
+        if target.shape != base.shape:
+            raise ValueError(
+                f"target {index} has shape {tuple(target.shape)}, the base {tuple(base.shape)}"
+            )
+    if statistic not in STATISTICS:
+        raise ValueError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)}")
+    prior = [1.0] * len(targets) if weight is None else [float(w) for w in weight]
+    if len(prior) != len(targets):
+        raise ValueError(f"{len(prior)} weights for {len(targets)} targets")
+    check_prior(prior)
+    return prior
+
+
+def check_prior(prior: Sequence[float]) -> None:
+    """Raise ValueError unless every prior is finite and at least 0, and one is above."""
+    if not all(math.isfinite(w) and w >= 0 for w in prior):
+        raise ValueError(f"weight must be finite and at least 0, got {list(prior)}")
+    if not any(prior):
+        raise ValueError("every target's weight is 0: give at least one a weight above 0")
