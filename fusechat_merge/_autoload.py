@@ -5,88 +5,84 @@ PyTorch calls ``install`` at the end of ``import torch`` (entry point group ``to
 exception would break every ``import torch``.
 """
 
-import sys
-from importlib.abc import Loader, MetaPathFinder
+from __future__ import annotations
 
-# module -> function of fusechat_merge.mergekit_plugin to call once the module has run
+import sys
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+# mergekit's module -> the function of fusechat_merge.mergekit_plugin to call once it has run
 _AFTER = {
     "mergekit.merge_methods.registry": "register_methods",
-    "mergekit.plan": "check_plans",
-    "mergekit.scripts.merge_raw_pytorch": "check_raw_plans",
-    "mergekit.evo.genome": "extend_genome_parameters",
+    "mergekit.plan": "extend_planner",
+    "mergekit.scripts.merge_raw_pytorch": "extend_raw_planner",
+    "mergekit.evo.genome": "extend_genome",
 }
 
 
 def install() -> None:
-    """Arrange for the methods to be registered as soon as mergekit's registry is imported."""
+    """Have our methods registered as soon as mergekit's registry is imported, or at once."""
     try:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
         for name in _AFTER:
-            if name in sys.modules and not _is_being_imported(sys.modules[name]):
-                _call(name)
+            spec = getattr(sys.modules.get(name), "__spec__", None)
+            if spec is None:
+                continue
+            if getattr(spec, "_initializing", False):
+                # Its own `import torch` has brought us here.
+                spec.__class__ = _WatchedSpec
+            else:
+                _extend(name)
     except Exception as error:
-        _warn(error)
+        _report(error)
 
 
-def _is_being_imported(module):
-    return getattr(getattr(module, "__spec__", None), "_initializing", False)
+class _Finder:
+    """Finds nothing itself: has the modules in ``_AFTER`` watched."""
 
-
-def _call(name):
-    try:
-        from importlib import import_module
-
-        getattr(import_module("fusechat_merge.mergekit_plugin"), _AFTER[name])()
-    except Exception as error:
-        _warn(error)
-
-
-def _warn(error):
-    try:
-        sys.stderr.write(
-            f"fusechat: varm and fusechat_sce could not be registered with mergekit: {error!r}\n"
-        )
-    except Exception:
-        pass
-
-
-class _Finder(MetaPathFinder):
-    """Finds nothing itself; wraps the loader of the modules in ``_AFTER``."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _AFTER:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in _AFTER:
             return None
-        try:
-            for finder in sys.meta_path:
-                if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
-                    continue
-                spec = finder.find_spec(fullname, path, target)
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
                 if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = _Loader(spec.loader)
+                    try:
+                        spec.__class__ = _WatchedSpec
+                    except Exception as error:
+                        _report(error)
                     return spec
-        except Exception as error:
-            _warn(error)
         return None
 
 
-class _Loader(Loader):
-    """The module's own loader, followed by our call."""
+class _WatchedSpec(ModuleSpec):
+    """The spec of a module being imported; importlib clears ``_initializing`` when it has run."""
 
-    def __init__(self, loader):
-        self._loader = loader
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if self.name in sys.modules:  # else the import failed
+                _extend(self.name)
 
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
 
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
+def _extend(name: str) -> None:
+    try:
+        from importlib import import_module
 
-    def exec_module(self, module):
-        spec = module.__spec__
-        if spec is not None:
-            spec.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _call(module.__name__)
+        plugin = import_module("fusechat_merge.mergekit_plugin")
+        # The plugin's own first import of mergekit brings us here before its functions exist; it
+        # calls install() at its end.
+        extend = getattr(plugin, _AFTER[name], None)
+        if extend is not None:
+            extend()
+    except Exception as error:
+        _report(error)
+
+
+def _report(error: Exception) -> None:
+    try:
+        sys.stderr.write(f"fusechat: mergekit won't know varm and fusechat_sce: {error!r}\n")
+    except Exception:
+        return

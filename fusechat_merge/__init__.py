@@ -1,0 +1,38 @@
+"""Stage 2 of fusechat: merge target checkpoints by VaRM or SCE, in mergekit or as a stream.
+
+This module runs inside ``import torch`` (see ``_autoload``): standard library only, names are lazy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fusechat_merge import _autoload
+
+if TYPE_CHECKING:
+    from fusechat_merge.methods.sce import sce as sce
+    from fusechat_merge.methods.varm import varm as varm
+    from fusechat_merge.methods.varm import varm_weights as varm_weights
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "sce": "fusechat_merge.methods.sce",
+    "varm": "fusechat_merge.methods.varm",
+    "varm_weights": "fusechat_merge.methods.varm",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_autoload.install()

@@ -1,0 +1,31 @@
+"""What a user is told: one line, without a traceback from any click program (mergekit's too)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+
+class ConfigError(click.ClickException, ValueError):
+    """The request can't be carried out as written; nothing was read or written yet.
+
+    Args:
+        problems: every problem found, each naming its remedy.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(problems[0] if len(problems) == 1 else _listed(problems))
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return "\n  ".join([f"{len(problems)} problems:", *problems])
+
+
+class TensorError(click.ClickException, ValueError):
+    """A tensor can't be merged, which shows only once it is read (NaN, say)."""
+
+    exit_code = 1
