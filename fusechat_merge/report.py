@@ -8,30 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_merge.granularity import layer_of
+from fusechat_merge.units import Unit
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One set of merge weights and what it was computed from.
-
-    Attributes:
-        name: the unit's name, a tensor's or a prefix of several.
-        granularity: what the unit is.
-        tensors: the output tensors merged by these weights.
-        numel: elements that the statistics cover.
-        statistics: mean over those elements of δ² (or |δ|), a target each.
-        weights: a target each; they sum to 1, or are all 0 where no target moved.
-    """
-
-    name: str
-    granularity: str
-    tensors: tuple[str, ...]
-    numel: int
-    statistics: tuple[float, ...]
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -158,7 +138,10 @@ def draw(report: Report, path: Path) -> None:
     )
     image = None
     for j, name in enumerate(short_names(report.targets)):
-        for axis, values, labels in ((axes[0, j], grid[j], inside), (axes[1, j], strip[j], outside)):
+        for axis, values, labels in (
+            (axes[0, j], grid[j], inside),
+            (axes[1, j], strip[j], outside),
+        ):
             # Fixed ends, so that two merges can be compared; grey: no such tensor.
             image = axis.imshow(
                 np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto"
