@@ -6,9 +6,9 @@ mergekit's submodules are imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from mergekit.common import ImmutableMap, ModelReference
@@ -31,7 +31,6 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer.embed import PermutedVocabulary
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from typing_extensions import Annotated
 
 from fusechat_merge import _autoload
 from fusechat_merge.errors import ConfigError, TensorError
@@ -185,12 +184,23 @@ class SceMethod(GroupMergeMethod):
         return passes.output
 
 
-def unit_statistics(groups: Sequence[TensorGroup] | Iterator[TensorGroup], statistic: str) -> Any:
+def group_statistics(group: TensorGroup, statistic: str) -> list[float]:
+    """Σ δ_j² (or Σ |δ_j|) over one tensor: a float for each of ``group.non_base``."""
+    with _naming(group):
+        return varm.statistics(_passes(group), statistic)
+
+
+def group_shares(group: TensorGroup, select_topk: float, variant: str) -> list[float]:
+    """SCE's η_j of one tensor: a float for each of ``group.non_base``."""
+    with _naming(group):
+        return sce.shares(_passes(group), select_topk, variant)[0]
+
+
+def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics:
     """Σ over the groups of Σ δ_j² (or Σ |δ_j|), by target."""
     rows: dict[Hashable, list[list[float]]] = {}
     for group in groups:
-        with _naming(group):
-            found = varm.statistics(_passes(group), statistic)
+        found = group_statistics(group, statistic)
         for entry, value in zip(group.non_base, found, strict=True):
             rows.setdefault(entry.id, []).append([value])
     return {target: varm.total(values, 1)[0] for target, values in rows.items()}
@@ -268,25 +278,26 @@ class UnitStatistics(Task[Statistics]):
         return self.label
 
     def execute(self) -> Statistics:
-        return unit_statistics(self._groups(), self.statistic)
+        groups = (load_group(member) for member in self._members)
+        return unit_statistics((g for g in groups if g is not None), self.statistic)
 
-    def _groups(self) -> Iterator[TensorGroup]:
-        for member in self._members:
-            tensors = _run(member.gather_tensors)
-            present = [m for m in member.model_order if tensors.get(m) is not None]
-            if len(present) < len(member.model_order):
-                continue  # missing from a model: it counts for nobody
-            if not all(tensor.is_floating_point() for tensor in tensors.values()):
-                continue
-            group = TensorGroup(
-                entries=tuple(
-                    TensorEntry(id=m, tensor=tensors[m], is_base=m == member.base_model)
-                    for m in present
-                ),
-                metadata=TensorMetadata.from_weight_info(member.output_weight),
-            )
-            group.validate_tensors()
-            yield align_dtype(group)
+
+def load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
+    """A planned tensor's inputs; None if a model lacks it or it is no floating-point tensor."""
+    tensors = _run(task.gather_tensors)
+    if any(tensors.get(model) is None for model in task.model_order):
+        return None
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        return None
+    group = TensorGroup(
+        entries=tuple(
+            TensorEntry(id=model, tensor=tensors[model], is_base=model == task.base_model)
+            for model in task.model_order
+        ),
+        metadata=TensorMetadata.from_weight_info(task.output_weight),
+    )
+    group.validate_tensors()
+    return align_dtype(group)
 
 
 def _run(task: Task) -> Any:
@@ -317,9 +328,9 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
     coarse = {t.output_weight.name for t in tasks if t.parameters["granularity"] in SHARED}
     if coarse and any(isinstance(task.gather_tensors, PermutedVocabulary) for task in tasks):
         problems.append(
-            "granularity module, layer and model can't be combined with a tokenizer merge (tokenizer"
-            " or tokenizer_source): use granularity matrix or element, or bring the models to one"
-            " vocabulary first"
+            "granularity module, layer and model can't be combined with a tokenizer merge"
+            " (tokenizer or tokenizer_source): use granularity matrix or element, or bring the"
+            " models to one vocabulary first"
         )
     if problems:
         raise ConfigError(problems)
@@ -331,9 +342,7 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
             unit, statistic = unit_of(name, granularity), task.parameters["statistic"]
             key = (granularity, unit, statistic)
             if key not in units:
-                members = [
-                    t for t in tasks if unit_of(t.output_weight.name, granularity) == unit
-                ]
+                members = [t for t in tasks if unit_of(t.output_weight.name, granularity) == unit]
                 units[key] = UnitStatistics(members=members, label=name, statistic=statistic)
             task = MergeWithUnit(**_fields(task), unit=units[key])
         result.append(task)
@@ -363,7 +372,7 @@ def _once(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     if not getattr(original, "_fusechat", False):
         wrapped = wraps(original)(wrap(original))
-        wrapped._fusechat = True
+        wrapped._fusechat = True  # type: ignore[attr-defined]
         setattr(owner, name, wrapped)
 
 

@@ -76,7 +76,9 @@ def parameter_problems(config: Any) -> list[str]:
 def _has_base(config: Any) -> bool:
     if config.base_model is not None:
         return True
-    slices = getattr(config, "slices", None)
+    slices = list(getattr(config, "slices", None) or [])
+    for module in (getattr(config, "modules", None) or {}).values():
+        slices += module.slices or []
     return bool(slices) and all(piece.base_model is not None for piece in slices)
 
 
@@ -122,10 +124,11 @@ def _values(setting: Any) -> Iterator[Any]:
 def _places(config: Any) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
     """(where, settings, owner) of every ``parameters``; owner is all, model or base."""
     base = config.base_model
+    modules: Mapping[str, Any] = getattr(config, "modules", None) or {}
     yield "parameters", config.parameters, "all"
     yield from _model_places("", config.models, base)
     yield from _slice_places("", getattr(config, "slices", None), base)
-    for name, module in (getattr(config, "modules", None) or {}).items():
+    for name, module in modules.items():
         yield f"modules.{name}.parameters", module.parameters, "all"
         yield from _model_places(f"modules.{name}.", module.models, base)
         yield from _slice_places(f"modules.{name}.", module.slices, base)

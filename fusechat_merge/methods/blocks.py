@@ -77,7 +77,7 @@ class Passes(Protocol):
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         """``fn`` of every block; the results in element order."""
 
-    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+    def write(self, fn: Callable[[Block, Tensor], object]) -> None:
         """Let ``fn`` fill the output of every block: [n] of the inputs' promoted dtype."""
 
 
@@ -108,12 +108,12 @@ class InMemory:
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         yield fn(self._block)
 
-    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+    def write(self, fn: Callable[[Block, Tensor], object]) -> None:
         fn(self._block, self._out)
 
 
 class _Scratch(threading.local):
-    """Buffers kept from cell to cell: fresh memory costs more in page faults than the arithmetic."""
+    """Buffers kept from cell to cell: page faults on fresh ones cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

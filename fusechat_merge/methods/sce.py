@@ -35,18 +35,26 @@ def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> l
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
+    eta, selection = shares(passes, select_topk, variant)
+    if variant == "fork":
+        passes.write(lambda block, out: _write_fork(block, out, eta))
+    else:
+        passes.write(lambda block, out: _write_paper(block, out, eta, selection))
+    return eta
+
+
+def shares(
+    passes: Passes, select_topk: float = 1.0, variant: str = "paper"
+) -> tuple[list[float], _Selection | None]:
+    """η_j (K floats) and the selection it was calculated over (None: everything)."""
     selection = _select(passes, select_topk) if select_topk < 1.0 else None
     rows = [
         row for rows in passes.map(lambda block: _selected_sums(block, selection)) for row in rows
     ]
     eta = weights(total(rows, passes.count), [1.0] * passes.count)
-    if variant == "fork":
-        if not any(eta):
-            eta = [1.0 / passes.count] * passes.count
-        passes.write(lambda block, out: _write_fork(block, out, eta))
-    else:
-        passes.write(lambda block, out: _write_paper(block, out, eta, selection))
-    return eta
+    if variant == "fork" and not any(eta):
+        eta = [1.0 / passes.count] * passes.count
+    return eta, selection
 
 
 @dataclass(frozen=True)

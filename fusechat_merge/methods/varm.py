@@ -92,9 +92,7 @@ def write(passes: Passes, weights: Sequence[float], lam: float = 1.0) -> None:
         passes.write(lambda block, out: _write_block(block, out, coefficients, 1.0 - lam))
 
 
-def _write_block(
-    block: Block, out: Tensor, coefficients: Sequence[float], of_base: float
-) -> None:
+def _write_block(block: Block, out: Tensor, coefficients: Sequence[float], of_base: float) -> None:
     for cell in block.cells():
         dtype = cell.compute_dtype
         merged = scratch.take("merged", cell.base, dtype)

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help venv demo test lint bench bench-merge clean
+
+help:
+	@echo "make demo    train small models, merge them, show the result (offline once installed)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   measure speed and memory, as ratios"
+	@echo "make clean   remove .venv, runs/ and caches"
+
+venv: $(STAMP)
+
+# A .venv that is there but broken or half installed has no stamp, and is installed again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fusechat needs Python >= 3.10: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: bench-merge
+
+bench-merge: $(STAMP)
+	$(BIN)/python benchmarks/bench_merge.py
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
