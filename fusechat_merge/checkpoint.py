@@ -187,6 +187,34 @@ class HubRepository:
         return received[skip : skip + length]
 
 
+def download_model(
+    repository: str, revision: str | None = None, cache_dir: str | None = None
+) -> Folder:
+    """Fetch a model from the hub, or find it in the cache: weights, tokenizer, chat template.
+
+    Raises:
+        CheckpointError: no such model, or no way to reach it.
+    """
+    import huggingface_hub
+
+    try:
+        return Folder(
+            Path(
+                huggingface_hub.snapshot_download(
+                    repository,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model",
+                                    "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"],
+                    ignore_patterns=["*/*.safetensors"],
+                )
+            )
+        )  # fmt: skip
+    except Exception as error:  # the client's errors have no common base
+        at = f"{repository}@{revision}" if revision else repository
+        raise CheckpointError([f"{at}: can't be fetched from the hub ({_line(error)})"]) from error
+
+
 def read_checkpoint(store: Store, name: str) -> Checkpoint:
     """Read a checkpoint's index and headers, and no weight.
 
