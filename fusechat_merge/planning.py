@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,10 +135,7 @@ class Output:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -539,6 +537,7 @@ class _OutputMaker:
         self.outputs: dict[str, Output] = {}
         self.tasks: dict[str, ExecuteMergeMethodTask] = {}
         self.used: dict[str, set[str]] = defaultdict(set)
+        self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
         self.complete: set[str] = set()  # outputs to which every model contributes
         self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
 
@@ -581,6 +580,8 @@ class _OutputMaker:
         first = [pair for pair in present if pair[0] == base]
         ordered = first + [pair for pair in present if pair[0] != base]
         how = self._how(task, ordered, outcome)
+        if how == "task" and merged.is_floating_point:
+            merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
         output = Output(
             name=name,
@@ -747,16 +748,35 @@ class _OutputMaker:
         floating = all(found.dtype.is_floating_point for _, found in present)
         return task.method_name if task.method_name in NATIVE and floating else "task"
 
+    def _returned_dtype(
+        self,
+        task: ExecuteMergeMethodTask,
+        present: list[tuple[ModelReference, _Input]],
+        shape: tuple[int, ...],
+        promoted: torch.dtype,
+    ) -> torch.dtype:
+        """What the method returns, found out by merging a few numbers: some return float32."""
+        key = (task.method_name, len(present), promoted, len(shape))
+        if key not in self._returned:
+            small = tuple(min(size, 3) for size in shape)
+            numbers = torch.linspace(0.5, 1, math.prod(small)).reshape(small)
+            few = {
+                model: (numbers * (1 + i / 8)).to(promoted) for i, (model, _) in enumerate(present)
+            }
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    result = task.execute(tensors=few)
+                self._returned[key] = promoted if result is None else result.dtype
+            except (ValueError, RuntimeError, TypeError):
+                self._returned[key] = promoted  # it will say so when it runs
+        return self._returned[key]
+
     def _sources(
         self, model: ModelReference, found: _Input, shape: tuple[int, ...] | None
     ) -> Iterator[Source]:
         for name in found.read:
             at = self.planned.models[str(model)].tensors[name]
-            numel = at.numel
-            if shape is not None:
-                numel = 1
-                for size in shape:
-                    numel *= size
+            numel = at.numel if shape is None else math.prod(shape)
             yield Source(str(model), name, at, numel, found.dtype)
 
     def _parameters(
