@@ -91,12 +91,23 @@ class InMemory:
     Args:
         base: any shape, floating.
         targets: tensors of base's shape and device.
+
+    Raises:
+        ValueError: shapes differ, or a tensor isn't floating.
     """
 
     def __init__(self, base: Tensor, targets: Sequence[Tensor]) -> None:
         dtype = base.dtype
-        for target in targets:
-            dtype = torch.promote_types(dtype, target.dtype)
+        for index, tensor in enumerate((base, *targets)):
+            name = f"target {index - 1}" if index else "the base"
+            if tensor.shape != base.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}"
+                )
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{name} is {kind}: only floating-point tensors can be merged")
+            dtype = torch.promote_types(dtype, tensor.dtype)
         self.count = len(targets)
         self._block = Block(
             0, base.detach().reshape(-1), tuple(t.detach().reshape(-1) for t in targets)

@@ -36,8 +36,16 @@ def sce(
         The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
 
     Raises:
+        ValueError: shapes differ, a tensor isn't floating, no target, ``select_topk`` outside 0 to
+            1, an unknown variant.
         NonFiniteError: an input holds NaN or Inf.
     """
+    if not targets:
+        raise ValueError("sce needs at least one target")
+    if not 0.0 <= select_topk <= 1.0:
+        raise ValueError(f"select_topk must be from 0 to 1, got {select_topk!r}")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}")
     passes = InMemory(base, targets)
     merge(passes, select_topk, variant)
     return passes.output

@@ -128,6 +128,8 @@ def _write_elements_block(
         first = strip.start - block.start
         merged = out[first : first + strip.base.numel()]
         merged.copy_(strip.base)
+        if not lam:
+            continue
         counted = [(t, w) for t, w in zip(strip.targets, prior, strict=True) if w]
         base = scratch.take("base", strip.base, torch.float64).copy_(strip.base)
         value = scratch.take("delta", strip.base, torch.float64)
@@ -175,10 +177,11 @@ def varm_weights(
         float64 [K] on the CPU: the weights, which sum to 1; all 0 where no target moved.
 
     Raises:
-        ValueError: shapes differ, no target, an unknown statistic, a negative or all-zero weight.
+        ValueError: shapes differ, a tensor isn't floating, no target, an unknown statistic, a
+            negative or all-zero weight.
         NonFiniteError: an input holds NaN or Inf.
     """
-    prior = _checked(base, targets, statistic, weight)
+    prior = _checked(targets, statistic, weight)
     found = weights(statistics(InMemory(base, targets), statistic), prior)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -207,14 +210,14 @@ def varm(
         The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
 
     Raises:
-        ValueError: shapes differ, no target, an unknown granularity or statistic, a negative or
-            all-zero weight.
+        ValueError: shapes differ, a tensor isn't floating, no target, an unknown granularity or
+            statistic, a negative or all-zero weight.
         NonFiniteError: an input holds NaN or Inf.
     """
     from fusechat_merge.granularity import check_granularity
 
     check_granularity(granularity)
-    prior = _checked(base, targets, statistic, weight)
+    prior = _checked(targets, statistic, weight)
     passes = InMemory(base, targets)
     if granularity == "element":
         write_elements(passes, prior, statistic, lambda_)
@@ -224,15 +227,10 @@ def varm(
 
 
 def _checked(
-    base: Tensor, targets: Sequence[Tensor], statistic: str, weight: Sequence[float] | None
+    targets: Sequence[Tensor], statistic: str, weight: Sequence[float] | None
 ) -> list[float]:
     if not targets:
         raise ValueError("varm needs at least one target")
-    for index, target in enumerate(targets):
-        if target.shape != base.shape:
-            raise ValueError(
-                f"target {index} has shape {tuple(target.shape)}, the base {tuple(base.shape)}"
-            )
     if statistic not in STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)}")
     prior = [1.0] * len(targets) if weight is None else [float(w) for w in weight]
