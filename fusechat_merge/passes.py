@@ -24,8 +24,7 @@ from fusechat_merge.planning import Output, Source
 
 LANES = 2
 """Tensors under way at once: while the last segments of one are written, the next is read."""
-SCRATCH = 16 * BLOCK * 8
-"""Bytes that the methods' own buffers take in one thread, at most."""
+_CELLS = 8
 _SEGMENT = 4 << 20
 _ALIGN = 64
 
@@ -38,35 +37,44 @@ class Ring:
 
     Attributes:
         threads: worker threads.
+        cells: grid cells that a worker computes on at once.
+        scratch: bytes that the methods' own buffers then take in one worker, at most.
         segment: bytes of each worker's buffer.
         lane: bytes of each lane.
     """
 
     threads: int
+    cells: int
+    scratch: int
     segment: int
     lane: int
 
     @property
     def total(self) -> int:
-        return self.threads * (self.segment + SCRATCH) + LANES * self.lane
+        return self.threads * (self.segment + self.scratch) + LANES * self.lane
 
 
 def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
     """Divide ``memory`` bytes for passes over the outputs' sources.
 
+    Half goes to the workers, as much of it as makes them fast; the rest to the lanes.
+
     Raises:
-        ValueError: it is too little for one thread to hold one block of every model.
+        ValueError: it is too little for one worker to hold one block of every model.
     """
-    shapes = {(_element_bytes(output), _kept_bytes(output)) for output in outputs}
-    block = max((BLOCK * element for element, _ in shapes), default=0) + 64 * _ALIGN
-    largest = max((kept for _, kept in shapes), default=0)
-    while threads > 1 and threads * (block + SCRATCH) > memory // 2:
-        threads -= 1
-    if block + SCRATCH > memory:
-        raise ValueError(f"--memory: at least {-(-(block + SCRATCH) >> 20)}MiB is needed here")
-    segment = max(block, min(_SEGMENT, memory // (4 * threads) - SCRATCH))
-    left = memory - threads * (segment + SCRATCH)
-    return Ring(threads, segment, max(0, min(left // LANES, largest)))
+    shapes = {(_element_bytes(o), _kept_bytes(o), len(o.sources)) for o in outputs}
+    block = BLOCK * max((element for element, _, _ in shapes), default=0) + 64 * _ALIGN
+    largest = max((kept for _, kept, _ in shapes), default=0)
+    # float64 for every input and some ten intermediate results
+    cell = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
+    if block + cell > memory:
+        raise ValueError(f"--memory: at least {-(-(block + cell) >> 20)}MiB is needed here")
+    threads = max(1, min(threads, memory // 2 // (block + cell)))
+    share = memory // 2 // threads
+    cells = max(1, min(_CELLS, share // 2 // cell))
+    segment = max(block, min(_SEGMENT, share - cells * cell))
+    left = memory - threads * (segment + cells * cell)
+    return Ring(threads, cells, cells * cell, segment, max(0, min(left // LANES, largest)))
 
 
 def _element_bytes(output: Output) -> int:
@@ -139,7 +147,7 @@ class Buffers:
     def __init__(self, ring: Ring, files: SourceFiles) -> None:
         self.files = files
         self.threads = ring.threads
-        self.segment = ring.segment
+        self.segment, self.cells = ring.segment, ring.cells
         self.lanes = [_Buffer(ring.lane) for _ in range(LANES)]
         self.stopped = threading.Event()
         self._free = deque(_Buffer(ring.segment) for _ in range(ring.threads))
@@ -267,4 +275,4 @@ class FilePasses:
             tensors.append(loaded)
         if kept is not None:
             self._read.add(start)
-        return Block(start, tensors[0], tuple(tensors[1:])), used
+        return Block(start, tensors[0], tuple(tensors[1:]), self._buffers.cells), used

@@ -40,16 +40,19 @@ class Block:
         start: number of the first element, a multiple of ``BLOCK``.
         base: [n] contiguous, any floating dtype.
         targets: K tensors [n] on base's device, contiguous, any floating dtype each.
+        cells: grid cells to work on at once; 0 takes one a thread. Where several Python threads
+            compute, more of them make operations long enough not to wait for the interpreter.
     """
 
     start: int
     base: Tensor
     targets: tuple[Tensor, ...]
+    cells: int = 0
 
     def strips(self) -> Iterator[Block]:
         """The block cut into strips of whole cells (but for the tensor's last)."""
         if self.base.device.type == "cpu":
-            size = BLOCK * min(torch.get_num_threads(), _MOST_CELLS)
+            size = BLOCK * (self.cells or min(torch.get_num_threads(), _MOST_CELLS))
         else:
             size = _CUDA_STRIP
         n = self.base.numel()
