@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +232,22 @@ class Plan:
     def output_bytes(self) -> int:
         """Size of all output files."""
         return sum(shard.size for shard in self.shards)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in figures and lists, for people and programs."""
+        return {
+            "merge_method": self.config.merge_method,
+            "models": list(self.models),
+            "parameters": self.parameters,
+            "tensors": len(self.outputs),
+            "input_bytes": self.input_bytes,
+            "output_bytes": self.output_bytes,
+            "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
+            "merged_by_name": self.by_name,
+            "copied_from_base": self.copied,
+            "left_out": [asdict(left) for left in self.left_out],
+            "problems": self.problems,
+        }
 
 
 def plan(
@@ -782,7 +798,7 @@ class _OutputMaker:
     def _parameters(
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]
     ) -> dict[str, Any]:
-        parameters = dict(task.parameters.items())
+        parameters = dict(sorted(task.parameters.items()))
         targets = [model for model, _ in ordered[1:]]
         for spec in registry.get(task.method_name).spec.input_parameters:
             parameters[spec.name] = [task.input_parameters[model][spec.name] for model in targets]

@@ -41,11 +41,9 @@ def write_side_files(
     """
     donor = planned.models[planned.donor].folder
     assert donor is not None
-    for entry in sorted(os.scandir(donor), key=lambda entry: entry.name):
-        if entry.is_file() and not _is_dropped(entry.name, planned):
-            shutil.copyfile(entry.path, folder / entry.name)
-        elif entry.is_dir() and entry.name == "additional_chat_templates":
-            shutil.copytree(entry.path, folder / entry.name, dirs_exist_ok=True)
+    for name in side_files(planned, donor):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(donor / name, folder / name)
     if planned.tokenizer is not None:
         tokenizer = planned.tokenizer.tokenizer
         if planned.chat_template:
@@ -53,7 +51,7 @@ def write_side_files(
         tokenizer.save_pretrained(folder)
     elif planned.chat_template:
         _write(folder / "chat_template.jinja", planned.chat_template)
-        _forget_chat_template(folder / "tokenizer_config.json")
+        _copy_without_chat_template(donor, folder)
     original = (donor / "config.json").read_text(encoding="utf-8")
     _write(folder / "config.json", merged_config(original, planned))
     if len(planned.shards) > 1:
@@ -64,12 +62,24 @@ def write_side_files(
         _write(folder / "mergekit_config.yml", planned.source)
 
 
-def _is_dropped(name: str, planned: Plan) -> bool:
-    return (
-        name in _OWN
-        or name.startswith(".")
-        or name.endswith(_WEIGHTS)
-        or (planned.tokenizer is not None and name in _TOKENIZER)
+def side_files(planned: Plan, donor: Path) -> list[str]:
+    """Names of the donor's files that are copied byte for byte."""
+    written = set(_OWN)
+    if planned.tokenizer is not None:
+        written |= _TOKENIZER
+    elif planned.chat_template:
+        written.add("chat_template.jinja")
+        settings = donor / "tokenizer_config.json"
+        if settings.exists() and "chat_template" in json.loads(settings.read_text("utf-8")):
+            written.add(settings.name)
+    names = [entry.name for entry in os.scandir(donor) if entry.is_file()]
+    more = donor / "additional_chat_templates"
+    if more.is_dir():
+        names += [f"{more.name}/{entry.name}" for entry in os.scandir(more) if entry.is_file()]
+    return sorted(
+        name
+        for name in names
+        if name not in written and not name.startswith(".") and not name.endswith(_WEIGHTS)
     )
 
 
@@ -148,11 +158,13 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _forget_chat_template(path: Path) -> None:
+def _copy_without_chat_template(donor: Path, folder: Path) -> None:
+    """The tokenizer's settings where they hold a template of their own, which comes first."""
+    path = donor / "tokenizer_config.json"
     if path.exists():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings.pop("chat_template", None) is not None:
-            _write(path, _as_json(settings))
+            _write(folder / path.name, _as_json(settings))
 
 
 def _record(planned: Plan, units: Sequence[Unit], identity: str) -> dict[str, Any]:

@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
 
 from fusechat_merge import __version__
 from fusechat_merge.errors import ConfigError, TensorError
-from fusechat_merge.journal import Journal, changes, sync_folder
+from fusechat_merge.journal import Done, Journal, changes, sync_folder
 from fusechat_merge.mergekit_plugin import non_finite
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
@@ -39,6 +39,8 @@ from fusechat_merge.tasks import run_tasks
 from fusechat_merge.units import Unit
 
 MEMORY = 256 << 20
+"""Default bound of all buffers together, bytes."""
+_START_UP = 430_000_000  # what mergekit and torch take once imported
 _SAVE_EVERY = 64 << 20
 _AHEAD = 128 << 20
 
@@ -117,6 +119,7 @@ def carry_out(
         shutil.rmtree(work, ignore_errors=True)
         return out
     native = [output for output in planned.outputs if output.how != "task"]
+    tasks = [output for output in planned.outputs if output.how == "task"]
     problems = planned.problems + _out_problems(planned, out, work, overwrite)
     try:
         ring = divide(native, memory, threads or len(os.sched_getaffinity(0)))
@@ -132,10 +135,10 @@ def carry_out(
         sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
         saver = _Saver(files, journal)
         try:
-            with _explained(out):
-                merger = _Merger(planned, sources, saver, Buffers(ring, sources), progress)
+            with _explained(out), saver:
+                merger = Merger(planned, sources, saver, Buffers(ring, sources), progress)
                 merger.run(native)
-                _run_tasks(planned, saver, progress)
+                make_tasks(planned, tasks, saver, progress)
                 saver.save()
                 units = merger.units()
                 write_side_files(planned, units, digest(planned), work / "model", report)
@@ -148,6 +151,25 @@ def carry_out(
         journal.close()
     shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None) -> int:
+    """Expected peak memory of ``carry_out``, start-up included, bytes.
+
+    Exact buffers for what is computed block by block; for mergekit's tasks the largest tensor's
+    inputs, those read ahead and float32 working copies, which is an estimate.
+    """
+    native = [output for output in planned.outputs if output.how != "task"]
+    try:
+        ring = divide(native, memory, threads or len(os.sched_getaffinity(0))).total
+    except ValueError:
+        ring = memory
+    tasks = 0
+    for output in planned.outputs:
+        if output.how == "task":
+            working = 4 * output.numel * (len(output.sources) + 2)
+            tasks = max(tasks, 3 * _read_bytes(output) + output.nbytes + working)
+    return _START_UP + max(ring if native else 0, tasks)
 
 
 def identity(planned: Plan) -> dict[str, Any]:
@@ -283,6 +305,17 @@ class _Saver:
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
+    def __enter__(self) -> _Saver:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            with suppress(OSError):  # a disk that is full, say: then less is kept
+                self.save()
+
+    def write(self, output: Output, first: int, data: memoryview) -> None:
+        self.files.write(output, first, data)
+
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
         """Something to be remembered, which ``nbytes`` were written for.
 
@@ -316,18 +349,30 @@ class _Saver:
                 self._journal.add(**pending)
 
 
-class _Merger:
+class Sink(Protocol):
+    """Where a merge's bytes go, and what is known of it already."""
+
+    done: Done
+
+    def write(self, output: Output, first: int, data: memoryview) -> None:
+        """``data`` belongs at byte ``first`` of the output's tensor; called from any thread."""
+
+    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
+        """Remember ``value`` as field ``kind`` of ``done``; ``nbytes`` were written for it."""
+
+
+class Merger:
     """Makes the outputs that are not mergekit's own tasks."""
 
     def __init__(
         self,
         planned: Plan,
         sources: SourceFiles,
-        saver: _Saver,
+        sink: Sink,
         buffers: Buffers,
         progress: Progress,
     ) -> None:
-        self._plan, self._sources, self._saver = planned, sources, saver
+        self._plan, self._sources, self._sink = planned, sources, sink
         self._buffers, self._progress = buffers, progress
         self._by_name = {output.name: output for output in planned.outputs}
         self._lock = threading.Lock()
@@ -338,7 +383,7 @@ class _Merger:
         """Make them, two at a time."""
         todo = []
         for output in outputs:
-            done = self._saver.done.elements.get(output.name, 0)
+            done = self._sink.done.elements.get(output.name, 0)
             self._progress(output.name, min(done, output.numel) * output.dtype.itemsize)
             if done < max(output.numel, 1):
                 todo.append(output)
@@ -362,8 +407,6 @@ class _Merger:
             self._buffers.close()
             reading.close()
             torch.set_num_threads(before)
-            with suppress(OSError):  # a disk that is full, say: then less is kept
-                self._saver.save()
         if self._error is not None:
             raise self._error
 
@@ -391,14 +434,14 @@ class _Merger:
         if how == "varm" and parameters["granularity"] != "element":
             sums = self._sums(output, lane)
             shares = varm.weights(sums, parameters["weight"])
-            self._saver.note("weights", output.name, shares)
+            self._sink.note("weights", output.name, shares)
         passes = self._passes(output, lane)
         with _naming(output):
             if how == "copy":
                 passes.write(lambda block, out: out.copy_(block.base))
             elif how == "fusechat_sce":
                 eta = sce.merge(passes, parameters["select_topk"], parameters["variant"])
-                self._saver.note("weights", output.name, eta)
+                self._sink.note("weights", output.name, eta)
             elif shares is None:
                 varm.write_elements(
                     passes, parameters["weight"], parameters["statistic"], parameters["lambda"]
@@ -406,21 +449,21 @@ class _Merger:
             else:
                 varm.write(passes, shares, parameters["lambda"])
         if not output.numel:
-            self._saver.note("elements", output.name, 1)
+            self._sink.note("elements", output.name, 1)
 
     def _passes(self, output: Output, lane: int) -> FilePasses:
         itemsize = output.dtype.itemsize
-        begin = self._saver.done.elements.get(output.name, 0)
+        begin = self._sink.done.elements.get(output.name, 0)
         written = begin
 
         def write(first: int, data: memoryview) -> None:
-            self._saver.files.write(output, first * itemsize, data)
+            self._sink.write(output, first * itemsize, data)
 
         def finished(element: int) -> None:
             nonlocal written
             nbytes = (element - written) * itemsize
             written = element
-            self._saver.note("elements", output.name, element, nbytes)
+            self._sink.note("elements", output.name, element, nbytes)
             self._progress(output.name, nbytes)
 
         return FilePasses(output, self._buffers, lane, write, begin, finished)
@@ -441,16 +484,16 @@ class _Merger:
 
     def _tensor_sums(self, output: Output, statistic: str, lane: int) -> list[float]:
         key = f"{statistic} {output.name}"
-        known = self._saver.done.statistics.get(key)
+        known = self._sink.done.statistics.get(key)
         if known is None:
             with _naming(output):
                 known = varm.statistics(FilePasses(output, self._buffers, lane), statistic)
-            self._saver.note("statistics", key, known)
+            self._sink.note("statistics", key, known)
         return known
 
     def units(self) -> list[Unit]:
         """The units with their statistics and weights, in the order of the outputs."""
-        done = self._saver.done
+        done = self._sink.done
         units: dict[tuple[str, tuple[float, ...]], Unit] = {}
         for output in self._plan.outputs:
             weights = done.weights.get(output.name)
@@ -480,17 +523,17 @@ class _Merger:
         return list(units.values())
 
 
-def _run_tasks(planned: Plan, saver: _Saver, progress: Progress) -> None:
+def make_tasks(planned: Plan, outputs: Sequence[Output], sink: Sink, progress: Progress) -> None:
     """Make the outputs that are mergekit's own tasks."""
     todo = []
-    for output in planned.outputs:
-        if output.how == "task" and output.name in saver.done.elements:
+    for output in outputs:
+        if output.name in sink.done.elements:
             progress(output.name, output.nbytes)
-        elif output.how == "task":
+        else:
             todo.append(output)
     for output, tensor in run_tasks(planned, todo):
-        saver.files.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        saver.note("elements", output.name, max(output.numel, 1), output.nbytes)
+        sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sink.note("elements", output.name, max(output.numel, 1), output.nbytes)
         progress(output.name, output.nbytes)
 
 
