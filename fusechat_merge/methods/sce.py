@@ -96,7 +96,7 @@ def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
     off = scratch.take("off", deltas[0], torch.float64)
     for delta in deltas:
         torch.sub(delta, mean, out=off)
-        variance.addcmul_(off, off)
+        variance.add_(off.mul_(off))  # addcmul_ fuses on some processors, which breaks ties
     return variance.div_(len(deltas)).view(torch.int64)
 
 
