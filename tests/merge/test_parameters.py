@@ -58,7 +58,10 @@ VARM_TAKES = "it takes granularity, statistic, lambda, weight"
             "parameters.granularty: varm has no parameter 'granularty' (did you mean"
             f" 'granularity'?); {VARM_TAKES}",
         ),
-        ("int8_mask: true", f"parameters.int8_mask: varm has no parameter 'int8_mask'; {VARM_TAKES}"),
+        (
+            "int8_mask: true",
+            f"parameters.int8_mask: varm has no parameter 'int8_mask'; {VARM_TAKES}",
+        ),
         (
             "granularity: modul",
             "parameters.granularity: 'modul' is unknown (did you mean 'module'?); use one of matrix,"

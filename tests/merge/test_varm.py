@@ -134,7 +134,9 @@ class Segments:
         step = cells * BLOCK
         starts = range(0, base.numel(), step)
         self._blocks = [
-            Block(i, base.flatten()[i : i + step], tuple(t.flatten()[i : i + step] for t in targets))
+            Block(
+                i, base.flatten()[i : i + step], tuple(t.flatten()[i : i + step] for t in targets)
+            )
             for i in starts
         ]
         self._outs = [out[i : i + step] for i in starts]
@@ -185,9 +187,7 @@ def test_reference_of_weight_and_lambda(
     dtypes: Sequence[torch.dtype], prior: tuple[float, ...], lam: float, granularity: str
 ) -> None:
     base, targets = models((31, 17), dtypes)
-    out = fusechat_merge.varm(
-        base, targets, granularity=granularity, weight=prior, lambda_=lam
-    )
+    out = fusechat_merge.varm(base, targets, granularity=granularity, weight=prior, lambda_=lam)
     expected = reference(base, targets, prior, "square", lam, granularity)
     assert_rounded_once(out, expected, [base, *targets], lam)
 
@@ -371,7 +371,9 @@ def test_realistic_fine_tuning_deltas_are_weighed() -> None:
     g = torch.Generator().manual_seed(3)
     # std 2e-4 and 6e-4: E[δ²] of 4e-8 and 3.6e-7 is below the 1e-6 of mergekit's sce.
     targets = [base + s * torch.randn(base.shape, generator=g) for s in (2e-4, 6e-4)]
-    assert fusechat_merge.varm_weights(base, targets).tolist() == pytest.approx([0.1, 0.9], abs=2e-3)
+    assert fusechat_merge.varm_weights(base, targets).tolist() == pytest.approx(
+        [0.1, 0.9], abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "element"])
@@ -518,13 +520,17 @@ def test_any_small_tensor(data: st.DataObject) -> None:
     width = {BF16: 16, F16: 16, F32: 32, F64: 64}
     count = data.draw(st.integers(1, 4))
     size = data.draw(st.integers(1, 6))
-    dtypes = data.draw(st.lists(st.sampled_from(list(width)), min_size=count + 1, max_size=count + 1))
+    dtypes = data.draw(
+        st.lists(st.sampled_from(list(width)), min_size=count + 1, max_size=count + 1)
+    )
     # Few distinct values, so that ties and unmoved elements come up.
     value = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 3.0]) | st.floats(
         -8e3, 8e3, width=16, allow_subnormal=True
     )
     columns = [data.draw(st.lists(value, min_size=size, max_size=size)) for _ in dtypes]
-    base, *targets = (torch.tensor(c, dtype=F64).to(d) for c, d in zip(columns, dtypes, strict=True))
+    base, *targets = (
+        torch.tensor(c, dtype=F64).to(d) for c, d in zip(columns, dtypes, strict=True)
+    )
     prior = data.draw(st.lists(st.floats(0, 8), min_size=count, max_size=count).filter(any))
     lam = data.draw(st.floats(-3, 3))
     statistic = data.draw(st.sampled_from(["square", "absolute"]))
