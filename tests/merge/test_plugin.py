@@ -399,12 +399,14 @@ def test_a_unit_of_nothing_but_a_missing_tensor_is_the_bases(
     llama_family: Family, tmp_path: Path, granularity: str
 ) -> None:
     def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        for layer in range(2):
+            at = f"model.layers.{layer}.self_attn"
+            tensors |= {f"{at}.q_norm.weight": torch.ones(8), f"{at}.k_norm.weight": torch.ones(8)}
         if label == "t1":
-            del tensors["lm_head.weight"]
+            del tensors["lm_head.weight"]  # optional, and not tied in mergekit's table
 
     cohere = {"architectures": ["CohereForCausalLM"], "model_type": "cohere"}
     paths = llama_family(tmp_path / "in", changes=cohere, edit=edit)
-    # Cohere has neither of these norms; its lm_head is optional and not tied in mergekit's table.
     found = merge(configuration(paths, parameters={"granularity": granularity}), tmp_path / "out")
     assert same_bits(found["lm_head.weight"], read(paths[0])["lm_head.weight"])
 

@@ -70,7 +70,8 @@ def assert_rounded(out: Tensor, expected: np.ndarray) -> None:
         out.dtype
     ]
     _, exponent = np.frexp(expected)
-    ulp = np.ldexp(1.0, np.maximum(exponent - significant, smallest))
+    normal = np.where(expected == 0, -9999, exponent - significant)
+    ulp = np.ldexp(1.0, np.maximum(normal, smallest))
     error = np.abs(numbers(out) - expected)
     own = 1e-14 if out.dtype in (F32, F64) else 2.0**-24
     assert (error <= ulp / 2 + own * np.abs(expected) + 1e-15).all(), error.max()
@@ -369,7 +370,7 @@ def test_refused_tensors() -> None:
 # -- property
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_small_tensor(data: st.DataObject) -> None:
     # With 1, 2 or 4 targets and few bits every variance is exact, so ties are ties.
