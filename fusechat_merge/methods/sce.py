@@ -8,18 +8,47 @@ All arithmetic is in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sum, scratch
+from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sums, scratch
 from fusechat_merge.methods.varm import total, weights
 
 VARIANTS: tuple[str, ...] = ("paper", "fork")
 _DIGIT = 16
+_CANDIDATES = 1 << 20
+
+
+def sce(
+    base: Tensor, targets: Sequence[Tensor], *, select_topk: float = 1.0, variant: str = "paper"
+) -> Tensor:
+    """Merge one tensor by Select, Calculate, Erase; see ``merge`` for the parameters.
+
+    Args:
+        base: the pivot's tensor, any shape, floating.
+        targets: K tensors of the same shape.
+
+    Returns:
+        The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
+
+    Raises:
+        ValueError: shapes differ, a tensor isn't floating, no target, ``select_topk`` outside 0 to
+            1, an unknown variant.
+        NonFiniteError: an input holds NaN or Inf.
+    """
+    if not targets:
+        raise ValueError("sce needs at least one target")
+    if not 0.0 <= select_topk <= 1.0:
+        raise ValueError(f"select_topk must be from 0 to 1, got {select_topk!r}")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}")
+    passes = InMemory(base, targets)
+    merge(passes, select_topk, variant)
+    return passes.output
 
 
 def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> list[float]:
@@ -37,17 +66,17 @@ def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> l
     """
     eta, selection = shares(passes, select_topk, variant)
     if variant == "fork":
-        passes.write(lambda block, out: _write_fork(block, out, eta))
+        passes.write(lambda block, out: _write(block, out, _fork_update(eta)))
     else:
-        passes.write(lambda block, out: _write_paper(block, out, eta, selection))
+        passes.write(lambda block, out: _write(block, out, _paper_update(eta, selection)))
     return eta
 
 
 def shares(
     passes: Passes, select_topk: float = 1.0, variant: str = "paper"
-) -> tuple[list[float], _Selection | None]:
+) -> tuple[list[float], Selection | None]:
     """η_j (K floats) and the selection it was calculated over (None: everything)."""
-    selection = _select(passes, select_topk) if select_topk < 1.0 else None
+    selection = select(passes, select_topk) if select_topk < 1.0 else None
     rows = [
         row for rows in passes.map(lambda block: _selected_sums(block, selection)) for row in rows
     ]
@@ -58,178 +87,202 @@ def shares(
 
 
 @dataclass(frozen=True)
-class _Selection:
-    """Elements whose variance, as the int64 of its bits, is above ``threshold``, and of those equal
-    to it the ``ties`` first; ``tied_before`` counts the equal ones before each grid cell."""
+class Selection:
+    """The elements of largest variance across targets.
 
-    threshold: int
-    ties: int
-    tied_before: dict[int, int]
+    Attributes:
+        above: elements whose variance, as the int64 of its bits, is larger are selected.
+        ties: how many of the elements equal to it are selected as well, the first ones.
+        tied_before: if ties, how many equal elements lie before each strip of each block, by the
+            strip's start.
+    """
 
-    def mask(self, cell: Block, deltas: Sequence[Tensor]) -> Tensor:
-        """bool [n]: which elements of the cell are selected."""
+    above: int
+    ties: int = 0
+    tied_before: dict[int, int] = field(default_factory=dict)
+
+    def mask(self, strip: Block, deltas: Sequence[Tensor]) -> Tensor:
+        """float64 [n]: 1 where selected, else 0."""
         keys = _variance_keys(deltas)
-        selected = keys > self.threshold
+        selected = keys > self.above
         if self.ties:
-            tied = keys == self.threshold
-            rank = torch.cumsum(tied, 0) + self.tied_before[cell.start]
+            tied = keys == self.above
+            rank = torch.cumsum(tied, 0).add_(self.tied_before[strip.start])
             selected |= tied & (rank <= self.ties)
-        return selected
+        return selected.to(torch.float64)
 
 
-def _deltas(cell: Block) -> list[Tensor]:
-    """δ_j in float64: K of [n]."""
-    base = scratch.take("base", cell.base, torch.float64).copy_(cell.base)
-    return [
-        scratch.take(f"delta{j}", cell.base, torch.float64).copy_(target).sub_(base)
-        for j, target in enumerate(cell.targets)
-    ]
+def select(passes: Passes, tau: float) -> Selection:
+    """Select the k = ⌊τ · (elements of non-zero variance)⌋ elements of largest variance.
 
+    Population variance; ties go to the lower flat index. The k-th largest is found digit by digit:
+    a pass counts the next 16 bits of the variances that share the bits found so far, until so few
+    are left that they can be sorted. Memory does not depend on the tensor.
 
-def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
-    """Population variance across targets as the int64 of its bits, which orders alike: [n]."""
-    mean = scratch.take("mean", deltas[0], torch.float64).zero_()
-    for delta in deltas:
-        mean.add_(delta)
-    mean.div_(len(deltas))
-    variance = scratch.take("variance", deltas[0], torch.float64).zero_()
-    off = scratch.take("off", deltas[0], torch.float64)
-    for delta in deltas:
-        torch.sub(delta, mean, out=off)
-        variance.addcmul_(off, off)
-    return variance.div_(len(deltas)).view(torch.int64)
-
-
-def _select(passes: Passes, tau: float) -> _Selection:
-    """The k = ⌊τ · (elements of non-zero variance)⌋ largest variances, found digit by digit.
-
-    Each pass counts the next 16 bits of those that share the bits found so far, so memory does not
-    depend on the tensor.
+    Raises:
+        NonFiniteError: an input holds NaN or Inf.
     """
     prefix, wanted = 0, -1
     for shift in range(64 - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        for found in passes.map(lambda b, s=shift, p=prefix: _digit_counts(b, s, p)):  # type: ignore[misc]
+        for found in passes.map(_digit_counter(shift, prefix)):
             counts += found
         if wanted < 0:
             wanted = math.floor(tau * int(counts.sum()))
             if wanted == 0:
-                return _Selection(np.iinfo(np.int64).max, 0, {})
+                return Selection(np.iinfo(np.int64).max)
         at_least = np.cumsum(counts[::-1])[::-1]
         digit = int(np.flatnonzero(at_least >= wanted)[-1])
         wanted -= int(at_least[digit] - counts[digit])
         prefix = (prefix << _DIGIT) | digit
         if wanted == counts[digit]:
-            return _Selection((prefix << shift) - 1, 0, {})
+            return Selection((prefix << shift) - 1)
+        if shift and counts[digit] <= _CANDIDATES:
+            keys = np.sort(np.concatenate(list(passes.map(_candidates(shift, prefix)))))
+            prefix = int(keys[-wanted])
+            wanted -= int((keys > prefix).sum())
+            if wanted == int((keys == prefix).sum()):
+                return Selection(prefix - 1)
+            break
     tied_before, seen = {}, 0
-    for cells in passes.map(lambda block: _tied(block, prefix)):
-        for start, tied in cells:
+    for strips in passes.map(lambda block: _tied(block, prefix)):
+        for start, tied in strips:
             tied_before[start] = seen
             seen += tied
-    return _Selection(prefix, wanted, tied_before)
+    return Selection(prefix, wanted, tied_before)
 
 
-def _digit_counts(block: Block, shift: int, prefix: int) -> np.ndarray:
-    """How many elements of non-zero variance have which digit at ``shift`` below ``prefix``."""
-    counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-    for cell in block.cells():
-        keys = _variance_keys(_deltas(cell))
-        if shift == 64 - _DIGIT:
-            if not math.isfinite(cell_sum(keys.view(torch.float64))):
-                cell.raise_if_not_finite()
-            inside = keys[keys != 0]
-        else:
-            inside = keys[(keys >> (shift + _DIGIT) == prefix) & (keys != 0)]
-        digits = (inside >> shift) & ((1 << _DIGIT) - 1)
-        counts += np.bincount(digits.cpu().numpy(), minlength=1 << _DIGIT)
-    return counts
-
-
-def _tied(block: Block, threshold: int) -> list[tuple[int, int]]:
+def _deltas(strip: Block) -> list[Tensor]:
+    """δ_j in float64: K of [n]."""
+    base = scratch.take("base", strip.base, torch.float64).copy_(strip.base)
     return [
-        (cell.start, int((_variance_keys(_deltas(cell)) == threshold).sum()))
-        for cell in block.cells()
+        scratch.take(f"delta{j}", strip.base, torch.float64).copy_(target).sub_(base)
+        for j, target in enumerate(strip.targets)
     ]
 
 
-def _selected_sums(block: Block, selection: _Selection | None) -> list[list[float]]:
-    """Σ δ̂_j² per grid cell."""
-    sums = []
-    for cell in block.cells():
-        deltas = _deltas(cell)
-        mask = None if selection is None else selection.mask(cell, deltas)
-        square = scratch.take("square", cell.base, torch.float64)
-        row = []
-        for delta in deltas:
-            torch.mul(delta, delta, out=square)
-            if mask is not None:
-                square.mul_(mask)
-            row.append(cell_sum(square))
-        if not all(map(math.isfinite, row)):
-            cell.raise_if_not_finite()
-        sums.append(row)
-    return sums
-
-
-def _write_paper(
-    block: Block, out: Tensor, eta: Sequence[float], selection: _Selection | None
-) -> None:
-    for cell in block.cells():
-        deltas = _deltas(cell)
-        if selection is not None:
-            mask = selection.mask(cell, deltas)
-            for delta in deltas:
-                delta.mul_(mask)
-        update = scratch.take("update", cell.base, torch.float64).zero_()
-        majority = _sum(deltas).sign_()
-        for delta, share in zip(deltas, eta, strict=True):
-            agrees = delta.sign().mul_(majority) > 0
-            update.add_(delta.mul_(agrees), alpha=share)
-        _add_update(cell, block, out, update)
-
-
-def _write_fork(block: Block, out: Tensor, eta: Sequence[float]) -> None:
-    for cell in block.cells():
-        deltas = _deltas(cell)
-        majority = torch.where(_sum(deltas) >= 0, 1.0, -1.0)
-        update = scratch.take("update", cell.base, torch.float64).zero_()
-        divisor = scratch.take("divisor", cell.base, torch.float64).zero_()
-        for delta, share in zip(deltas, eta, strict=True):
-            agrees = (delta.sign() == majority).to(torch.float64)
-            update.add_(delta.mul_(agrees), alpha=share)
-            divisor.add_(agrees, alpha=share)
-        update.div_(divisor.masked_fill_(divisor == 0, 1.0))
-        _add_update(cell, block, out, update)
-
-
 def _sum(deltas: Sequence[Tensor]) -> Tensor:
-    result = scratch.take("mean", deltas[0], torch.float64).zero_()
-    for delta in deltas:
+    result = scratch.take("sum", deltas[0], torch.float64).copy_(deltas[0])
+    for delta in deltas[1:]:
         result.add_(delta)
     return result
 
 
-def _add_update(cell: Block, block: Block, out: Tensor, update: Tensor) -> None:
+def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
+    """Population variance across targets as the int64 of its bits, which orders alike: [n]."""
+    mean = _sum(deltas).div_(len(deltas))
+    variance = scratch.take("variance", deltas[0], torch.float64).zero_()
+    off = scratch.take("off", deltas[0], torch.float64)
+    for delta in deltas:
+        # Not addcmul_: whether it fuses is the processor's affair, and ties hang on the last bit.
+        torch.sub(delta, mean, out=off)
+        variance.add_(off.mul_(off))
+    return variance.div_(len(deltas)).view(torch.int64)
+
+
+def _digit_counter(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
+    """Counts, by their digit at ``shift``, the non-zero variances that begin with ``prefix``."""
+
+    def count(block: Block) -> np.ndarray:
+        counts = np.zeros(1 << _DIGIT, dtype=np.int64)
+        for strip in block.strips():
+            keys = _variance_keys(_deltas(strip))
+            if shift == 64 - _DIGIT:
+                if not math.isfinite(float(keys.view(torch.float64).sum())):
+                    strip.raise_if_not_finite()
+                counts += _bins(keys >> shift)
+                counts[0] -= int((keys == 0).sum())
+            else:
+                inside = keys[keys >> (shift + _DIGIT) == prefix]
+                counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
+                if prefix == 0:
+                    counts[0] -= int((inside == 0).sum())
+        return counts
+
+    return count
+
+
+def _bins(digits: Tensor) -> np.ndarray:
+    return np.bincount(digits.cpu().numpy(), minlength=1 << _DIGIT)
+
+
+def _candidates(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
+    """Collects the non-zero variances, as int64, that begin with ``prefix``."""
+
+    def collect(block: Block) -> np.ndarray:
+        found = []
+        for strip in block.strips():
+            keys = _variance_keys(_deltas(strip))
+            found.append(keys[(keys >> shift == prefix) & (keys != 0)].cpu().numpy())
+        return np.concatenate(found)
+
+    return collect
+
+
+def _tied(block: Block, key: int) -> list[tuple[int, int]]:
+    """(start, number of elements whose variance has the bits ``key``) of every strip."""
+    return [
+        (strip.start, int((_variance_keys(_deltas(strip)) == key).sum()))
+        for strip in block.strips()
+    ]
+
+
+def _selected_sums(block: Block, selection: Selection | None) -> list[tuple[float, ...]]:
+    """Σ δ̂_j² per grid cell: a list of cells, each of K floats."""
+    sums: list[tuple[float, ...]] = []
+    for strip in block.strips():
+        deltas = _deltas(strip)
+        mask = None if selection is None else selection.mask(strip, deltas)
+        columns = []
+        for delta in deltas:
+            square = delta.mul_(delta)
+            columns.append(cell_sums(square if mask is None else square.mul_(mask)))
+        rows = list(zip(*columns, strict=True))
+        if not all(math.isfinite(value) for row in rows for value in row):
+            strip.raise_if_not_finite()
+        sums += rows
+    return sums
+
+
+_Update = Callable[[Block, list[Tensor]], Tensor]
+
+
+def _paper_update(eta: Sequence[float], selection: Selection | None) -> _Update:
+    def update(strip: Block, deltas: list[Tensor]) -> Tensor:
+        # Outside the selection every δ̂ is 0, and so is the sign of their sum.
+        mask = None if selection is None else selection.mask(strip, deltas)
+        sign = _sum(deltas).sign_()
+        if mask is not None:
+            sign.mul_(mask)
+        result = scratch.take("update", strip.base, torch.float64).zero_()
+        for delta, share in zip(deltas, eta, strict=True):
+            result.add_(delta.mul_(sign).clamp_min_(0.0), alpha=share)
+        return result.mul_(sign)
+
+    return update
+
+
+def _fork_update(eta: Sequence[float]) -> _Update:
+    def update(strip: Block, deltas: list[Tensor]) -> Tensor:
+        sign = torch.where(_sum(deltas) >= 0, 1.0, -1.0).to(torch.float64)
+        result = scratch.take("update", strip.base, torch.float64).zero_()
+        divisor = scratch.take("divisor", strip.base, torch.float64).zero_()
+        for delta, share in zip(deltas, eta, strict=True):
+            along = delta.mul_(sign).clamp_min_(0.0)
+            result.add_(along, alpha=share)
+            divisor.add_(along > 0, alpha=share)
+        return result.div_(divisor.masked_fill_(divisor == 0, 1.0)).mul_(sign)
+
+    return update
+
+
+def _write(block: Block, out: Tensor, update: _Update) -> None:
     """base + update, the base's own bits where the update is 0."""
-    first = cell.start - block.start
-    merged = out[first : first + cell.base.numel()]
-    merged.copy_(cell.base)
-    still = update == 0
-    update.add_(cell.base)
-    torch.where(still, merged, update.to(merged.dtype), out=merged)
-
-
-def sce(
-    base: Tensor, targets: Sequence[Tensor], *, select_topk: float = 1.0, variant: str = "paper"
-) -> Tensor:
-    """Merge one tensor by Select, Calculate, Erase; see ``merge`` for the parameters.
-
-    Returns:
-        The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
-
-    Raises:
-        NonFiniteError: an input holds NaN or Inf.
-    """
-    passes = InMemory(base, targets)
-    merge(passes, select_topk, variant)
-    return passes.output
+    for strip in block.strips():
+        change = update(strip, _deltas(strip))
+        first = strip.start - block.start
+        merged = out[first : first + change.numel()]
+        merged.copy_(strip.base)
+        still = change == 0
+        base = scratch.take("base", strip.base, torch.float64)  # as _deltas left it
+        torch.where(still, merged, change.add_(base).to(merged.dtype), out=merged)

@@ -13,42 +13,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sum, scratch
+from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sums, scratch
 
 Statistic = Literal["square", "absolute"]
 STATISTICS: tuple[str, ...] = ("square", "absolute")
 
 
-def delta_sums(block: Block, statistic: str) -> list[list[float]]:
+def delta_sums(block: Block, statistic: str) -> list[tuple[float, ...]]:
     """Σ δ_j² or Σ |δ_j| per grid cell: a list of cells, each of K floats.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
-    sums = []
-    for cell in block.cells():
-        row = _cell_sums(cell, statistic, cell.compute_dtype)
-        if not all(map(math.isfinite, row)):
-            cell.raise_if_not_finite()
-            row = _cell_sums(cell, statistic, torch.float64)  # two finite ends of float32's range
-        sums.append(row)
+    sums: list[tuple[float, ...]] = []
+    for strip in block.strips():
+        rows = _strip_sums(strip, statistic, strip.compute_dtype)
+        if not all(math.isfinite(value) for row in rows for value in row):
+            strip.raise_if_not_finite()
+            # Two finite ends of float32's range.
+            rows = _strip_sums(strip, statistic, torch.float64)
+        sums += rows
     return sums
 
 
-def _cell_sums(cell: Block, statistic: str, dtype: torch.dtype) -> list[float]:
-    base = scratch.take("base", cell.base, dtype).copy_(cell.base)
-    delta = scratch.take("delta", cell.base, dtype)
+def _strip_sums(strip: Block, statistic: str, dtype: torch.dtype) -> list[tuple[float, ...]]:
+    base = scratch.take("base", strip.base, dtype).copy_(strip.base)
+    delta = scratch.take("delta", strip.base, dtype)
     # Squared in float64: in float32 a delta of 1e-23 would count as unmoved.
-    wide = scratch.take("wide", cell.base, torch.float64)
-    row = []
-    for target in cell.targets:
+    wide = scratch.take("wide", strip.base, torch.float64)
+    columns = []
+    for target in strip.targets:
         delta.copy_(target).sub_(base)
         if statistic == "absolute":
             wide.copy_(delta).abs_()
         else:
             wide.copy_(delta).mul_(wide)
-        row.append(cell_sum(wide))
-    return row
+        columns.append(cell_sums(wide))
+    return list(zip(*columns, strict=True))
 
 
 def statistics(passes: Passes, statistic: str = "square") -> list[float]:
@@ -93,18 +94,18 @@ def write(passes: Passes, weights: Sequence[float], lam: float = 1.0) -> None:
 
 
 def _write_block(block: Block, out: Tensor, coefficients: Sequence[float], of_base: float) -> None:
-    for cell in block.cells():
-        dtype = cell.compute_dtype
-        merged = scratch.take("merged", cell.base, dtype)
-        term = scratch.take("delta", cell.base, dtype)
+    for strip in block.strips():
+        dtype = strip.compute_dtype
+        merged = scratch.take("merged", strip.base, dtype)
+        term = scratch.take("delta", strip.base, dtype)
         if of_base:
-            merged.copy_(cell.base).mul_(of_base)
+            merged.copy_(strip.base).mul_(of_base)
         else:
             merged.zero_()
-        for target, coefficient in zip(cell.targets, coefficients, strict=True):
+        for target, coefficient in zip(strip.targets, coefficients, strict=True):
             if coefficient:
                 merged.add_(term.copy_(target), alpha=coefficient)
-        first = cell.start - block.start
+        first = strip.start - block.start
         out[first : first + merged.numel()].copy_(merged)
 
 
@@ -122,22 +123,24 @@ def write_elements(
 def _write_elements_block(
     block: Block, out: Tensor, prior: Sequence[float], statistic: str, lam: float
 ) -> None:
-    for cell in block.cells():
-        cell.raise_if_not_finite()
-        first = cell.start - block.start
-        merged = out[first : first + cell.base.numel()]
-        merged.copy_(cell.base)
-        counted = [(t, w) for t, w in zip(cell.targets, prior, strict=True) if w]
-        base = scratch.take("base", cell.base, torch.float64).copy_(cell.base)
-        value = scratch.take("delta", cell.base, torch.float64)
-        share = scratch.take("wide", cell.base, torch.float64)
-        largest = scratch.take("largest", cell.base, torch.float64).zero_()
+    for strip in block.strips():
+        strip.raise_if_not_finite()
+        first = strip.start - block.start
+        merged = out[first : first + strip.base.numel()]
+        merged.copy_(strip.base)
+        if not lam:
+            continue
+        counted = [(t, w) for t, w in zip(strip.targets, prior, strict=True) if w]
+        base = scratch.take("base", strip.base, torch.float64).copy_(strip.base)
+        value = scratch.take("delta", strip.base, torch.float64)
+        share = scratch.take("wide", strip.base, torch.float64)
+        largest = scratch.take("largest", strip.base, torch.float64).zero_()
         for target, _ in counted:
             torch.maximum(largest, value.copy_(target).sub_(base).abs_(), out=largest)
         moved = largest > 0
         largest.masked_fill_(~moved, 1.0)
-        whole = scratch.take("whole", cell.base, torch.float64).zero_()
-        mean = scratch.take("merged", cell.base, torch.float64).zero_()
+        whole = scratch.take("whole", strip.base, torch.float64).zero_()
+        mean = scratch.take("merged", strip.base, torch.float64).zero_()
         for target, weight in counted:
             value.copy_(target)
             # Relative to the largest, so that no square underflows.
@@ -150,8 +153,8 @@ def _write_elements_block(
         mean.div_(whole.masked_fill_(~moved, 1.0))
         if lam != 1.0:
             mean.mul_(lam).add_(base, alpha=1.0 - lam)
-        elif len(cell.targets) == 1:
-            mean.copy_(cell.targets[0])
+        elif len(strip.targets) == 1:
+            mean.copy_(strip.targets[0])
         torch.where(moved, mean.to(merged.dtype), merged, out=merged)
 
 
@@ -174,10 +177,11 @@ def varm_weights(
         float64 [K] on the CPU: the weights, which sum to 1; all 0 where no target moved.
 
     Raises:
-        ValueError: shapes differ, no target, an unknown statistic, a negative or all-zero weight.
+        ValueError: shapes differ, a tensor isn't floating, no target, an unknown statistic, a
+            negative or all-zero weight.
         NonFiniteError: an input holds NaN or Inf.
     """
-    prior = _checked(base, targets, statistic, weight)
+    prior = _checked(targets, statistic, weight)
     found = weights(statistics(InMemory(base, targets), statistic), prior)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -206,14 +210,14 @@ def varm(
         The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
 
     Raises:
-        ValueError: shapes differ, no target, an unknown granularity or statistic, a negative or
-            all-zero weight.
+        ValueError: shapes differ, a tensor isn't floating, no target, an unknown granularity or
+            statistic, a negative or all-zero weight.
         NonFiniteError: an input holds NaN or Inf.
     """
     from fusechat_merge.granularity import check_granularity
 
     check_granularity(granularity)
-    prior = _checked(base, targets, statistic, weight)
+    prior = _checked(targets, statistic, weight)
     passes = InMemory(base, targets)
     if granularity == "element":
         write_elements(passes, prior, statistic, lambda_)
@@ -223,15 +227,10 @@ def varm(
 
 
 def _checked(
-    base: Tensor, targets: Sequence[Tensor], statistic: str, weight: Sequence[float] | None
+    targets: Sequence[Tensor], statistic: str, weight: Sequence[float] | None
 ) -> list[float]:
     if not targets:
         raise ValueError("varm needs at least one target")
-    for index, target in enumerate(targets):
-        if target.shape != base.shape:
-            raise ValueError(
-                f"target {index} has shape {tuple(target.shape)}, the base {tuple(base.shape)}"
-            )
     if statistic not in STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)}")
     prior = [1.0] * len(targets) if weight is None else [float(w) for w in weight]
