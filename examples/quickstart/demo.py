@@ -77,30 +77,28 @@ def run(out: Path, settings: training.Settings) -> None:
     evaluation = make("evaluation", made_from, partial(evaluate, settings, text, models))
     losses = json.loads((evaluation / "losses.json").read_text(encoding="utf-8"))
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(result.table(losses))
-    for line in result.in_words(losses, "varm", [name for name in models if name != "varm"]):
-        console.print(line)
-    console.print(
-        "(one run with one seed: small differences mean little)\n\n"
-        f"merged weights   {merged['varm']}, {merged['linear']}\n"
-        f"heat map         {analysis / 'analysis.png'}\n"
-        f"losses           {evaluation / 'losses.png'}\n"
-        f"try another way  edit {configs['varm']} and run this again"
-    )
+    Console().print(result.table(losses))
+    print(*result.in_words(losses, "varm", [name for name in models if name != "varm"]), sep="\n")
+    print("(one run with one seed: small differences mean little)\n")
+    print(f"merged weights   {merged['varm']}, {merged['linear']}")
+    print(f"heat map         {analysis / 'analysis.png'}")
+    print(f"losses           {evaluation / 'losses.png'}")
+    print(f"try another way  edit {configs['varm']} and run this again")
 
 
 def configuration(method: str, pivot: Path, targets: Iterable[Path]) -> str:
     """The mergekit YAML that merges the targets; `linear`, a plain mean, needs no pivot."""
     config: dict[str, object] = {"merge_method": method}
+    hint = ""
     if method == "linear":
         config["models"] = [{"model": str(t), "parameters": {"weight": 1.0}} for t in targets]
     else:
         config["base_model"] = str(pivot)
         config["models"] = [{"model": str(target)} for target in targets]
         config["parameters"] = {"granularity": "matrix"}
+        hint = "# granularity: matrix, module, layer, model or element\n"
     config["dtype"] = "bfloat16"
-    return yaml.safe_dump(config, sort_keys=False)
+    return hint + yaml.safe_dump(config, sort_keys=False)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-_log = Console(stderr=True, highlight=False, soft_wrap=True)
+_log = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Parts:
@@ -23,7 +23,9 @@ class Parts:
 
     def are_foreign(self) -> bool:
         """Whether `out` holds something that no `Parts` made."""
-        return self.out.exists() and any(self.out.iterdir()) and not (self.out / ".made").is_dir()
+        if not self.out.is_dir():
+            return self.out.exists()
+        return any(self.out.iterdir()) and not (self.out / ".made").is_dir()
 
     def make(self, name: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
         """Have `build` fill the folder `name`, unless it is there and was made from the same."""
