@@ -6,6 +6,7 @@ mergekit's submodules are imported here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any, Literal
@@ -143,7 +144,7 @@ class VarmMethod(GroupMergeMethod):
                 found: Statistics | None = parameters.get("unit_statistics")
                 if found is None:
                     found = unit_statistics([group], statistic)
-                shares = [found[entry.id] for entry in group.non_base]
+                shares = [found.get(entry.id, 0.0) for entry in group.non_base]
                 varm.write(passes, varm.weights(shares, prior), lam)
         return passes.output
 
@@ -313,6 +314,11 @@ class MergeWithUnit(ExecuteMergeMethodTask):
         return {**super().arguments(), "unit_statistics": self.unit}
 
     def execute(self, tensors: dict[ModelReference, Tensor], **given: Any) -> Tensor | None:
+        if len(tensors) < len(self.model_order):
+            # Missing from a model, so not among the tensors that the statistics have checked.
+            for model, tensor in tensors.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise TensorError(non_finite(model, self.output_weight.name))
         parameters = {**dict(self.parameters.items()), **given}
         task = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
         return ExecuteMergeMethodTask.execute(task, tensors)
@@ -325,27 +331,41 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
         ConfigError: all weights of a tensor are 0, or a unit's vocabulary is permuted.
     """
     problems = [problem for task in tasks for problem in _weight_problems(task)]
-    coarse = {t.output_weight.name for t in tasks if t.parameters["granularity"] in SHARED}
-    if coarse and any(isinstance(task.gather_tensors, PermutedVocabulary) for task in tasks):
+    members: dict[tuple[str, str], list[ExecuteMergeMethodTask]] = defaultdict(list)
+    for granularity in SHARED & {task.parameters["granularity"] for task in tasks}:
+        for task in tasks:
+            members[granularity, unit_of(task.output_weight.name, granularity)].append(task)
+    units: dict[tuple[str, str, str], UnitStatistics] = {}
+    permuted: dict[str, None] = {}
+    result = []
+    for task in tasks:
+        granularity = task.parameters["granularity"]
+        if granularity in SHARED:
+            unit, statistic = (
+                unit_of(task.output_weight.name, granularity),
+                task.parameters["statistic"],
+            )
+            key = (granularity, unit, statistic)
+            if key not in units:
+                of_unit = members[granularity, unit]
+                # mergekit schedules by label: before the first tensor of the unit is loaded.
+                label = min(t.output_weight.name for t in of_unit)
+                units[key] = UnitStatistics(members=of_unit, label=label, statistic=statistic)
+                permuted |= {
+                    t.output_weight.name: None
+                    for t in of_unit
+                    if isinstance(t.gather_tensors, PermutedVocabulary)
+                }
+            task = MergeWithUnit(**_fields(task), unit=units[key])
+        result.append(task)
+    if permuted:
         problems.append(
             "granularity module, layer and model can't be combined with a tokenizer merge"
-            " (tokenizer or tokenizer_source): use granularity matrix or element, or bring the"
-            " models to one vocabulary first"
+            " (tokenizer or tokenizer_source): use granularity matrix or element for the units of"
+            f" {', '.join(permuted)}, or bring the models to one vocabulary first"
         )
     if problems:
         raise ConfigError(problems)
-    units: dict[tuple[str, str, str], UnitStatistics] = {}
-    result = []
-    for task in tasks:
-        name, granularity = task.output_weight.name, task.parameters["granularity"]
-        if granularity in SHARED:
-            unit, statistic = unit_of(name, granularity), task.parameters["statistic"]
-            key = (granularity, unit, statistic)
-            if key not in units:
-                members = [t for t in tasks if unit_of(t.output_weight.name, granularity) == unit]
-                units[key] = UnitStatistics(members=members, label=name, statistic=statistic)
-            task = MergeWithUnit(**_fields(task), unit=units[key])
-        result.append(task)
     return result
 
 

@@ -76,10 +76,9 @@ def parameter_problems(config: Any) -> list[str]:
 def _has_base(config: Any) -> bool:
     if config.base_model is not None:
         return True
-    slices = list(getattr(config, "slices", None) or [])
-    for module in (getattr(config, "modules", None) or {}).values():
-        slices += module.slices or []
-    return bool(slices) and all(piece.base_model is not None for piece in slices)
+    modules: Mapping[str, Any] = getattr(config, "modules", None) or {"": config}
+    pieces = [getattr(module, "slices", None) or [None] for module in modules.values()]
+    return all(piece and piece.base_model is not None for group in pieces for piece in group)
 
 
 def _setting_problems(

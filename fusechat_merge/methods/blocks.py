@@ -2,24 +2,27 @@
 
 A tensor's elements, counted from its first, fall into cells of ``BLOCK``. Sums are handed on as one
 float64 a cell, so neither the size of a caller's buffers nor the number of threads can change a bit
-of a result. Work goes in strips of one cell a thread, which torch hands out just so: each thread
-works on a cell that stays in its own cache. (Python threads would spend their time passing the
-interpreter's lock around: an operation on one cell takes some 5 µs.)
+of a result. Work goes in strips of some cells: few enough that scratch stays in the processor's
+cache, enough that the threads, which run a strip each, seldom wait for the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Barrier
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 BLOCK = 1 << 15
-_CUDA_STRIP = 1 << 22
-_MOST_CELLS = 32
+_STRIP = {"cpu": 8 * BLOCK}
+_ACCELERATOR_STRIP = 1 << 22
+_TASK = 64 * BLOCK
 
 T = TypeVar("T")
 
@@ -40,21 +43,18 @@ class Block:
         start: number of the first element, a multiple of ``BLOCK``.
         base: [n] contiguous, any floating dtype.
         targets: K tensors [n] on base's device, contiguous, any floating dtype each.
-        cells: grid cells to work on at once; 0 takes one a thread. Where several Python threads
-            compute, more of them make operations long enough not to wait for the interpreter.
     """
 
     start: int
     base: Tensor
     targets: tuple[Tensor, ...]
-    cells: int = 0
 
     def strips(self) -> Iterator[Block]:
         """The block cut into strips of whole cells (but for the tensor's last)."""
-        if self.base.device.type == "cpu":
-            size = BLOCK * (self.cells or min(torch.get_num_threads(), _MOST_CELLS))
-        else:
-            size = _CUDA_STRIP
+        return self.split(_STRIP.get(self.base.device.type, _ACCELERATOR_STRIP))
+
+    def split(self, size: int) -> Iterator[Block]:
+        """The block cut after every ``size`` elements, a multiple of ``BLOCK``."""
         n = self.base.numel()
         for i in range(0, n, size):
             j = min(i + size, n)
@@ -112,9 +112,8 @@ class InMemory:
                 raise ValueError(f"{name} is {kind}: only floating-point tensors can be merged")
             dtype = torch.promote_types(dtype, tensor.dtype)
         self.count = len(targets)
-        self._block = Block(
-            0, base.detach().reshape(-1), tuple(t.detach().reshape(-1) for t in targets)
-        )
+        whole = Block(0, base.detach().reshape(-1), tuple(t.detach().reshape(-1) for t in targets))
+        self._blocks = list(whole.split(_TASK)) if base.device.type == "cpu" else [whole]
         self._shape = base.shape
         self._out = torch.empty(base.numel(), dtype=dtype, device=base.device)
 
@@ -124,10 +123,28 @@ class InMemory:
         return self._out.view(self._shape)
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
-        yield fn(self._block)
+        if len(self._blocks) == 1:
+            return map(fn, self._blocks)
+        return workers(torch.get_num_threads()).map(fn, self._blocks)
 
     def write(self, fn: Callable[[Block, Tensor], object]) -> None:
-        fn(self._block, self._out)
+        def fill(block: Block) -> None:
+            fn(block, self._out[block.start : block.start + block.base.numel()])
+
+        for _ in self.map(fill):
+            pass
+
+
+@lru_cache(maxsize=1)
+def workers(threads: int) -> ThreadPoolExecutor:
+    """Threads that run a block each, in which torch's operations use no further threads."""
+    before = torch.get_num_threads()
+    started = Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,))
+    for _ in pool.map(lambda _: started.wait(), range(threads)):
+        pass
+    torch.set_num_threads(before)  # else every thread to come would inherit the workers' 1
+    return pool
 
 
 class _Scratch(threading.local):

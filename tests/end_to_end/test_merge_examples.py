@@ -1,0 +1,90 @@
+"""Every YAML in examples/merge merges as it stands, with pico models in place of those it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "merge").glob("*.yml"))
+PIVOT = "openchat/openchat_3.5"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{the name in an example: a checkpoint}, the targets moved from the pivot."""
+    names = {PIVOT}
+    for example in EXAMPLES:
+        config = MergeConfiguration.model_validate(yaml.safe_load(example.read_text()))
+        names |= {reference.model.path for reference in config.referenced_models()}
+    torch.manual_seed(0)
+    pivot = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    weights = {name: value.clone() for name, value in pivot.state_dict().items()}
+    folder = tmp_path_factory.mktemp("models")
+    for number, name in enumerate(sorted(names)):
+        moved = 0.0 if name == PIVOT else 0.01 * (1 + number)
+        pivot.load_state_dict(
+            {key: value + moved * torch.randn_like(value) for key, value in weights.items()}
+        )
+        pivot.to(torch.bfloat16).save_pretrained(folder / name)
+        pivot.float()
+    return {name: folder / name for name in names}
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def merge(example: Path, models: dict[str, Path], out: Path) -> dict[str, Tensor]:
+    text = example.read_text(encoding="utf-8")
+    for name in sorted(models, key=len, reverse=True):
+        text = text.replace(f"{name}\n", f"{models[name]}\n")
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    run_merge(config, str(out), MergeOptions(copy_tokenizer=False, quiet=True))
+    return tensors(out)
+
+
+def moved(merged: dict[str, Tensor], pivot: dict[str, Tensor]) -> Iterator[str]:
+    assert merged.keys() == pivot.keys()
+    return (name for name, value in pivot.items() if not torch.equal(value, merged[name]))
+
+
+def test_there_are_examples() -> None:
+    assert {example.stem for example in EXAMPLES} >= {"varm", "sce"}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_merges_as_it_stands(example: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    pivot = tensors(models[PIVOT])
+    names = set(moved(merge(example, models, tmp_path / "out"), pivot))
+    if example.stem == "varm-attention":
+        assert names == {name for name in pivot if "self_attn" in name}
+    else:
+        assert names == set(pivot)
+
+
+def test_examples_differ(models: dict[str, Path], tmp_path: Path) -> None:
+    """A parameter that mergekit dropped would give the default's result."""
+    default, *others = (
+        merge(example, models, tmp_path / example.stem)
+        for example in sorted(EXAMPLES, key=lambda example: example.stem != "varm")
+    )
+    for other in others:
+        assert list(moved(other, default))
