@@ -297,8 +297,8 @@ class _Saver:
         self._saving = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
         self._noted, self._saved = 0, 0  # bytes
-        self._thread = threading.Thread()
-        self._error: OSError | None = None
+        self._busy = False
+        self._error: BaseException | None = None
 
     def __enter__(self) -> _Saver:
         return self
@@ -321,17 +321,25 @@ class _Saver:
             getattr(self.done, kind)[name] = value
             self._pending.setdefault(kind, {})[name] = value
             self._noted += nbytes
-            if self._noted - self._saved >= _SAVE_EVERY and not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._save_quietly, name="save")
-                self._thread.start()
-            while self._noted - self._saved >= 2 * _SAVE_EVERY and not self._error:
+            while self._noted - self._saved >= _SAVE_EVERY and not self._error:
+                if not self._busy:
+                    self._busy = True
+                    threading.Thread(target=self._save_aside, name="save").start()
+                if self._noted - self._saved < 2 * _SAVE_EVERY:
+                    break
                 self._changed.wait()
             if self._error:
                 raise self._error
 
-    def _save_quietly(self) -> None:
-        with suppress(OSError):  # the next note raises it
+    def _save_aside(self) -> None:
+        try:
             self.save()
+        except OSError:
+            pass  # the next note raises it
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
 
     def save(self) -> None:
         """Force everything noted so far to the disk."""
@@ -344,7 +352,7 @@ class _Saver:
                 self.files.sync()
                 if pending:
                     self._journal.add(**pending)
-            except OSError as error:
+            except BaseException as error:
                 self._error = error
                 raise
             finally:
