@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -56,6 +59,279 @@ def _mergekit_options(command: _F) -> _F:
     ):
         command = option(command)
     return command
+
+
+class _Size(click.ParamType):
+    """A number of bytes: 256MiB, 5GB, or mergekit's 5B (billions)."""
+
+    name = "size"
+    _units: ClassVar[dict[str, int]] = {
+        "": 1, "K": 10**3, "KB": 10**3, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20,
+        "G": 10**9, "B": 10**9, "GB": 10**9, "GIB": 1 << 30, "TB": 10**12, "TIB": 1 << 40,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        if match is None or match[2].upper() not in self._units:
+            self.fail(f"{value!r} is no size; write 256MiB or 5GB", param, ctx)
+        size = int(float(match[1]) * self._units[match[2].upper()])
+        if size < 1:
+            self.fail(f"{value!r} is too small", param, ctx)
+        return size
+
+
+def _engine_options(command: _F) -> _F:
+    """What bounds the engine."""
+    for option in (
+        click.option(
+            "--threads", type=click.IntRange(1), help="Worker threads; default: one a processor."
+        ),
+        click.option(
+            "--memory",
+            type=_Size(),
+            default="256MiB",
+            show_default=True,
+            help="Of all buffers together, for varm and fusechat_sce.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _bytes_options(command: _F) -> _F:
+    """mergekit's options that change what is written where."""
+    for option in (
+        click.option(
+            "--random-seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Of methods that draw random numbers.",
+        ),
+        click.option(
+            "--shard-size",
+            type=_Size(),
+            default="5GB",
+            show_default=True,
+            help="Most bytes of tensors in one output file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+@_engine_options
+@_bytes_options
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on where an interrupted merge of the same configuration was.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new model is complete.")
+@click.option(
+    "--report/--no-report",
+    default=True,
+    show_default=True,
+    help="Write README.md and mergekit_config.yml.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
+@_mergekit_options
+def run(
+    config: Path,
+    out: Path,
+    device: str,
+    memory: int,
+    threads: int | None,
+    resume: bool,
+    overwrite: bool,
+    report: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Merge the models of CONFIG, a mergekit YAML, into the folder OUT.
+
+    Runs in bounded memory. Killed or out of room, the same command goes on where it was.
+
+    \b
+    Example: fusechat-merge run merge.yml merged --memory 512MiB
+    """
+    from fusechat_merge.planning import plan as make_plan
+    from fusechat_merge.stream import carry_out, is_finished
+
+    planned = _planned(config, make_plan, options)
+    if resume and is_finished(planned, out):
+        _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
+        return
+    where = "" if device == "cpu" else " on the processor (no other device is supported yet)"
+    _say(
+        as_json,
+        f"merging {len(planned.models)} models{where}: {planned.input_bytes / 1e9:.2f} GB in,"
+        f" {planned.output_bytes / 1e9:.2f} GB out",
+        event="plan",
+        tensors=len(planned.outputs),
+        input_bytes=planned.input_bytes,
+        output_bytes=planned.output_bytes,
+    )
+    with _Meter(sum(o.nbytes for o in planned.outputs), as_json) as meter:
+        carry_out(
+            planned,
+            out,
+            memory=memory,
+            threads=threads,
+            resume=resume,
+            overwrite=overwrite,
+            report=report,
+            progress=meter,
+        )
+    _say(as_json, f"wrote {out}", event="done", out=str(out))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@_engine_options
+@_bytes_options
+@_mergekit_options
+def plan(config: Path, as_json: bool, memory: int, threads: int | None, **options: Any) -> None:
+    """Show what CONFIG would read and write, and everything that stands in its way.
+
+    Reads headers only: nothing is computed or written, and no weights are downloaded.
+
+    \b
+    Example: fusechat-merge plan merge.yml --json
+    """
+    from fusechat_merge.planning import plan as make_plan
+    from fusechat_merge.stream import peak_memory
+
+    try:
+        planned = make_plan(config, **options)
+    except ConfigError as error:
+        if as_json:
+            click.echo(json.dumps({"problems": list(error.problems)}, indent=1))
+        raise
+    summary = planned.summary() | {"peak_memory_bytes": peak_memory(planned, memory, threads)}
+    if as_json:
+        click.echo(json.dumps(summary, indent=1))
+    else:
+        _print_plan(summary)
+    if planned.problems:
+        raise ConfigError(planned.problems)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the tensors to recompute.",
+)
+@_engine_options
+@_bytes_options
+@_mergekit_options
+def verify(config: Path, out: Path, **options: Any) -> None:
+    """Check that OUT is what CONFIG makes: structure, side files, and recomputed tensors.
+
+    \b
+    Example: fusechat-merge verify merge.yml merged --sample 0.1
+    """
+    from fusechat_merge.verify import verify as check
+
+    with _Meter(None, False) as meter:
+        differences = check(config, out, progress=meter, **options)
+    if differences:
+        raise Different(differences)
+    click.echo(f"{out} is what {config} makes")
+
+
+class Different(click.ClickException):
+    """A merged model is not what its configuration makes."""
+
+    def __init__(self, differences: Sequence[str]) -> None:
+        listed = "\n  ".join(differences)
+        super().__init__(f"{len(differences)} differences:\n  {listed}")
+
+
+def _planned(config: Path, make_plan: Callable[..., Any], options: dict[str, Any]) -> Any:
+    planned = make_plan(config, **options)
+    if not planned.problems and any(m.folder is None for m in planned.models.values()):
+        planned = make_plan(config, download=True, **options)
+    if planned.problems:
+        raise ConfigError(planned.problems)
+    return planned
+
+
+def _say(as_json: bool, text: str, **event: Any) -> None:
+    click.echo(json.dumps(event) if as_json else text, err=not as_json)
+
+
+class _Meter:
+    """Progress: a bar on stderr, or events on stdout twice a second."""
+
+    def __init__(self, total: int | None, as_json: bool) -> None:
+        self._total, self._as_json = total, as_json
+        self._done, self._last = 0, 0.0
+        self._lock = threading.Lock()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Meter:
+        if not self._as_json:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, unit="B", unit_scale=True, file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, tensor: str, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            late = now - self._last > 0.5 or self._done == self._total
+            if late:
+                self._last = now
+            if self._bar is not None:
+                if late:
+                    self._bar.set_postfix_str(tensor, refresh=False)
+                self._bar.update(nbytes)
+            elif late:
+                event = {"event": "progress", "tensor": tensor}
+                click.echo(json.dumps(event | {"bytes": self._done, "of": self._total}))
+
+
+def _print_plan(summary: dict[str, Any]) -> None:
+    click.echo(f"method       {summary['merge_method']}")
+    click.echo(f"parameters   {summary['parameters']:,} in {summary['tensors']} tensors")
+    click.echo(f"reads        {summary['input_bytes'] / 1e9:.3f} GB")
+    click.echo(f"writes       {summary['output_bytes'] / 1e9:.3f} GB")
+    for shard in summary["shards"]:
+        click.echo(f"             {shard['name']}  {shard['bytes'] / 1e9:.3f} GB")
+    click.echo(f"peak memory  about {summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    for key, what in (
+        ("merged_by_name", "the architecture doesn't know, merged by name"),
+        ("copied_from_base", "the architecture doesn't know, copied from the base"),
+        ("left_out", "left out"),
+    ):
+        for item in summary[key]:
+            text = item if isinstance(item, str) else "{model}: {tensor} ({reason})".format(**item)
+            click.echo(f"{what}: {text}")
 
 
 @main.command()

@@ -1,0 +1,138 @@
+"""What of a merge is finished and safe on the disk, so that the same command can go on from there.
+
+A journal is a file of JSON lines: first what is being merged, then what was found and written. A
+line is added only after the bytes that it speaks of have been forced to the disk; a line that a
+crash cut short is ignored. While a process holds the journal, a second one is refused; the lock
+goes with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusechat_merge.errors import ConfigError
+
+
+@dataclass
+class Done:
+    """What a journal knows.
+
+    Attributes:
+        identity: of the merge: configuration, options and sources.
+        elements: of each output: how many, from the first on, are written.
+        statistics: of each tensor and statistic, Σ by target, as ``delta_sums`` gave them.
+        weights: of each output, by target.
+    """
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Journal:
+    """The journal file, locked while it is open.
+
+    Args:
+        path: the file, made when missing.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._file)
+                raise ConfigError(
+                    [f"another fusechat-merge is writing here now ({path.parent} is locked)"]
+                ) from None
+            if _is(self._file, path):
+                break
+            os.close(self._file)  # the last holder has just finished and removed it
+        self.done = Done()
+        self._end = 0
+        self._read()
+
+    def _read(self) -> None:
+        raw = b""
+        while chunk := os.pread(self._file, 1 << 20, len(raw)):
+            raw += chunk
+        for line in raw.splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                break  # cut short by a crash; what follows was never promised
+            self._end += len(line)
+            if "identity" in entry:
+                self.done = Done(entry["identity"])
+            for name in ("elements", "statistics", "weights"):
+                getattr(self.done, name).update(entry.get(name, {}))
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Start over: forget everything and remember what is being merged."""
+        os.ftruncate(self._file, 0)
+        self._end, self.done = 0, Done(identity)
+        self.add(identity=identity)
+
+    def add(self, **entry: Any) -> None:
+        """Append one line and force it to the disk."""
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        os.ftruncate(self._file, self._end)
+        written = 0
+        while written < len(line):
+            written += os.pwrite(self._file, line[written:], self._end + written)
+        os.fdatasync(self._file)
+        self._end += len(line)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    try:
+        there, held = os.stat(path), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterable[str]:
+    """What differs between two identities, in words."""
+    for part in dict.fromkeys([*before, *now]):
+        old, new = before.get(part), now.get(part)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in dict.fromkeys([*old, *new]):
+                if old.get(key) != new.get(key):
+                    yield f"{part}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
+        else:
+            yield f"{part} was {_short(old)}, is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"

@@ -1,0 +1,108 @@
+"""mergekit's view of a checkpoint, served from headers that were read and checked before."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex, ShardInfo
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from fusechat_merge.checkpoint import Checkpoint
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""torch's dtype by safetensors' name; what is missing here is a quantised format."""
+
+
+class CheckpointLoader:
+    """Stands in for mergekit's ``LazyTensorLoader``: maps no file, keeps no shard open.
+
+    Args:
+        checkpoint: with its folder, unless only the index is asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._ahead: dict[str, Tensor] = {}
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name, at in checkpoint.tensors.items():
+            by_file[at.file].append(name)
+        self.index = ShardedTensorIndex(
+            base_path=str(checkpoint.folder),
+            is_safetensors=True,
+            tensor_paths={name: at.file for name, at in checkpoint.tensors.items()},
+            shards=[ShardInfo(file, names) for file, names in by_file.items()],
+        )
+
+    def get_tensor(
+        self,
+        key: str,
+        device: str = "cpu",
+        aliases: Sequence[str] | None = None,
+        raise_on_missing: bool = True,
+    ) -> Tensor | None:
+        """The tensor, read anew unless ``read_ahead`` has it."""
+        names = [name for name in (key, *(aliases or ())) if name in self._checkpoint.tensors]
+        if not names:
+            if raise_on_missing:
+                raise KeyError(key)
+            return None
+        tensor = self._ahead.pop(names[0], None)
+        return (self._read(names[0]) if tensor is None else tensor).to(device)
+
+    def read_ahead(self, names: Sequence[str]) -> None:
+        """Read these now and keep each until it is asked for once."""
+        for name in names:
+            self._ahead[name] = self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        at = self._checkpoint.tensors[name]
+        assert self._checkpoint.folder is not None, "weights are read from folders only"
+        raw = torch.empty(at.nbytes, dtype=torch.uint8)
+        into, offset = memoryview(raw.numpy()), at.offset
+        with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
+            while into.nbytes:
+                count = os.preadv(file.fileno(), [into], offset)
+                if not count:
+                    raise OSError(f"{at.file} of {self._checkpoint.name} has become shorter")
+                into, offset = into[count:], offset + count
+        return raw.view(DTYPES[at.dtype]).reshape(at.shape)
+
+    def flush(self) -> None:
+        self._ahead.clear()
+
+
+@contextmanager
+def loading(
+    models: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> Iterator[dict[ModelReference, CheckpointLoader]]:
+    """Let mergekit load these models' tensors, and find their names, through ``CheckpointLoader``."""
+    before = LoaderCache.loaders
+    loaders = {reference: CheckpointLoader(checkpoint) for reference, checkpoint in models.items()}
+    LoaderCache.loaders = loaders
+    LoaderCache().setup(options)
+    try:
+        yield loaders
+    finally:
+        LoaderCache.loaders = before

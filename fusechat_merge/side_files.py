@@ -1,0 +1,192 @@
+"""Everything of a merged model that is not weights: configuration, tokenizer, report, card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import get_config_value
+
+from fusechat_merge import __version__
+from fusechat_merge.card import model_card
+from fusechat_merge.planning import Plan
+from fusechat_merge.units import Unit
+
+_WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
+    ".gguf", ".onnx", ".h5", ".msgpack", ".pkl",
+)  # fmt: skip
+_OWN = {"config.json", "README.md", "fusechat_merge.json", "mergekit_config.yml", "journal"}
+_TOKENIZER = {
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+}  # fmt: skip
+
+
+def write_side_files(
+    planned: Plan, units: Sequence[Unit], identity: str, folder: Path, report: bool
+) -> None:
+    """Put every file but the weights into ``folder``; what is there is replaced.
+
+    Args:
+        units: statistics and weights that the merge found.
+        identity: digest by which the finished merge is known.
+        report: whether ``README.md`` and ``mergekit_config.yml`` are wanted.
+    """
+    donor = planned.models[planned.donor].folder
+    assert donor is not None
+    for name in side_files(planned, donor):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(donor / name, folder / name)
+    if planned.tokenizer is not None:
+        tokenizer = planned.tokenizer.tokenizer
+        if planned.chat_template:
+            tokenizer.chat_template = planned.chat_template
+        tokenizer.save_pretrained(folder)
+    elif planned.chat_template:
+        _write(folder / "chat_template.jinja", planned.chat_template)
+        _copy_without_chat_template(donor, folder)
+    original = (donor / "config.json").read_text(encoding="utf-8")
+    _write(folder / "config.json", merged_config(original, planned))
+    if len(planned.shards) > 1:
+        _write(folder / "model.safetensors.index.json", index(planned))
+    _write(folder / "fusechat_merge.json", _as_json(_record(planned, units, identity)))
+    if report:
+        _write(folder / "README.md", model_card(planned, units))
+        _write(folder / "mergekit_config.yml", planned.source)
+
+
+def side_files(planned: Plan, donor: Path) -> list[str]:
+    """Names of the donor's files that are copied byte for byte."""
+    written = set(_OWN)
+    if planned.tokenizer is not None:
+        written |= _TOKENIZER
+    elif planned.chat_template:
+        written.add("chat_template.jinja")
+        settings = donor / "tokenizer_config.json"
+        if settings.exists() and "chat_template" in json.loads(settings.read_text("utf-8")):
+            written.add(settings.name)
+    names = [entry.name for entry in os.scandir(donor) if entry.is_file()]
+    more = donor / "additional_chat_templates"
+    if more.is_dir():
+        names += [f"{more.name}/{entry.name}" for entry in os.scandir(more) if entry.is_file()]
+    return sorted(
+        name
+        for name in names
+        if name not in written and not name.startswith(".") and not name.endswith(_WEIGHTS)
+    )
+
+
+def index(planned: Plan) -> str:
+    """The text of ``model.safetensors.index.json``."""
+    total = sum(output.nbytes for output in planned.outputs)
+    weight_map = {output.name: output.file for output in planned.outputs}
+    return _as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def merged_config(text: str, planned: Plan) -> str:
+    """The donor's ``config.json``, its bytes kept but for the keys that the merge changes."""
+    before = json.loads(text)
+    for path, value in _changed_keys(before, planned):
+        text = _with_value(text, path, value)
+    return text
+
+
+def _changed_keys(before: dict[str, Any], planned: Plan) -> list[tuple[list[str], Any]]:
+    changed: list[tuple[list[str], Any]] = []
+    dtype = planned.config.out_dtype or planned.config.dtype
+    if dtype:
+        names = [name for name in ("dtype", "torch_dtype") if name in before] or ["torch_dtype"]
+        changed += [([name], dtype.removeprefix("torch.")) for name in names]
+    keys = []
+    if planned.config.slices or planned.config.modules:
+        modules = planned.architecture.modules.values()
+        keys += [module.architecture.num_layers_config_key() for module in modules]
+    if planned.tokenizer is not None:
+        keys.append(planned.architecture.vocab_size_config_key or "vocab_size")
+    changed += [(key.split("."), get_config_value(planned.out_config, key)) for key in keys if key]
+    return [(path, value) for path, value in changed if _value_at(before, path) != value]
+
+
+def _value_at(data: Any, path: list[str]) -> Any:
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _with_value(text: str, path: list[str], value: Any) -> str:
+    """JSON ``text`` with one value replaced (or added at the start of its object)."""
+    first = text.index("{")
+    span = _span(text, first, path)
+    if span:
+        return text[: span[0]] + json.dumps(value) + text[span[1] :]
+    data = json.loads(text)
+    inner = data
+    for key in path[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[path[-1]] = value
+    return _as_json(data)
+
+
+def _span(text: str, at: int, path: list[str]) -> tuple[int, int] | None:
+    """Where the value at ``path`` stands in the JSON object that begins at ``text[at]``."""
+    decoder = json.JSONDecoder()
+    at = _skip(text, at + 1)
+    while text[at] != "}":
+        key, at = decoder.raw_decode(text, at)
+        start = _skip(text, _skip(text, at) + 1)
+        _, end = decoder.raw_decode(text, start)
+        if key == path[0]:
+            if len(path) == 1:
+                return start, end
+            return _span(text, start, path[1:]) if text[start] == "{" else None
+        at = _skip(text, end)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return None
+
+
+def _skip(text: str, at: int) -> int:
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _copy_without_chat_template(donor: Path, folder: Path) -> None:
+    """The tokenizer's settings where they hold a template of their own, which comes first."""
+    path = donor / "tokenizer_config.json"
+    if path.exists():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            _write(folder / path.name, _as_json(settings))
+
+
+def _record(planned: Plan, units: Sequence[Unit], identity: str) -> dict[str, Any]:
+    config = planned.config
+    granularities = sorted({unit.granularity for unit in units})
+    return {
+        "fusechat": __version__,
+        "merge_method": config.merge_method,
+        "base_model": str(config.base_model) if config.base_model else None,
+        "models": list(planned.models),
+        "granularity": granularities[0] if len(granularities) == 1 else granularities or None,
+        "units": [asdict(unit) for unit in units],
+        "merged_by_name": planned.by_name,
+        "copied_from_base": planned.copied,
+        "left_out": [asdict(left) for left in planned.left_out],
+        "identity": identity,
+    }
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
