@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 15
-_CELLS = 8
+_STRIP = {"cpu": 8 * BLOCK}
 _ACCELERATOR_STRIP = 1 << 22
 _TASK = 64 * BLOCK
 
@@ -43,26 +43,22 @@ class Block:
         start: number of the first element, a multiple of ``BLOCK``.
         base: [n] contiguous, any floating dtype.
         targets: K tensors [n] on base's device, contiguous, any floating dtype each.
-        cells: grid cells of a strip on the CPU; it changes no bit of a result.
     """
 
     start: int
     base: Tensor
     targets: tuple[Tensor, ...]
-    cells: int = _CELLS
 
     def strips(self) -> Iterator[Block]:
         """The block cut into strips of whole cells (but for the tensor's last)."""
-        on_cpu = self.base.device.type == "cpu"
-        return self.split(self.cells * BLOCK if on_cpu else _ACCELERATOR_STRIP)
+        return self.split(_STRIP.get(self.base.device.type, _ACCELERATOR_STRIP))
 
     def split(self, size: int) -> Iterator[Block]:
         """The block cut after every ``size`` elements, a multiple of ``BLOCK``."""
         n = self.base.numel()
         for i in range(0, n, size):
             j = min(i + size, n)
-            targets = tuple(t[i:j] for t in self.targets)
-            yield Block(self.start + i, self.base[i:j], targets, self.cells)
+            yield Block(self.start + i, self.base[i:j], tuple(t[i:j] for t in self.targets))
 
     @property
     def compute_dtype(self) -> torch.dtype:
