@@ -24,9 +24,9 @@ from fusechat_merge.planning import Output, Source
 
 LANES = 2
 """Tensors under way at once: while the last segments of one are written, the next is read."""
-_CELLS = 8
-_SEGMENT = 4 << 20
+_BLOCKS = 8  # as many as a method works on at once
 _ALIGN = 64
+_GAPS = 64 * _ALIGN
 
 T = TypeVar("T")
 
@@ -37,16 +37,16 @@ class Ring:
 
     Attributes:
         threads: worker threads.
-        cells: grid cells that a worker computes on at once.
-        scratch: bytes that the methods' own buffers then take in one worker, at most.
+        blocks: grid cells in a segment, at most.
         segment: bytes of each worker's buffer.
+        scratch: bytes that the methods' own buffers take in each worker, at most.
         lane: bytes of each lane.
     """
 
     threads: int
-    cells: int
-    scratch: int
+    blocks: int
     segment: int
+    scratch: int
     lane: int
 
     @property
@@ -63,18 +63,20 @@ def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
         ValueError: it is too little for one worker to hold one block of every model.
     """
     shapes = {(_element_bytes(o), _kept_bytes(o), len(o.sources)) for o in outputs}
-    block = BLOCK * max((element for element, _, _ in shapes), default=0) + 64 * _ALIGN
+    block = BLOCK * max((element for element, _, _ in shapes), default=0)
     largest = max((kept for _, kept, _ in shapes), default=0)
     # float64 for every input and some ten intermediate results
-    cell = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
-    if block + cell > memory:
-        raise ValueError(f"--memory: at least {-(-(block + cell) >> 20)}MiB is needed here")
-    threads = max(1, min(threads, memory // 2 // (block + cell)))
-    share = memory // 2 // threads
-    cells = max(1, min(_CELLS, share // 2 // cell))
-    segment = max(block, min(_SEGMENT, share - cells * cell))
-    left = memory - threads * (segment + cells * cell)
-    return Ring(threads, cells, cells * cell, segment, max(0, min(left // LANES, largest)))
+    scratch = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
+    each = block + scratch + _GAPS
+    if each > memory:
+        raise ValueError(f"--memory: at least {-(-each >> 20)}MiB is needed here")
+    threads = max(1, min(threads, memory // 2 // each))
+    blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
+    segment = blocks * block + _GAPS
+    left = memory - threads * (segment + blocks * scratch)
+    return Ring(
+        threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest))
+    )
 
 
 def _element_bytes(output: Output) -> int:
@@ -147,7 +149,7 @@ class Buffers:
     def __init__(self, ring: Ring, files: SourceFiles) -> None:
         self.files = files
         self.threads = ring.threads
-        self.segment, self.cells = ring.segment, ring.cells
+        self.step = BLOCK * ring.blocks
         self.lanes = [_Buffer(ring.lane) for _ in range(LANES)]
         self.stopped = threading.Event()
         self._free = deque(_Buffer(ring.segment) for _ in range(ring.threads))
@@ -208,8 +210,7 @@ class FilePasses:
         self.count = len(output.sources) - 1
         self._output, self._buffers, self._writer = output, buffers, writer
         self._begin, self._finished = begin, finished
-        per_block = BLOCK * _element_bytes(output)
-        self._step = BLOCK * max(1, (buffers.segment - 64 * _ALIGN) // per_block)
+        self._step = buffers.step
         self._numel = output.numel
         room = buffers.lanes[lane]
         self._kept = room if _kept_bytes(output) <= room.size else None
@@ -275,4 +276,4 @@ class FilePasses:
             tensors.append(loaded)
         if kept is not None:
             self._read.add(start)
-        return Block(start, tensors[0], tuple(tensors[1:]), self._buffers.cells), used
+        return Block(start, tensors[0], tuple(tensors[1:])), used
