@@ -185,23 +185,12 @@ class SceMethod(GroupMergeMethod):
         return passes.output
 
 
-def group_statistics(group: TensorGroup, statistic: str) -> list[float]:
-    """Σ δ_j² (or Σ |δ_j|) over one tensor: a float for each of ``group.non_base``."""
-    with _naming(group):
-        return varm.statistics(_passes(group), statistic)
-
-
-def group_shares(group: TensorGroup, select_topk: float, variant: str) -> list[float]:
-    """SCE's η_j of one tensor: a float for each of ``group.non_base``."""
-    with _naming(group):
-        return sce.shares(_passes(group), select_topk, variant)[0]
-
-
 def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics:
     """Σ over the groups of Σ δ_j² (or Σ |δ_j|), by target."""
     rows: dict[Hashable, list[list[float]]] = {}
     for group in groups:
-        found = group_statistics(group, statistic)
+        with _naming(group):
+            found = varm.statistics(_passes(group), statistic)
         for entry, value in zip(group.non_base, found, strict=True):
             rows.setdefault(entry.id, []).append([value])
     return {target: varm.total(values, 1)[0] for target, values in rows.items()}
@@ -279,11 +268,11 @@ class UnitStatistics(Task[Statistics]):
         return self.label
 
     def execute(self) -> Statistics:
-        groups = (load_group(member) for member in self._members)
+        groups = (_load_group(member) for member in self._members)
         return unit_statistics((g for g in groups if g is not None), self.statistic)
 
 
-def load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
+def _load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
     """A planned tensor's inputs; None if a model lacks it or it is no floating-point tensor."""
     tensors = _run(task.gather_tensors)
     if any(tensors.get(model) is None for model in task.model_order):

@@ -74,9 +74,7 @@ def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
     blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
     segment = blocks * block + _GAPS
     left = memory - threads * (segment + blocks * scratch)
-    return Ring(
-        threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest))
-    )
+    return Ring(threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)))
 
 
 def _element_bytes(output: Output) -> int:
@@ -219,7 +217,7 @@ class FilePasses:
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         return self._in_order(lambda start, buffer: fn(self._block(start, buffer)[0]), 0)
 
-    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+    def write(self, fn: Callable[[Block, Tensor], object]) -> None:
         writer = self._writer
         assert writer is not None, "these passes only read"
 

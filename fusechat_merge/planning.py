@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import yaml
 from mergekit.architecture import (
-    ConfiguredModelArchitecture,
     WeightInfo,
     get_architecture_info,
 )
@@ -716,7 +715,7 @@ class _OutputMaker:
                     rows = min(shape[axis] for shape in shapes)
                 else:
                     rows = self._vocabulary_size(gather)
-                return shapes[0][:axis] + (rows,) + shapes[0][axis + 1 :]
+                return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
         elif len(set(shapes)) == 1:
             return shapes[0]
         listed = ", ".join(

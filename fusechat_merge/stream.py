@@ -383,6 +383,16 @@ class Merger:
 
     def run(self, outputs: Sequence[Output]) -> None:
         """Make them, two at a time."""
+        self._each(outputs, self._make)
+
+    def measure(self, outputs: Sequence[Output]) -> None:
+        """Find their statistics and weights only; nothing is written.
+
+        An output of granularity element is measured as the matrix that it is.
+        """
+        self._each(outputs, self._measure)
+
+    def _each(self, outputs: Sequence[Output], work: Callable[[Output, int], object]) -> None:
         todo = []
         for output in outputs:
             done = self._sink.done.elements.get(output.name, 0)
@@ -392,7 +402,7 @@ class Merger:
         queue = iter(list(enumerate(todo)))
         reading = _ReadAhead(self._sources, todo)
         threads = [
-            threading.Thread(target=self._lane, args=(lane, queue, reading), name=f"lane {lane}")
+            threading.Thread(target=self._lane, args=(lane, queue, reading, work))
             for lane in range(LANES)
         ]
         before = torch.get_num_threads()
@@ -412,7 +422,13 @@ class Merger:
         if self._error is not None:
             raise self._error
 
-    def _lane(self, lane: int, queue: Iterator[tuple[int, Output]], reading: _ReadAhead) -> None:
+    def _lane(
+        self,
+        lane: int,
+        queue: Iterator[tuple[int, Output]],
+        reading: _ReadAhead,
+        work: Callable[[Output, int], object],
+    ) -> None:
         torch.set_num_threads(1)
         while self._error is None and not self._buffers.stopped.is_set():
             with self._lock:
@@ -421,7 +437,7 @@ class Merger:
                 return
             try:
                 reading.reached(number)
-                self._make(output, lane)
+                work(output, lane)
             except BaseException as error:
                 with self._lock:
                     if self._error is None or isinstance(self._error, InterruptedError):
@@ -432,9 +448,7 @@ class Merger:
         how, parameters = output.how, output.parameters
         shares = None
         if how == "varm" and parameters["granularity"] != "element":
-            sums = self._sums(output, lane)
-            shares = varm.weights(sums, parameters["weight"])
-            self._sink.note("weights", output.name, shares)
+            shares = self._shares(output, lane)
         passes = self._passes(output, lane)
         with _naming(output):
             if how == "copy":
@@ -450,6 +464,24 @@ class Merger:
                 varm.write(passes, shares, parameters["lambda"])
         if not output.numel:
             self._sink.note("elements", output.name, 1)
+
+    def _measure(self, output: Output, lane: int) -> None:
+        if output.how == "varm":
+            self._shares(output, lane)
+        elif output.how == "fusechat_sce":
+            self._tensor_sums(output, "square", lane)
+            parameters = output.parameters
+            with _naming(output):
+                passes = FilePasses(output, self._buffers, lane)
+                eta, _ = sce.shares(passes, parameters["select_topk"], parameters["variant"])
+            self._sink.note("weights", output.name, eta)
+        self._progress(output.name, output.nbytes)
+
+    def _shares(self, output: Output, lane: int) -> list[float]:
+        """W_j of the output's unit."""
+        shares = varm.weights(self._sums(output, lane), output.parameters["weight"])
+        self._sink.note("weights", output.name, shares)
+        return shares
 
     def _passes(self, output: Output, lane: int) -> FilePasses:
         itemsize = output.dtype.itemsize
@@ -506,9 +538,11 @@ class Merger:
             shared = self._plan.units.get(output.unit or "")
             members = [self._by_name[n] for n in shared.members] if shared else [output]
             numel = sum(member.numel for member in members)
-            statistic = output.parameters.get("statistic")
+            statistic = output.parameters.get("statistic", "square")
             sums = [
-                done.statistics[f"{statistic} {member.name}"] for member in members if statistic
+                found
+                for member in members
+                if (found := done.statistics.get(f"{statistic} {member.name}")) is not None
             ]
             units[key] = Unit(
                 name=shared.name if shared else output.name,
