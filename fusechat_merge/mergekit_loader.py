@@ -97,7 +97,7 @@ class CheckpointLoader:
 def loading(
     models: Mapping[ModelReference, Checkpoint], options: MergeOptions
 ) -> Iterator[dict[ModelReference, CheckpointLoader]]:
-    """Let mergekit load these models' tensors, and find their names, through ``CheckpointLoader``."""
+    """Let mergekit find and load these models' tensors through ``CheckpointLoader``."""
     before = LoaderCache.loaders
     loaders = {reference: CheckpointLoader(checkpoint) for reference, checkpoint in models.items()}
     LoaderCache.loaders = loaders
