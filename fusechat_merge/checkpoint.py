@@ -325,8 +325,8 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
             if begin != position:
                 what = "overlap the tensor before" if begin < position else "leave a hole before"
                 problems.append(
-                    f"{where}: the data of {name!r} {what} them: bytes {begin} to {end}, {position} "
-                    f"was next"
+                    f"{where}: the data of {name!r} {what} them:"
+                    f" bytes {begin} to {end}, {position} was next"
                 )
                 break
             position = end

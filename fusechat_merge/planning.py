@@ -672,7 +672,7 @@ class _OutputMaker:
     def _outcome(
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, present: list[ModelReference]
     ) -> str | None:
-        """``merge`` or ``copy`` (of the only input), None for no output, as mergekit's task does."""
+        """``merge`` or ``copy`` (of the only input), None for no output, as in mergekit's task."""
         method = registry.get(task.method_name)
         if weight.optional and len(present) < len(task.model_order):
             policy = method.spec.optional_tensor_policy

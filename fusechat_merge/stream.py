@@ -173,7 +173,7 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
 
 
 def identity(planned: Plan) -> dict[str, Any]:
-    """What decides a merge's bytes: configuration, options, sources, and the software's versions."""
+    """What decides a merge's bytes: configuration, options, sources, software versions."""
     return {
         "configuration": planned.config.model_dump(mode="json", exclude_defaults=True),
         "options": asdict(planned.options),
