@@ -46,7 +46,8 @@ def analyze(planned: PlannedMerge, progress: Callable[[Sequence[T]], Iterable[T]
 
 
 def _varm_units(tasks: Iterable[Any]) -> list[Unit]:
-    from fusechat_merge.mergekit_plugin import group_statistics, load_group
+    from fusechat_merge.mergekit_plugin import group_statistics
+    from fusechat_merge.mergekit_units import load_group
 
     measured = []
     for task in tasks:
@@ -66,7 +67,8 @@ def _varm_units(tasks: Iterable[Any]) -> list[Unit]:
 
 
 def _sce_units(tasks: Iterable[Any]) -> Iterator[Unit]:
-    from fusechat_merge.mergekit_plugin import group_shares, group_statistics, load_group
+    from fusechat_merge.mergekit_plugin import group_shares, group_statistics
+    from fusechat_merge.mergekit_units import load_group
 
     for task in tasks:
         group, name = load_group(task), task.output_weight.name

@@ -49,7 +49,8 @@ from fusechat_merge.checkpoint import (
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.granularity import SHARED, layer_of, unit_of
 from fusechat_merge.mergekit_loader import DTYPES, loading
-from fusechat_merge.mergekit_plugin import _prior_problem, with_units
+from fusechat_merge.mergekit_plugin import _prior_problem
+from fusechat_merge.mergekit_units import with_units
 from fusechat_merge.parameters import parameter_problems
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
