@@ -48,8 +48,8 @@ from fusechat_merge.checkpoint import (
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.granularity import SHARED, layer_of, unit_of
 from fusechat_merge.mergekit_loader import DTYPES, loading
-from fusechat_merge.mergekit_plugin import _prior_problem, with_units
-from fusechat_merge.parameters import parameter_problems
+from fusechat_merge.mergekit_units import with_units
+from fusechat_merge.parameters import parameter_problems, weightless
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -530,6 +530,8 @@ def _plan_outputs(planned: Plan) -> None:
     for weight, task in tensors:
         maker.add(weight, task)
     _plan_unknown(planned, planner, maker)
+    if maker.weightless:
+        planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)
     planned.tasks = maker.tasks
     _plan_units(planned, maker)
@@ -553,6 +555,7 @@ class _OutputMaker:
         self.tasks: dict[str, ExecuteMergeMethodTask] = {}
         self.used: dict[str, set[str]] = defaultdict(set)
         self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
+        self.weightless: list[str] = []  # outputs for which all weights are 0
         self.complete: set[str] = set()  # outputs to which every model contributes
         self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
 
@@ -617,9 +620,8 @@ class _OutputMaker:
             self.tasks[name] = task
         if task.method_name == "varm" and how != "copy":
             targets = [model for model, _ in ordered if model != base]
-            problem = _prior_problem([task.input_parameters[m]["weight"] for m in targets], name)
-            if problem:
-                problems.append(problem)
+            if not any(task.input_parameters[m]["weight"] for m in targets):
+                self.weightless.append(name)
             if not alone:
                 if len(present) == len(task.model_order) and merged.is_floating_point:
                     self.complete.add(name)

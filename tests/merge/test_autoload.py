@@ -56,7 +56,6 @@ ORDERS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "genomes first": ("import mergekit.evo.genome", {}),
     "we first": ("import fusechat_merge", {}),
-    "the plugin first": ("import fusechat_merge.mergekit_plugin", {}),
     "off, we first": ("import fusechat_merge", OFF),
     "off, we last": (
         "import mergekit.plan, mergekit.scripts.merge_raw_pytorch, mergekit.evo.genome\n"

@@ -240,13 +240,13 @@ def test_slices(family: list[Path], tmp_path: Path) -> None:
                 {new + n[len(stem) :]: t for n, t in tensors[m].items() if n.startswith(stem)}
                 for m in (base, *targets)
             ]
-            expected |= reference(piece_of[0], piece_of[1:], lambda name: granularity)
+            expected |= reference(piece_of[0], piece_of[1:], lambda name, kind=granularity: kind)
         for names, (_, *targets) in (
             (("model.embed_tokens.weight",), layers[0]),
             (("model.norm.weight", "lm_head.weight"), layers[-1]),
         ):
             rest = [{n: tensors[m][n] for n in names} for m in (base, *targets)]
-            expected |= reference(rest[0], rest[1:], lambda name: granularity)
+            expected |= reference(rest[0], rest[1:], lambda name, kind=granularity: kind)
         assert_close(merged, expected)
 
 
@@ -779,7 +779,9 @@ def test_merge_state_dicts_of_modules_and_buffers() -> None:
                 del state[name]
         # ``0`` and ``1`` are the layers here; the names begin with their digits.
         named = [{f"x.{n}": t for n, t in state.items()} for state in states]
-        expected = reference(named[0], named[1:], lambda n: granularity, lambda n: [2.0, 1.0])
+        expected = reference(
+            named[0], named[1:], lambda n, kind=granularity: kind, lambda n: [2.0, 1.0]
+        )
         assert_close({f"x.{n}": t.detach() for n, t in found.items()}, expected)
 
 
