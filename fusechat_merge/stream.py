@@ -566,7 +566,7 @@ def make_tasks(planned: Plan, outputs: Sequence[Output], sink: Sink, progress: P
         else:
             todo.append(output)
     for output, tensor in run_tasks(planned, todo):
-        sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         sink.note("elements", output.name, max(output.numel, 1), output.nbytes)
         progress(output.name, output.nbytes)
 

@@ -651,13 +651,11 @@ TOKENIZER = (
         ({"base_model": None}, "base_model is missing: varm needs the pivot"),
         (
             {"parameters": {"weight": [{"filter": "model.norm", "value": 0}, {"value": 1}]}},
-            "tensor model.norm.weight: every target's weight is 0; give at least one target a weight"
-            " above 0",
+            "weight: every target's is 0 for model.norm.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
         (
             {"parameters": {"weight": [{"filter": "lm_head", "value": [0]}, {"value": 1}]}},
-            "tensor lm_head.weight: every target's weight is 0; give at least one target a weight"
-            " above 0",
+            "weight: every target's is 0 for lm_head.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
         ({"parameters": {"granularity": "model"}, "tokenizer_source": "base"}, TOKENIZER),
         ({"parameters": {"granularity": "module"}, "tokenizer": {"source": "base"}}, TOKENIZER),
@@ -697,7 +695,7 @@ def test_refused(
         ({"lambda": ".nan"}, "parameters.lambda: '.nan' is not a finite number"),
         (
             {"weight": [{"filter": "norm", "value": 0}, {"value": 1}]},
-            "tensor norm: every target's weight is 0; give at least one target a weight above 0",
+            "weight: every target's is 0 for norm; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
     ],
 )
@@ -747,7 +745,7 @@ def test_merge_tensors(family: list[Path]) -> None:
     with pytest.raises(ConfigError) as caught:
         merge_tensors(tensors, "varm", base_index=0, name=name, parameters={"weight": 0})
     assert str(caught.value) == (
-        f"tensor {name}: every target's weight is 0; give at least one target a weight above 0"
+        f"weight: every target's is 0 for {name or 'the tensor'}; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's"
     )
 
 
