@@ -26,7 +26,6 @@ LANES = 2
 """Tensors under way at once: while the last segments of one are written, the next is read."""
 _BLOCKS = 8  # as many as a method works on at once
 _ALIGN = 64
-_GAPS = 64 * _ALIGN
 
 T = TypeVar("T")
 
@@ -67,12 +66,13 @@ def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
     largest = max((kept for _, kept, _ in shapes), default=0)
     # float64 for every input and some ten intermediate results
     scratch = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
-    each = block + scratch + _GAPS
+    gaps = _ALIGN * (2 + 2 * max((count for _, _, count in shapes), default=0))
+    each = block + scratch + gaps
     if each > memory:
         raise ValueError(f"--memory: at least {-(-each >> 20)}MiB is needed here")
     threads = max(1, min(threads, memory // 2 // each))
     blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
-    segment = blocks * block + _GAPS
+    segment = blocks * block + gaps
     left = memory - threads * (segment + blocks * scratch)
     return Ring(threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)))
 

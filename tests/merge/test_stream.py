@@ -1,0 +1,357 @@
+"""fusechat-merge run against mergekit: the same bits, whatever the method, layout or memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fusechat_merge.errors import TensorError
+from fusechat_merge.stream import merge
+
+Family = Callable[..., list[Path]]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def configuration(paths: Sequence[Path], method: str = "varm", **settings: Any) -> dict[str, Any]:
+    base, *targets = map(str, paths)
+    return {
+        "merge_method": method,
+        "base_model": base,
+        "models": [{"model": target} for target in targets],
+        **settings,
+    }
+
+
+def reference(settings: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Tensor]:
+    config = MergeConfiguration.model_validate(settings)
+    run_merge(config, str(out), MergeOptions(quiet=True, **options))
+    return read(out)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert bits(found[name]) == bits(tensor), name
+
+
+def assert_as_mergekit(settings: Mapping[str, Any], folder: Path, **options: Any) -> None:
+    expected = reference(settings, folder / "mergekit", **options)
+    found = read(merge(settings, folder / "ours", **options))
+    assert_same(found, expected)
+    assert set(found) == set(expected)
+    ours, theirs = (AutoConfig.from_pretrained(folder / n).to_dict() for n in ("ours", "mergekit"))
+    ours.pop("_name_or_path"), theirs.pop("_name_or_path")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "module", "layer", "model", "element"])
+@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F32, BF16, F16), (F32,) * 4])
+def test_varm(tmp_path: Path, llama_family: Family, granularity: str, dtypes: Any) -> None:
+    paths = llama_family(tmp_path / "in", dtypes)
+    settings = configuration(
+        paths, parameters={"granularity": granularity, "lambda": 0.7, "statistic": "absolute"}
+    )
+    settings["models"][0]["parameters"] = {"weight": [0.5, 2]}
+    assert_as_mergekit(settings, tmp_path)
+
+
+def test_varm_with_settings_per_tensor(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 3)
+    settings = configuration(
+        paths,
+        parameters={
+            "granularity": [
+                {"filter": "mlp", "value": "layer"},
+                {"filter": "q_proj", "value": "element"},
+                {"value": "model"},
+            ],
+            "statistic": [{"filter": "mlp", "value": "absolute"}, {"value": "square"}],
+        },
+        dtype="float32",
+        out_dtype="bfloat16",
+    )
+    assert_as_mergekit(settings, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["paper", "fork"])
+@pytest.mark.parametrize("topk", [0.0, 0.3, 1.0])
+def test_fusechat_sce(tmp_path: Path, llama_family: Family, variant: str, topk: float) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 4)
+    parameters = {"select_topk": topk, "variant": variant}
+    assert_as_mergekit(configuration(paths, "fusechat_sce", parameters=parameters), tmp_path)
+
+
+OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "linear": (3, {"weight": 0.4}),
+    "task_arithmetic": (3, {"weight": 0.4, "lambda": 0.8}),
+    "ties": (3, {"weight": 0.4, "density": 0.5}),
+    "breadcrumbs": (3, {"weight": 0.4, "density": 0.5}),
+    "sce": (3, {"select_topk": 0.5}),
+    "model_stock": (3, {}),
+    "slerp": (2, {"t": [0, 0.5, 1]}),
+    "nuslerp": (3, {"weight": 0.5}),
+    "nearswap": (2, {"t": 1e-3}),
+    "arcee_fusion": (2, {}),
+    "karcher": (3, {}),
+    "multislerp": (3, {"weight": 0.5}),
+    "ram": (3, {}),
+    "ramplus_tl": (3, {}),
+}
+
+
+@pytest.mark.parametrize("method", sorted(OTHERS))
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_other_methods(
+    tmp_path: Path, llama_family: Family, method: str, dtype: str | None
+) -> None:
+    count, parameters = OTHERS[method]
+    paths = llama_family(tmp_path / "in", (BF16,) * count, shards=2)
+    settings = configuration(paths, method, parameters=parameters)
+    if dtype:
+        settings |= {"dtype": dtype, "out_dtype": "bfloat16" if dtype == "float32" else None}
+    assert_as_mergekit(settings, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della"])
+def test_random_methods_depend_on_the_seed_and_nothing_else(
+    tmp_path: Path, llama_family: Family, method: str
+) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 3)
+    settings = configuration(paths, method, parameters={"weight": 0.5, "density": 0.5})
+    before = torch.random.get_rng_state()
+    first = read(merge(settings, tmp_path / "first", random_seed=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert_same(read(merge(settings, tmp_path / "second", random_seed=1)), first)
+    other = read(merge(settings, tmp_path / "other", random_seed=2))
+    assert any(bits(other[name]) != bits(first[name]) for name in first)
+
+
+def test_slices_of_different_models(tmp_path: Path, llama_family: Family) -> None:
+    a, b, c = llama_family(tmp_path / "in", (BF16,) * 3, changes={"num_hidden_layers": 3})
+    stacked = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": str(a), "layer_range": [0, 2]}]},
+            {"sources": [{"model": str(b), "layer_range": [1, 3]}]},
+        ],
+    }
+    (tmp_path / "stacked").mkdir()
+    assert_as_mergekit(stacked, tmp_path / "stacked")
+    woven = {
+        "merge_method": "varm",
+        "base_model": str(a),
+        "parameters": {"granularity": "module"},
+        "slices": [
+            {"sources": [{"model": str(m), "layer_range": span} for m in (a, b, c)]}
+            for span in ([1, 3], [0, 2])
+        ],
+    }
+    (tmp_path / "woven").mkdir()
+    assert_as_mergekit(woven, tmp_path / "woven")
+
+
+@pytest.mark.parametrize("phantom", [False, True])
+def test_tied_heads(tmp_path: Path, llama_family: Family, phantom: bool) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if phantom and label == "t1":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    paths = llama_family(
+        tmp_path / "in", (BF16,) * 3, changes={"tie_word_embeddings": True}, edit=edit
+    )
+    assert_as_mergekit(configuration(paths), tmp_path)
+    assert ("lm_head.weight" in read(tmp_path / "ours")) is phantom
+
+
+def test_vocabulary_cut_to_the_smallest(tmp_path: Path, llama_family: Family) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if label == "t0":
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensors[name] = tensors[name][:1050].contiguous()
+
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=edit)
+    for method in ("varm", "task_arithmetic"):
+        folder = tmp_path / method
+        folder.mkdir()
+        parameters = {"weight": 0.5}
+        assert_as_mergekit(
+            configuration(paths, method, parameters=parameters)
+            if method != "varm"
+            else configuration(paths),
+            folder,
+            unsafe_truncate_embeddings=True,
+        )
+
+
+def test_tensors_that_the_architecture_does_not_know(tmp_path: Path, llama_family: Family) -> None:
+    layer = "model.layers.1.self_attn."
+
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        start = {"base": 0.0, "t0": 1.0, "t1": 3.0}[label]
+        tensors[layer + "q_proj.bias"] = torch.arange(32, dtype=BF16) + start
+        tensors["extra.table"] = torch.arange(6, dtype=torch.int64)
+        if label == "base":
+            tensors[layer + "k_proj.bias"] = torch.full((16,), 0.1, dtype=F32)
+        if label == "t1":
+            tensors[layer + "v_proj.bias"] = torch.ones(16, dtype=BF16)
+
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=edit)
+    settings = configuration(paths, parameters={"granularity": "layer"}, dtype="bfloat16")
+    expected = reference(settings, tmp_path / "mergekit")
+    found = read(merge(settings, tmp_path / "ours"))
+    assert_same(found, expected)
+    more = set(found) - set(expected)
+    assert more == {layer + "q_proj.bias", layer + "k_proj.bias", "extra.table"}
+    # A unit of its own: weights 1/10 and 9/10, whatever else the layer holds.
+    assert torch.equal(found[layer + "q_proj.bias"], (torch.arange(32) + 2.8).to(BF16))
+    assert found[layer + "k_proj.bias"].dtype == BF16
+    assert torch.equal(found["extra.table"], torch.arange(6))
+    record = json.loads((tmp_path / "ours" / "fusechat_merge.json").read_text())
+    assert record["merged_by_name"] == [layer + "q_proj.bias"]
+    assert sorted(record["copied_from_base"]) == ["extra.table", layer + "k_proj.bias"]
+    (left,) = [left for left in record["left_out"] if left["tensor"] == layer + "v_proj.bias"]
+    assert left["model"] == str(paths[2])
+    assert "the base has no such tensor" in left["reason"]
+
+
+def test_memory_threads_and_shards_change_no_byte(tmp_path: Path, llama_family: Family) -> None:
+    changes = {"vocab_size": 12_000}  # 12 grid cells in the embeddings
+    one = llama_family(tmp_path / "one", (BF16,) * 4, changes=changes)
+    many = llama_family(tmp_path / "many", (BF16,) * 4, changes=changes, shards=5)
+    for method, parameters in [
+        ("varm", {"granularity": "layer"}),
+        ("fusechat_sce", {"select_topk": 0.2}),
+    ]:
+        first = None
+        for number, (paths, options) in enumerate(
+            [
+                (one, {}),
+                (one, {"memory": 4_500_000, "threads": 1}),
+                (one, {"memory": 60 << 20, "threads": 5}),
+                (many, {"memory": 12_000_000, "shard_size": 100_000}),
+            ]
+        ):
+            settings = configuration(paths, method, parameters=parameters)
+            found = read(merge(settings, tmp_path / f"{method}{number}", **options))
+            first = first or found
+            assert_same(found, first)
+
+
+def test_shards_as_the_plan_says_and_the_model_loads(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 3)
+    out = merge(configuration(paths), tmp_path / "out", shard_size=50_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    sizes = {file: sum(t.nbytes for t in load_file(out / file).values()) for file in files}
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    assert all(
+        size <= 50_000 or len(load_file(out / file)) == 1 for file, size in sizes.items()
+    )
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_mixed_dtypes_stay_aligned(tmp_path: Path, llama_family: Family) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+        tensors["odd"] = torch.ones(3, dtype=torch.uint8)
+
+    out = merge(configuration(llama_family(tmp_path / "in", (BF16,) * 2, edit=edit)), tmp_path / "o")
+    found = read(out)  # safetensors refuses to view misaligned bytes
+    assert found["model.norm.weight"].dtype == torch.float64
+    assert found["odd"].tolist() == [1, 1, 1]
+
+
+def test_side_files_byte_for_byte(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 3)
+    files = {
+        "tokenizer.json": b'{"version": "1.0"}\r\n',
+        "tokenizer_config.json": b'{"chat_template": "x"}',
+        "chat_template.jinja": "{{ 'größe' }}".encode(),
+        "generation_config.json": b"{}",
+        "merges.txt": b"a b\n",
+        "LICENSE": b"x",
+        "preprocessor_config.json": b"{ }",
+        "additional_chat_templates/tool.jinja": b"y",
+    }
+    (paths[0] / "additional_chat_templates").mkdir()
+    for name, content in files.items():
+        (paths[0] / name).write_bytes(content)
+    for name in ("pytorch_model.bin", "README.md", ".gitattributes", "x.gguf"):
+        (paths[0] / name).write_bytes(b"never copied")
+    text = '{\n "model_type" : "llama",\n\t"torch_dtype":"float16" , "größe": [1.0, {"x": "}"}]}\n'
+    original = json.loads((paths[0] / "config.json").read_text())
+    body = ", ".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in original.items()
+                     if k not in ("model_type", "torch_dtype"))  # fmt: skip
+    text = text.replace('"größe"', body + ', "größe"')
+    (paths[0] / "config.json").write_text(text, encoding="utf-8")
+    out = merge(configuration(paths, dtype="bfloat16"), tmp_path / "out")
+    for name, content in files.items():
+        assert (out / name).read_bytes() == content
+    assert (out / "config.json").read_text("utf-8") == text.replace('"float16"', '"bfloat16"')
+    assert {p.name for p in out.iterdir() if p.is_file()} == {
+        *(name for name in files if "/" not in name),
+        "config.json", "model.safetensors", "fusechat_merge.json", "README.md",
+        "mergekit_config.yml",
+    }  # fmt: skip
+    card = (out / "README.md").read_text("utf-8")
+    assert card.startswith("---\n")
+    assert "| self_attn.q_proj |" in card
+
+
+def test_the_record_of_units(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (F32,) * 3)
+    out = merge(configuration(paths, parameters={"granularity": "module"}), tmp_path / "out")
+    record = json.loads((out / "fusechat_merge.json").read_text())
+    assert record["granularity"] == "module"
+    base, *targets = (read(path) for path in paths)
+    unit = next(u for u in record["units"] if u["name"] == "model.layers.1.mlp")
+    names = [name for name in base if name.startswith("model.layers.1.mlp.")]
+    assert sorted(unit["tensors"]) == sorted(names)
+    assert unit["numel"] == sum(base[name].numel() for name in names)
+    sums = [
+        sum(float((t[n].double() - base[n].double()).square().sum()) for n in names)
+        for t in targets
+    ]
+    assert unit["statistics"] == pytest.approx([s / unit["numel"] for s in sums], rel=1e-12)
+    assert unit["weights"] == pytest.approx([s / sum(sums) for s in sums], rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
+def test_nan_is_named(tmp_path: Path, llama_family: Family, method: str) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if label == "t1":
+            tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=edit)
+    with pytest.raises(TensorError) as caught:
+        merge(configuration(paths, method), tmp_path / "out")
+    assert f"tensor model.layers.1.mlp.up_proj.weight of model {paths[2]}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
