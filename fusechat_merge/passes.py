@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -175,7 +176,7 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._view = memoryview(self._bytes.numpy())
+        self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         self.size = size
 
     def cut(self, start: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
@@ -241,7 +242,7 @@ class FilePasses:
         waiting: deque[Future[T]] = deque()
         try:
             for start in range(begin, self._numel, self._step):
-                waiting.append(self._buffers.submit(lambda b, s=start: work(s, b)))
+                waiting.append(self._buffers.submit(partial(work, start)))
                 if len(waiting) > 4 * self._buffers.threads:
                     yield waiting.popleft().result()
             while waiting:

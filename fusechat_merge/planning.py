@@ -458,7 +458,8 @@ class _Planner(MergePlanner):
         return self._take()
 
     def _take(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
-        taken, self._tensors = self._tensors, []
+        taken = list(self._tensors)
+        self._tensors.clear()
         return taken
 
     def plan_module(self, module_name: str, definition: Any) -> None:
