@@ -1,0 +1,21 @@
+"""Makes the real tokenizers importable and gives them as fixtures."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import real_tokenizers
+
+
+@pytest.fixture(scope="session")
+def mistral() -> PreTrainedTokenizerFast:
+    return real_tokenizers.mistral()
+
+
+@pytest.fixture(scope="session")
+def qwen() -> PreTrainedTokenizerFast:
+    return real_tokenizers.qwen()
