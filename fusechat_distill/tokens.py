@@ -205,9 +205,7 @@ class _Reading:
         if backend is None or not hasattr(backend, "decoder"):
             raise RequestError(
                 f"tokenizer {name}",
-                [
-                    "it is not backed by the `tokenizers` library; give a model with a tokenizer.json"
-                ],
+                ["it is not backed by the `tokenizers` library; use a model with a tokenizer.json"],
             )
         self.normalizer = backend.normalizer
         decoder = list(_components(backend.decoder))
@@ -313,7 +311,7 @@ class _Reading:
         ends = np.full(n, -1, dtype=np.int64)
         starts = np.full(n, -1, dtype=np.int64)
         dummy = np.zeros(n, dtype=np.bool_)
-        at = _byte_offsets(text)
+        at = byte_offsets(text)
         borders = [*np.flatnonzero(special).tolist(), n]
         first, begin = 0, 0  # token and character at which the segment begins
         for border in borders:
@@ -402,7 +400,7 @@ def _overlapping(
     yield (start, last), (begin, end)
 
 
-def _byte_offsets(text: str) -> NDArray[np.int64]:
+def byte_offsets(text: str) -> NDArray[np.int64]:
     """[len(text) + 1], the UTF-8 offset of each character and of the end."""
     if text.isascii():
         return np.arange(len(text) + 1, dtype=np.int64)
