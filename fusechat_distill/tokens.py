@@ -132,24 +132,23 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> 
     reading = _reading(tokenizer)
     first = np.full(len(texts), -1, dtype=np.int64)
     todo: list[tuple[int, str]] = []
-    for i, text in enumerate(texts):
+    for i, raw in enumerate(texts):
         try:
-            todo.append((i, text.decode()))
+            todo.append((i, raw.decode()))
         except UnicodeDecodeError:
             continue
     for anchor in _ANCHORS:
-        left = []
+        joined: list[tuple[int, str]] = []
         for block in range(0, len(todo), 4096):
             part = todo[block : block + 4096]
-            for (i, text), tokens in zip(
-                part, tokenize(tokenizer, [anchor + text for _, text in part]), strict=True
-            ):
+            tokenizations = tokenize(tokenizer, [anchor + text for _, text in part])
+            for (i, text), tokens in zip(part, tokenizations, strict=True):
                 at = np.flatnonzero(tokens.ends == len(anchor.encode()))
                 if len(at) and at[-1] + 1 < len(tokens.ids) and not tokens.special.any():
                     first[i] = tokens.ids[at[-1] + 1]
                 else:
-                    left.append((i, text))
-        todo = left
+                    joined.append((i, text))
+        todo = joined
     for i in np.flatnonzero(first < 0).tolist():
         first[i] = reading.longest_prefix(texts[i])
     return first
@@ -321,6 +320,7 @@ class _Reading:
                     text, token_ids, spans, at, (first, border), (begin, end), ends, dummy
                 )
             if border < n:
+                starts[border] = at[end]
                 begin = spans[border][1]
                 ends[border] = at[begin]
             first = border + 1
