@@ -67,7 +67,6 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
     the batch has them as [batch, length, k] tensors, int32 and float32, zero in the padding.
 
     Examples:
-    ```python
     >>> from fusechat_distill.trainer import DataCollatorForFusion
 
     >>> collator = DataCollatorForFusion(pad_token_id=0)
@@ -89,7 +88,6 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
     ... )
     >>> batch["fusion_ids"].shape, batch["fusion_probs"][0, 1]
     (torch.Size([2, 2, 2]), tensor([0.7500, 0.2500]))
-    ```
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +98,7 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
                 continue
             rows = [
                 torch.from_numpy(
-                    np.asarray(example[name], dtype).reshape(len(example["input_ids"]), -1)
+                    np.array(example[name], dtype).reshape(len(example["input_ids"]), -1)
                 )
                 for example in examples
             ]
