@@ -51,10 +51,14 @@ def _load_keys(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _file_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def _folder_name(value: str) -> str:
+    if not FOLDER_NAME.fullmatch(value):
         raise ValueError(
-            f"{value!r} can't name a folder; use letters, digits and . _ + - after a letter or digit"
+            f"{value!r} can't name a folder; use a letter or digit, then letters, digits and "
+            ". _ + -"
         )
     return value
 
@@ -69,19 +73,15 @@ class Model(Section):
     load: Annotated[dict[str, Any], AfterValidator(_load_keys)] = {}
     """Passed to the engine that loads it: `device_map`, `quantization_config`, ..."""
 
-    @property
-    def folder_name(self) -> str:
-        return self.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-
 
 class Source(Model):
-    name: Annotated[str, AfterValidator(_file_name)] | None = None
+    name: Annotated[str, AfterValidator(_folder_name)] | None = None
     vocabulary: Literal["ms", "mined", "em", "bytes"] | None = None
 
     @property
     def title(self) -> str:
         """The name of its folders: as given, or the last part of the model's."""
-        return self.name or self.folder_name
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _as_model(value: Any) -> Any:
@@ -259,7 +259,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
     seen: dict[str, str] = {PIVOT: "the pivot's"}
     for index, source in enumerate(recipe.sources):
-        if source.name is None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", source.title):
+        if not FOLDER_NAME.fullmatch(source.title):
             problems.append(
                 f"sources[{index}].name: {source.title!r} can't name a folder; give this source "
                 "a `name`"
@@ -277,19 +277,20 @@ def _contradictions(recipe: Recipe) -> list[str]:
 def _parse(raw: dict[Any, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, with what is wrong left out where that leaves a recipe; and what is wrong."""
     problems: list[str] = []
+    left_out: set[tuple[str | int, ...]] = set()
     while True:
         try:
             return Recipe.model_validate(raw), problems
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            problems += [_problem(e, raw) for e in errors]
-            cut = _without(raw, [e["loc"] for e in errors])
-            if cut == raw or any(e["type"] == "missing" for e in errors):
+            problems += [_problem(e) for e in errors if e["loc"] not in left_out]
+            if any(e["type"] == "missing" for e in errors):
                 return None, problems
-            raw = cut
+            left_out |= {e["loc"] for e in errors}
+            raw = _without(raw, left_out)
 
 
-def _problem(error: Any, raw: Any) -> str:
+def _problem(error: Any) -> str:
     loc: tuple[str | int, ...] = error["loc"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     found = error["input"]
@@ -330,7 +331,8 @@ def _keys_at(loc: Sequence[str | int]) -> set[str]:
 
 def _section(key: str) -> type[BaseModel]:
     annotation = Recipe.model_fields[key].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
     return annotation
 
 
@@ -370,5 +372,67 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
+
+
+TEMPLATE = """\
+# What to fuse, from what, and how. Every key is shown with its default, unless a comment says that
+# it has none; what is left out has its default, and an unknown key is an error.
+
+output: runs/fusechat               # no default; everything is written below this folder
+
+# Models are hub names or folders. A plain string will do; the long form also takes `load`, which
+# goes to the engine as it is (device_map, quantization_config, attn_implementation, ...).
+pivot:                              # no default; the model that is trained
+  model: Qwen/Qwen2.5-0.5B-Instruct
+  revision: null                    # branch, tag or commit; null: the hub's main
+  dtype: null                       # for scoring; null: scoring.dtype
+  template: native                  # the model's own chat template, or the pivot's: pivot
+  load: {}
+sources:                            # no default; the models it learns from
+  - HuggingFaceTB/SmolLM2-1.7B-Instruct
+  # - model: org/model              # as above, and:
+  #   name: model                   # of its folders; default: the last part of `model`
+  #   vocabulary: ms                # default: alignment.vocabulary
+
+dataset:                            # chats: messages, ShareGPT conversations, or prompt/completion
+  path: trl-lib/Capybara            # no default; hub name, file, or saved folder
+  name: null                        # configuration of a hub dataset
+  split: train
+  column: null                      # null: found by its name and content
+  max_samples: null                 # null: all
+  eval_fraction: 0.02               # held out from training
+max_length: 2048                    # in the pivot's tokens; longer conversations are cut
+
+scoring:
+  top_k: 10                         # entries kept at each position
+  engine: transformers              # or vllm
+  dtype: bfloat16                   # auto, bfloat16, float16, float32
+  batch_tokens: 16384               # tokens in one forward; halved where memory runs out
+  device: auto                      # auto, cpu, cuda, cuda:1, mps
+
+alignment:
+  positions: bytes                  # or dtw, the papers' alignment
+  vocabulary: ms                    # ms, mined, em, bytes
+  unmatched: one_hot                # or pivot: the pivot's own distribution
+
+fusion:
+  strategy: pairwise                # one target for each source; multi: one for all; sft: baseline
+  function: min_ce                  # or avg_ce
+  level: sequence                   # or token
+  cross_entropy: byte               # or token, the papers'
+  temperature: 1.0
+  tail: renormalize                 # or gold: what the top k leave goes to the gold token
+
+training:                           # any field of TRL's SFTConfig as well
+  lambda: 0.9                       # weight of the language-modelling loss; the rest is fusion's
+  lora: null                        # or fields of PEFT's LoraConfig: {r: 16, lora_alpha: 32}
+
+merge:                              # goes into merge.yml
+  merge_method: varm
+  parameters: {}
+  dtype: bfloat16
+"""

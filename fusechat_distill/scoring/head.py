@@ -96,9 +96,9 @@ def _chunk(
         # The top k lie in the k blocks with the highest maxima.
         maxima = logits.view(n, blocks, BLOCK).amax(-1)
         chosen = maxima.topk(min(k, blocks), dim=-1).indices
-        candidates = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=chosen.device)).view(
-            n, -1
-        )
+        candidates = (
+            chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=chosen.device)
+        ).view(n, -1)
         tile_best, index = logits.gather(1, candidates).topk(min(k, candidates.shape[1]), dim=-1)
         best = torch.cat([best, tile_best], 1)
         best_ids = torch.cat([best_ids, candidates.gather(1, index) + low], 1)
@@ -111,12 +111,13 @@ def _chunk(
         total = total * (previous - shift).exp() + real.sub_(shift.unsqueeze(-1)).exp_().sum(-1)
 
     # NaN in one logit is NaN in `total`, which makes the whole row NaN.
-    normalizer = highest + total.log()
+    rest = total.log_()
     order = best_ids.argsort(dim=-1)
     best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     order = best.argsort(dim=-1, descending=True, stable=True)
     best_ids, best = best_ids.gather(1, order), best.gather(1, order)
-    return best_ids, best - normalizer.unsqueeze(-1), gold_logits - normalizer
+    best = best - highest.unsqueeze(-1) - rest.unsqueeze(-1)
+    return best_ids, best, gold_logits - highest - rest
 
 
 def _logits(hidden: Tensor, head: Head, low: int, high: int, *, out: Tensor) -> None:

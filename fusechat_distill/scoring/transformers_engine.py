@@ -46,10 +46,10 @@ class TransformersScorer:
         self.head_module = model.get_output_embeddings()
         weight = getattr(self.head_module, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            kind = type(self.head_module).__name__
             raise DistillError(
-                f"{model.config.name_or_path}: its output head is {type(self.head_module).__name__} "
-                "without a plain weight matrix; exclude it from quantisation, or set "
-                "scoring.engine: vllm"
+                f"{model.config.name_or_path}: its output head is {kind} without a plain weight "
+                "matrix; exclude it from quantisation, or set scoring.engine: vllm"
             )
         rows = weight.shape[0]
         ids = np.unique(np.fromiter((i for i in token_ids if i < rows), dtype=np.int64))
