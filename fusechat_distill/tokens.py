@@ -47,6 +47,13 @@ class Vocabulary:
             ids.setdefault(self.tokens[token_id], token_id)
         return ids
 
+    def longest_prefix(self, text: bytes) -> int:
+        """The longest token that the text begins with, -1 where there is none."""
+        for length in range(min(len(text), int(self.lengths.max(initial=0))), 0, -1):
+            if (token := self.by_bytes.get(text[:length])) is not None:
+                return token
+        return -1
+
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.lengths.tobytes())
@@ -150,7 +157,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> 
                     joined.append((i, text))
         todo = joined
     for i in np.flatnonzero(first < 0).tolist():
-        first[i] = reading.longest_prefix(texts[i])
+        first[i] = reading.vocabulary.longest_prefix(texts[i])
     return first
 
 
@@ -266,7 +273,6 @@ class _Reading:
         self.special = np.zeros(size, dtype=np.bool_)
         self.special[sorted(i for i in specials if 0 <= i < size)] = True
         self.size = len(tokenizer)
-        self.longest = max(map(len, tokens), default=0)
 
     def _byte_level(self, piece: str) -> bytes:
         try:
@@ -280,13 +286,6 @@ class _Reading:
         for marker, text in self.markers:
             piece = piece.replace(marker, text)
         return piece.encode()
-
-    def longest_prefix(self, text: bytes) -> int:
-        by_bytes = self.vocabulary.by_bytes
-        for length in range(min(len(text), self.longest), 0, -1):
-            if (token := by_bytes.get(text[:length])) is not None:
-                return token
-        return -1
 
     def seen(self, text: str) -> bytes:
         """The bytes that the tokenizer's tokens of a piece of text would have."""

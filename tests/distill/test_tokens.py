@@ -1,5 +1,6 @@
 """Token bytes and ends, over two real tokenizers and small ones of other kinds."""
 
+import copy
 import unicodedata
 
 import numpy as np
@@ -110,19 +111,13 @@ def test_special_tokens_are_no_text_and_bound_the_dummy_prefix():
 
 
 def test_added_tokens_that_are_not_special_stand_for_their_own_text():
-    for build, expected in (
-        (real_tokenizers.qwen, b"<table>\n"),
-        (real_tokenizers.mistral, b"<table>\n"),
-    ):
-        build.cache_clear()
-        tokenizer = build()
+    for build in (real_tokenizers.qwen, real_tokenizers.mistral):
+        tokenizer = copy.deepcopy(build())
         tokenizer.add_tokens([AddedToken("<table>\n", special=False, normalized=False)])
         (tokens,) = tokenize(tokenizer, ["a<table>\nb"])
         pieces = token_bytes(tokenizer, tokens.ids.tolist())
-        assert expected in pieces
-        assert tokens.ends[pieces.index(expected)] == 9
+        assert tokens.ends[pieces.index(b"<table>\n")] == 9
         assert tokens.ends[-1] == 10
-        build.cache_clear()
 
 
 def small_unigram() -> PreTrainedTokenizerFast:
