@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trl.kernels import ChunkedLogProbFunction
+
 from fusechat_distill import loss as loss_module
 from fusechat_distill.loss import FusionLogProbFunction
-from trl.kernels import ChunkedLogProbFunction
 
 POSITIONS, WIDTH, HIDDEN, VOCABULARY = 37, 5, 24, 83
 
