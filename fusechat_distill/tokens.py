@@ -40,6 +40,10 @@ class Vocabulary:
         return np.fromiter(map(len, self.tokens), dtype=np.int64, count=len(self.tokens))
 
     @cached_property
+    def _longest(self) -> int:
+        return int(self.lengths.max(initial=0))
+
+    @cached_property
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes to token id, the lowest where several tokens have the same bytes."""
         ids: dict[bytes, int] = {}
@@ -49,7 +53,7 @@ class Vocabulary:
 
     def longest_prefix(self, text: bytes) -> int:
         """The longest token that the text begins with, -1 where there is none."""
-        for length in range(min(len(text), int(self.lengths.max(initial=0))), 0, -1):
+        for length in range(min(len(text), self._longest), 0, -1):
             if (token := self.by_bytes.get(text[:length])) is not None:
                 return token
         return -1

@@ -86,15 +86,15 @@ class VocabularyMap:
         order = np.lexsort((pivots, -number, sources))
         sources, pivots, number = sources[order], pivots[order], number[order]
         first = np.flatnonzero(np.diff(sources, prepend=-1))
-        best = number == np.repeat(number[first], np.diff(first, append=len(sources)))
+        sizes = np.diff(first, append=len(sources))
+        best = number == np.repeat(number[first], sizes)
         chosen = pivots[first]
-        tied = np.flatnonzero(best[np.minimum(first + 1, max(len(best) - 1, 0))])
-        tied = tied[np.diff(first, append=len(sources))[tied] > 1]
-        for group in tied.tolist():
-            start = first[group]
-            stop = first[group + 1] if group + 1 < len(first) else len(sources)
-            candidates = pivots[start:stop][best[start:stop]]
-            chosen[group] = _closest(source.tokens[sources[start]], candidates, pivot)
+        several = np.flatnonzero(sizes > 1)
+        for group in several[best[first[several] + 1]].tolist():
+            tied = slice(first[group], first[group] + sizes[group])
+            chosen[group] = _closest(
+                source.tokens[sources[first[group]]], pivots[tied][best[tied]], pivot
+            )
         return built._with(sources[first], chosen)
 
     @classmethod
@@ -200,7 +200,9 @@ class VocabularyMap:
         mapped = self.lookup(ids).reshape(-1, k)
         flat = collapse(mapped, probs.reshape(-1, k).astype(np.float64))
         return Projection(
-            flat.ids.reshape(ids.shape), flat.probs.reshape(ids.shape), flat.mass.reshape(ids.shape[:-1])
+            flat.ids.reshape(ids.shape),
+            flat.probs.reshape(ids.shape),
+            flat.mass.reshape(ids.shape[:-1]),
         )
 
 
