@@ -14,6 +14,7 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -26,6 +27,12 @@ from fusechat_distill.loss import FusionLogProbFunction
 
 # What TRL's fused forward calls with the hidden states and the head.
 _KERNEL = "_ChunkedLogProbFunction"
+
+_HEAD_APART = (
+    "FSDP2 shards the output head as a group of its own, where TRL's fused head keeps the gradient "
+    "of one process and loses the others'; wrap the transformer layers alone "
+    "(`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`)"
+)
 
 
 class TrainingRequestError(RequestError, ValueError):
@@ -140,6 +147,8 @@ class _FusionHead:
         ) -> Any:
             if not kwargs.get("fused_lm_head"):
                 return fused_forward(*args, **kwargs)
+            if isinstance(model.get_output_embeddings(), FSDPModule):
+                raise TrainingRequestError("FusionTrainer", [_HEAD_APART])
             if fusion_ids is None or fusion_probs is None:
                 outputs = fused_forward(*args, **kwargs)
                 nll = -outputs.log_probs.detach().sum()

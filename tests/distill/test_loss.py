@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import ChunkedLogProbFunction
 
 from fusechat_distill import loss as loss_module
@@ -194,6 +195,43 @@ def test_a_frozen_head_gets_no_gradient():
     _, exact = reference(given, 0.0, 1.0, None)
     torch.testing.assert_close(hidden.grad.double(), exact[0], rtol=1e-4, atol=2e-5)
     assert given["weight"].grad is None
+
+
+class Sizes(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
+    count, hidden_size, vocabulary, tile = 512, 4, 4096, 64
+    monkeypatch.setattr(loss_module, "_CPU_BLOCK", 2**12)
+    hidden = torch.randn(count, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    ids = torch.randint(vocabulary, (count, 3))
+    with Sizes() as sizes:
+        log_probs, *_, gap = FusionLogProbFunction.apply(
+            hidden,
+            weight,
+            None,
+            ids[:, 0].contiguous(),
+            1.0,
+            tile,
+            None,
+            1.0,
+            ("entropy", "is_top1"),
+            ids,
+            torch.full((count, 3), 0.3),
+        )
+        (gap - log_probs).sum().backward()
+    assert sizes.largest == count * tile  # TRL's own, twice the head's gradient
 
 
 def test_autocast_does_not_round_the_gap():
