@@ -331,8 +331,8 @@ def align(
     pivot's gold token gets the product of the source's gold probabilities up to the source token
     that ends where it ends (for the stop, up to and with the source's stop), and what is left of
     the source's first gold token is mapped as any other. Entries that fall on one pivot token are
-    added up. Where both sides have the same vocabulary, and the same pending text and stop, the
-    source's entries are passed on as they are.
+    added up. Where both sides have the same vocabulary, what isn't changed by another pending text
+    or stop is passed on as it is.
     """
     matches = match_states(pivot, source, positions, (vocabulary.pivot, vocabulary.source))
     rows = np.flatnonzero(matches >= 0)
@@ -343,7 +343,7 @@ def align(
         unequal = np.array([p != s for p, s in zip(pivot.pending, source.pending, strict=True)])
         changed = pivot.is_begin[rows] & unequal[pivot.response[rows]]
         changed |= pivot.is_end[rows] & (pivot.tokens[rows] != source.tokens[states])
-        changed |= (ids >= len(vocabulary.ids)).any(axis=1)
+        changed |= (vocabulary.lookup(ids) != ids).any(axis=1)  # a stop of another name
     if changed.any():
         ids[changed], logprobs[changed] = _mapped(
             pivot, source, vocabulary, rows[changed], states[changed]
@@ -370,7 +370,7 @@ def _mapped(
     probs = np.exp(source.logprobs[states].astype(np.float64))
 
     path = _gold_path(pivot, source, rows, states)
-    if vocabulary.mode != "bytes":
+    if vocabulary.mode != "bytes" or vocabulary.is_identity:
         path[~pivot.is_end[rows]] = np.nan
     on_path = ~np.isnan(path)
     gold = (entries == source.tokens[states][:, None]) & on_path[:, None]
