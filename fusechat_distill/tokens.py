@@ -114,19 +114,25 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
     if not texts:
         return []
     reading = _reading(tokenizer)
-    batch = tokenizer(
+    batch = _encode(tokenizer, texts, return_offsets_mapping=True)
+    return [
+        reading.locate(text, ids, spans)
+        for text, ids, spans in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+    ]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: bool
+) -> Mapping[str, Any]:
+    return tokenizer(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=True,
         verbose=False,
+        **options,
     )
-    return [
-        reading.locate(text, ids, spans)
-        for text, ids, spans in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
-    ]
 
 
 # What stands before a text so that it is tokenised as in mid-text: no dummy prefix, no token that
@@ -152,12 +158,10 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> 
         joined: list[tuple[int, str]] = []
         for block in range(0, len(todo), 4096):
             part = todo[block : block + 4096]
-            tokenizations = tokenize(tokenizer, [anchor + text for _, text in part])
-            for (i, text), tokens in zip(part, tokenizations, strict=True):
-                at = np.flatnonzero(tokens.ends == len(anchor.encode()))
-                if len(at) and at[-1] + 1 < len(tokens.ids) and not tokens.special.any():
-                    first[i] = tokens.ids[at[-1] + 1]
-                else:
+            encoded = _encode(tokenizer, [anchor + text for _, text in part])["input_ids"]
+            for (i, text), ids in zip(part, encoded, strict=True):
+                first[i] = reading.token_at(len(anchor.encode()), ids, (anchor + text).encode())
+                if first[i] < 0:
                     joined.append((i, text))
         todo = joined
     for i in np.flatnonzero(first < 0).tolist():
@@ -290,6 +294,20 @@ class _Reading:
         for marker, text in self.markers:
             piece = piece.replace(marker, text)
         return piece.encode()
+
+    def token_at(self, offset: int, ids: Sequence[int], text: bytes) -> int:
+        """The token that starts at this byte of the text whose tokens these are, or -1."""
+        pieces = [self.vocabulary.tokens[i] for i in ids]
+        seen = b"".join(pieces)
+        extra = len(seen) - len(text)
+        if seen != (b" " + text if extra == 1 else text):
+            return -1
+        left = offset + extra
+        for token, piece in zip(ids, pieces, strict=True):
+            if left == 0:
+                return token
+            left -= len(piece)
+        return -1
 
     def seen(self, text: str) -> bytes:
         """The bytes that the tokenizer's tokens of a piece of text would have."""

@@ -20,7 +20,6 @@ from fusechat_distill.conversations import (
     Message,
     Renderer,
     open_conversations,
-    render,
 )
 from fusechat_distill.errors import RequestError
 from fusechat_distill.tokens import token_bytes
@@ -311,9 +310,9 @@ def test_a_source_sees_what_the_pivot_sees(renderer, contents, max_length):
     chat = conversation(*contents)
     pivot = Renderer(real_tokenizers.mistral())
     (whole,) = pivot([chat])
-    (cut_pivot,) = render([chat], pivot, pivot, max_length)
+    cut_pivot, cut = whole.cut_to(max_length)
     (full,) = renderer([chat])
-    (source,) = render([chat], renderer, pivot, max_length)
+    source = full.cut_at(cut)
     assert len(cut_pivot.input_ids) <= max_length
     assert cut_pivot.input_ids.tolist() == whole.input_ids[: len(cut_pivot.input_ids)].tolist()
     seen = {response.turn: response for response in cut_pivot.responses}
@@ -359,11 +358,9 @@ def test_the_cut_is_at_the_end_of_the_pivots_last_whole_token(mistral, qwen):
     assert second.stop == "special"
 
 
-def test_rendering_in_blocks_is_rendering_one_by_one(mistral, qwen):
-    words = string.ascii_lowercase
-    chats = [conversation(word, f"{word} {i}.") for i, word in enumerate(words * 12)]
-    pivot, source = Renderer(mistral), Renderer(qwen)
-    for chat, rendering in zip(chats, render(chats, source, pivot, 9), strict=True):
-        (alone,) = source([chat])
-        (_, cut) = pivot([chat])[0].cut_to(9)
-        assert np.array_equal(rendering.input_ids, alone.cut_at(cut).input_ids)
+def test_rendering_many_is_rendering_one_by_one(qwen):
+    renderer = Renderer(qwen)
+    chats = [conversation(word, f"{word} {i}.") for i, word in enumerate(string.ascii_lowercase)]
+    for chat, rendering in zip(chats, renderer(chats), strict=True):
+        (alone,) = renderer([chat])
+        assert np.array_equal(rendering.input_ids, alone.input_ids)
