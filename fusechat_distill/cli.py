@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def command(function: Callable[..., None]) -> click.Command:
-    """Make a command that ends with one `Error: ...` line and the exit status of what went wrong."""
+    """Make a command that ends an error with one `Error: ...` line and the exit status for it."""
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
@@ -138,7 +138,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     Goes on from where an earlier run stopped. On several devices or machines, start it with
     `accelerate launch -m fusechat_distill score RECIPE`; the result is the same.
     """
-    from fusechat_distill.inputs import Inputs, open_inputs
+    from fusechat_distill.inputs import open_inputs
     from fusechat_distill.pipeline import score_stages
     from fusechat_distill.processes import Processes
     from fusechat_distill.recipe import read_recipe

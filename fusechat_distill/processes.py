@@ -12,11 +12,12 @@ T = TypeVar("T")
 
 
 class ElsewhereError(DistillError):
-    """Another process of this run failed, and says so itself."""
+    """The first process failed, and says so itself; this one did nothing wrong.
 
-    def __init__(self, exit_status: int):
-        super().__init__("another process of this run failed")
-        self.exit_status = exit_status
+    Its exit status is 0, so that a launcher does not end the first before it has spoken.
+    """
+
+    exit_status = 0
 
 
 class Processes:
@@ -47,22 +48,21 @@ class Processes:
         Raises:
             ElsewhereError: in the others, where `work` raised in the first.
         """
-        result: list[Any] = [None, None]
+        result: list[Any] = [None, True]
         error: BaseException | None = None
         if self.is_first:
             try:
-                result = [work(), None]
+                result[0] = work()
             except BaseException as caught:
-                error = caught
-                result = [None, getattr(caught, "exit_status", 1)]
+                error, result = caught, [None, False]
         if self.count > 1:
             from accelerate.utils import broadcast_object_list
 
             broadcast_object_list(result)
         if error is not None:
             raise error
-        if result[1] is not None:
-            raise ElsewhereError(result[1])
+        if not result[1]:
+            raise ElsewhereError
         value: T = result[0]
         return value
 

@@ -24,6 +24,7 @@ from fusechat_distill.errors import DistillError
 from fusechat_distill.scoring import Request, Scores
 from fusechat_distill.scoring.head import Head, topk_logprobs
 from fusechat_distill.scoring.transformers_engine import TransformersScorer
+from fusechat_distill.scoring.vllm_engine import scores_from_prompt_logprobs
 
 ROWS = 515
 """Rows of the models' heads; the last are padding."""
@@ -351,3 +352,29 @@ def test_head_whole_tile_of_absent_ids():
     assert (ids >= 130).all()
     expected, _ = dense(hidden, head, torch.tensor([200, 201]), 9)
     torch.testing.assert_close(logprobs.double(), expected.topk(9).values, atol=5e-6, rtol=0)
+
+
+# vLLM: what it answers, in its documented form, without it.
+
+
+@dataclasses.dataclass
+class Entry:
+    logprob: float
+
+
+def test_prompt_logprobs_are_shifted_filtered_and_sorted():
+    request = Request(np.array([5, 6, 7, 8]), np.array([0, 2]))
+    rows = [
+        None,
+        {6: Entry(-9.0), 1: Entry(-1.0), 99: Entry(-0.5), 3: Entry(-1.0), 2: Entry(-3.0)},
+        {7: Entry(-0.1)},
+        {8: Entry(-0.2), 4: Entry(-2.0), 2: Entry(-4.0)},
+    ]
+    scores = scores_from_prompt_logprobs(rows, request, frozenset(range(10)), 3)
+    assert scores.ids.tolist() == [[1, 3, 2], [8, 4, 2]]
+    np.testing.assert_allclose(scores.logprobs, [[-1, -1, -3], [-0.2, -2, -4]], rtol=1e-6)
+    np.testing.assert_allclose(scores.gold_logprobs, [-9, -0.2], rtol=1e-6)
+    with pytest.raises(DistillError, match="hold 3 tokens of the tokenizer's, fewer than top_k: 4"):
+        scores_from_prompt_logprobs(
+            rows, Request(request.input_ids, np.array([2])), frozenset(range(10)), 4
+        )
