@@ -238,8 +238,8 @@ def _added(
     starts = np.flatnonzero(begins.ravel())
     sums = np.zeros(ids.size)
     sums[starts] = np.add.reduceat(probs.ravel(), starts)
-    sums = sums.reshape(ids.shape)
-    return np.where(begins, ids, -1), np.where(begins & (ids >= 0), sums, 0.0)
+    kept = begins & (ids >= 0)
+    return np.where(kept, ids, -1), np.where(kept, sums.reshape(ids.shape), 0.0)
 
 
 class PairCounts(NamedTuple):
