@@ -105,7 +105,7 @@ def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     Models' configurations, tokenizers and templates, the dataset, the disk, and what earlier runs
     left: every problem is named in one message.
     """
-    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.inputs import open_inputs, readable_size
 
     _quieten()
     facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code))
@@ -124,7 +124,7 @@ def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     for name, model in facts["models"].items():
         click.echo(
             f"{name}: {model['model']} ({model['type']}, {model['tokens']:,} tokens), about "
-            f"{_size(model['expected_bytes'])} of scores"
+            f"{readable_size(model['expected_bytes'])} of scores"
         )
 
 
@@ -209,6 +209,7 @@ class Bar:
             desc=title if count == 1 else f"{title} (1 of {count} processes)",
             unit=" samples",
             file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
             disable=not self._processes.is_first,
         )
 
@@ -224,15 +225,13 @@ class Bar:
 
 
 def _quieten(first: bool = True) -> None:
-    """Keep the libraries' own bars and notes out of the way; data sets and downloads show theirs
-    in the first process."""
+    """Keep the libraries' notes away, and their progress bars except from a terminal."""
+    import datasets
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if not first:
-        import datasets
-
+    if not (first and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
 
@@ -270,11 +269,13 @@ def _entry(state: StageStatus) -> dict[str, Any]:
 
 
 def _line(state: StageStatus) -> str:
+    from fusechat_distill.inputs import readable_size
+
     details = state.details
     parts = [
         f"{state.done:,} of {state.total:,} samples",
         f"{details['response_tokens']:,} response tokens",
-        _size(state.bytes),
+        readable_size(state.bytes),
     ]
     if state.tokens_per_second:
         parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
@@ -301,11 +302,3 @@ def _seconds_left(state: StageStatus) -> float | None:
         return None
     tokens = state.details["input_tokens"] / state.done * (state.total - state.done)
     return tokens / state.tokens_per_second
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

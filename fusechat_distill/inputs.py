@@ -252,8 +252,9 @@ def _store_problems(inputs: Inputs) -> list[str]:
     free = shutil.disk_usage(_existing(inputs.recipe.output_folder)).free
     if needed > free:
         problems.append(
-            f"output: the scores will take about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} "
-            "GB are free; free some, lower scoring.top_k, or set `output` to another disk"
+            f"output: the scores will take about {readable_size(needed)}, but only "
+            f"{readable_size(free)} are free; free some, lower scoring.top_k, or set `output` to "
+            "another disk"
         )
     return problems
 
@@ -263,3 +264,11 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def readable_size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
