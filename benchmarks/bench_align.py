@@ -138,7 +138,7 @@ def main() -> None:
     pivot, source = Renderer(real_tokenizers.mistral()), Renderer(real_tokenizers.qwen())
     sides = vocabulary(pivot.tokenizer), vocabulary(source.tokenizer)
     roles = match_roles(pivot.roles(), source.roles())
-    answers = corpus(3 * options.tokens)
+    answers = corpus(4 * options.tokens)
 
     started = time.perf_counter()
     rendered = scored(pivot, answers, 1)
@@ -146,7 +146,7 @@ def main() -> None:
     others = scored(source, answers, 2)
     pairs = [(p, s) for p, s in zip(rendered, others, strict=True) if p and s]
     tokens = sum(len(p.tokens) for p, _ in pairs)
-    row("pivot tokens; rendered, tokenised and located", f"{tokens:,}; {tokens / seconds:,.0f}/s")
+    row("pivot tokens; rendered, tokenised, located (and scores drawn)", f"{tokens:,}; {tokens / seconds:,.0f}/s")
 
     shards = [
         tuple(Responses.of(side) for side in zip(*pairs[i : i + 256], strict=True))

@@ -388,55 +388,59 @@ class Renderer:
         return roles
 
     def _render(self, messages: Sequence[Message]) -> str:
-        return self._compiled.render(
-            **{
-                **self.tokenizer.special_tokens_map,
-                "messages": [message._asdict() for message in messages],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": False,
-                "strftime_now": TEMPLATE_DATE.strftime,
-            }
-        )
+        from jinja2.exceptions import TemplateError
+
+        values = {
+            **self.tokenizer.special_tokens_map,
+            "messages": [message._asdict() for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": False,
+            "strftime_now": TEMPLATE_DATE.strftime,
+        }
+        try:
+            return self._compiled.render(**values)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise _UnusableError(f"the chat template refuses it: {error}") from error
 
     def _text(self, messages: tuple[Message, ...]) -> _Text | str:
         """The rendered text and where each message lies in it, or why there is none."""
-        from jinja2.exceptions import TemplateError
-
-        folded = False
+        text, refusal, folded = None, "", False
         try:
             text = self._render(messages)
-        except TemplateError as error:
-            text, refusal = None, f"the chat template refuses it: {error}"
-        system = messages[0].content.strip() if messages[0].role == "system" else ""
-        if system and (text is None or system not in text):
+        except _UnusableError as error:
+            refusal = str(error)
+        if messages[0].role == "system" and self._drops_system(messages, text):
             try:
-                folded_messages = _fold_system(messages)
-                text = self._render(folded_messages)
-            except (TemplateError, _UnusableError):
-                pass
-            else:
-                messages, folded = folded_messages, True
+                messages = _fold_system(messages)
+                text, folded = self._render(messages), True
+            except _UnusableError as error:
+                return refusal or str(error)
         if text is None:
             return refusal
         spans: dict[int, tuple[int, int]] = {}
         for i, message in enumerate(messages):
             after_answer = i > 0 and messages[i - 1].role == "assistant"
-            if message.role == "assistant" or after_answer:
-                try:
-                    span = self._span(messages, i, text)
-                except TemplateError:
-                    span = None
-                if span:
-                    spans[i + folded] = span
+            if (message.role == "assistant" or after_answer) and (
+                span := self._span(messages, i, text)
+            ):
+                spans[i + folded] = span
         return _Text(text, spans, folded)
+
+    def _drops_system(self, messages: tuple[Message, ...], text: str | None) -> bool:
+        if text is None:
+            return True
+        return bool(messages[0].content.strip()) and self._span(messages, 0, text) is None
 
     def _span(self, messages: tuple[Message, ...], i: int, text: str) -> tuple[int, int] | None:
         """The characters that come from message i: those that differ when it alone is replaced."""
         mark = "\ue000\ue001\ue000"
-        probe = self._render(
-            [*messages[:i], messages[i]._replace(content=mark), *messages[i + 1 :]]
-        )
+        try:
+            probe = self._render(
+                [*messages[:i], messages[i]._replace(content=mark), *messages[i + 1 :]]
+            )
+        except _UnusableError:
+            return None
         before, found, after = probe.partition(mark)
         if not found or mark in after or not (text.startswith(before) and text.endswith(after)):
             return None
@@ -535,7 +539,9 @@ def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if message.role == "user":
             others[i] = message._replace(content=f"{system.content}\n\n{message.content}")
             return tuple(others)
-    raise _UnusableError("no user message to take the system prompt")
+    raise _UnusableError(
+        "the chat template drops the system prompt, and no user message can take it"
+    )
 
 
 def _lead(answer: str, rendered: str) -> int | None:

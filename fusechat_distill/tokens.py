@@ -25,11 +25,14 @@ class Vocabulary:
     """The bytes of every token id of a tokenizer.
 
     `tokens[id]` is the UTF-8 that the token adds to a text, `b""` for special tokens and for ids
-    without a token; `text[id]` (bool) says that it is neither. `fingerprint` is a hash of both.
+    without a token; `text[id]` (bool) says that it is neither. `fallback`: ids of single bytes that
+    the tokenizer writes only where no other token has them (SentencePiece's byte fallback).
+    `fingerprint` is a hash of tokens and text.
     """
 
     tokens: tuple[bytes, ...]
     text: NDArray[np.bool_]
+    fallback: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,9 +48,10 @@ class Vocabulary:
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """Bytes to token id, the lowest where several tokens have the same bytes."""
+        """Bytes to token id: of several with the same bytes the lowest that is no fallback."""
         ids: dict[bytes, int] = {}
-        for token_id in np.flatnonzero(self.text).tolist():
+        text = np.flatnonzero(self.text).tolist()
+        for token_id in sorted(text, key=lambda i: (i in self.fallback, i)):
             ids.setdefault(self.tokens[token_id], token_id)
         return ids
 
@@ -275,8 +279,13 @@ class _Reading:
             own = i in added and not any(marker in piece for marker, _ in self.markers)
             tokens[i] = piece.encode() if own else self.piece_bytes(piece)
             text[i] = bool(tokens[i])
+        fallback = frozenset(
+            i
+            for piece, i in pieces.items()
+            if self.byte_fallback and text[i] and _BYTE_PIECE.fullmatch(piece)
+        )
         text.setflags(write=False)
-        self.vocabulary = Vocabulary(tuple(tokens), text)
+        self.vocabulary = Vocabulary(tuple(tokens), text, fallback)
         self.holes = frozenset(np.flatnonzero(~known).tolist())
         self.special = np.zeros(size, dtype=np.bool_)
         self.special[sorted(i for i in specials if 0 <= i < size)] = True

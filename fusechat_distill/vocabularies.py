@@ -306,7 +306,7 @@ def _nearest(texts: Sequence[str], pivot: Vocabulary, workers: int) -> NDArray[n
     lengths, wider for those texts only that the narrower window leaves open.
     """
     nearest = np.full(len(texts), -1, dtype=np.int64)
-    candidates = np.flatnonzero(pivot.text)
+    candidates = np.array(sorted(pivot.by_bytes.values()), dtype=np.int64)
     tokens = [_characters(pivot.tokens[i]) for i in candidates.tolist()]
     token_lengths = np.array([len(token) for token in tokens], dtype=np.int64)
     lengths = np.array([len(text) for text in texts], dtype=np.int64)

@@ -1,5 +1,6 @@
 """Positions, vocabulary maps and projections against references that follow the definitions."""
 
+import copy
 import math
 from itertools import product
 
@@ -144,6 +145,24 @@ def test_em_maps_the_same_bytes_and_nothing_else():
     em = VocabularyMap.from_em(PIVOT, SOURCE)
     assert em.ids.tolist() == [2, -1, -1, -1, -1, 8, -1, -1, -1, -1]
     assert em.kinds.tolist() == [EXACT if i in (0, 5) else DROPPED for i in range(10)]
+
+
+def test_a_token_of_a_longer_vocabulary_is_itself_and_no_byte_fallback(mistral):
+    """`A` and `<0x41>` have the same bytes, but only the first is ever written."""
+    longer = copy.deepcopy(mistral)
+    longer.add_tokens(["<table>"])
+    pivot, source = vocabulary(mistral), vocabulary(longer)
+    em = VocabularyMap.from_em(pivot, source)
+    written = sorted(set(np.flatnonzero(pivot.text).tolist()) - pivot.fallback)
+    assert em.ids[written].tolist() == written
+    assert len(pivot.fallback) == 256
+    letter, byte = mistral.convert_tokens_to_ids(["A", "<0x41>"])
+    assert em.ids[[letter, byte]].tolist() == [letter, letter]
+    newline = mistral.convert_tokens_to_ids("<0x0A>")
+    assert em.ids[newline] == newline
+    assert em.ids[len(mistral)] == -1
+    mined = VocabularyMap.from_mined(small(None, "b", "c", b"\xff"), small("d", "e"), workers=1)
+    assert mined.ids.tolist() == [1, 1]
 
 
 def reference_distance(a: bytes, b: bytes) -> int:

@@ -159,7 +159,7 @@ def check_response(renderer, conversation, rendering, response) -> None:
 plain = texts(4, specials=False).filter(lambda text: text.strip() and "▁" not in text)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(contents=st.lists(plain, min_size=2, max_size=5), system=st.none() | plain)
 def test_ends_are_the_answers_own_bytes(renderer, contents, system):
     chat = conversation(*contents, system=system)
@@ -257,6 +257,11 @@ def test_a_system_prompt_goes_before_the_user_where_the_template_takes_none(mist
         assert [response.turn for response in rendering.responses] == [2]
         assert "Be brief.\n\nHi" in tokenizer.decode(rendering.input_ids)
     assert not rendered(qwen, "Hi", "Yes", system="Be brief.").system_folded
+    assert rendered(mistral, "Hi", "Yes", system=" ", template=INSTRUCT).system_folded
+    # What the user says is no sign that the template rendered the system prompt.
+    assert rendered(qwen, "Be brief.", "Yes", system="Be brief.", template=silent).system_folded
+    lone = Conversation("", 0, (Message("system", "Be brief."), Message("assistant", "Yes")))
+    assert "drops the system prompt" in Renderer(qwen, silent)([lone])[0].problem
 
 
 def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):
@@ -264,6 +269,8 @@ def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):
     (rendering,) = Renderer(mistral, strict)([conversation("Hi", "Yes")])
     assert rendering.problem == "the chat template refuses it: No users."
     assert (len(rendering.input_ids), rendering.responses) == (0, ())
+    (rendering,) = Renderer(mistral, "{{ messages[0].content + 1 }}")([conversation("Hi", "Yes")])
+    assert rendering.problem.startswith("the chat template refuses it: can only concatenate str")
 
 
 def test_no_template_is_an_error_that_names_the_remedy(qwen):
@@ -301,7 +308,7 @@ def test_roles(mistral, qwen):
 # --- cuts ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     contents=st.lists(plain, min_size=2, max_size=6),
     max_length=st.integers(1, 120),
