@@ -25,7 +25,7 @@ def install() -> None:
     try:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
-        for name in _AFTER:
+        for name in list(_AFTER):
             spec = getattr(sys.modules.get(name), "__spec__", None)
             if spec is None:
                 continue
@@ -68,6 +68,8 @@ class _WatchedSpec(ModuleSpec):
 
 
 def _extend(name: str) -> None:
+    if name not in _AFTER:
+        return  # what failed once has been reported
     try:
         from importlib import import_module
 
@@ -78,6 +80,7 @@ def _extend(name: str) -> None:
         if extend is not None:
             extend()
     except Exception as error:
+        _AFTER.clear()
         _report(error)
 
 

@@ -2,83 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+import os
+from typing import Any
 
 from fusechat_merge.errors import ConfigError
-from fusechat_merge.mergekit_plan import PlannedMerge
+from fusechat_merge.journal import Done
+from fusechat_merge.passes import SourceFiles, divide
+from fusechat_merge.planning import NATIVE, Output, Plan
 from fusechat_merge.report import Report
-from fusechat_merge.units import Measured, Unit, weigh
-
-T = TypeVar("T")
+from fusechat_merge.stream import MEMORY, Merger, Progress
 
 
-def analyze(planned: PlannedMerge, progress: Callable[[Sequence[T]], Iterable[T]] = iter) -> Report:
-    """Compute the statistics and merge weights of every unit, one tensor in memory at a time.
+def analyze(
+    planned: Plan,
+    *,
+    memory: int = MEMORY,
+    threads: int | None = None,
+    progress: Progress = lambda tensor, nbytes: None,
+) -> Report:
+    """Compute the statistics and merge weights of every unit in bounded memory.
 
     With ``granularity: element`` every element has weights of its own; the report then shows each
     matrix with the weights that granularity matrix would give.
 
     Args:
-        planned: a merge by varm or fusechat_sce.
-        progress: wraps the tasks that are worked off, to show how far it is.
+        planned: a merge by varm or fusechat_sce of models on this machine.
+        memory, threads, progress: as for ``stream.merge``.
 
     Raises:
-        ConfigError: another merge method, or targets that differ between slices.
+        ConfigError: the plan has problems, or a merge that has no such weights.
         TensorError: NaN or Inf in an input.
     """
-    method = planned.config.merge_method
-    if method not in ("varm", "fusechat_sce"):
-        raise ConfigError(
-            [f"merge_method {method} has no weights to analyze: use varm or fusechat_sce"]
-        )
-    tasks: list[Any] = [task for _, task in planned.tensors]
-    targets = {tuple(m for m in t.model_order if m != t.base_model) for t in tasks}
-    if len(targets) != 1:
-        raise ConfigError(["slices with different targets can't be analyzed in one table"])
-    measure = _sce_units if method == "fusechat_sce" else _varm_units
+    outputs = [output for output in planned.outputs if output.how in NATIVE]
+    targets = {tuple(source.model for source in output.sources[1:]) for output in outputs}
+    problems = list(planned.problems)
+    if not problems:
+        problems += _not_ours(planned, outputs, len(targets))
+    try:
+        ring = divide(outputs, memory, threads or len(os.sched_getaffinity(0)))
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+
+    sink = _NothingWritten()
+    sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
+    try:
+        merger = Merger(planned, sources, sink, ring, progress)
+        merger.measure(outputs)
+    finally:
+        sources.close()
     return Report(
-        method=method,
-        base=str(tasks[0].base_model),
-        targets=tuple(map(str, targets.pop())),
-        units=tuple(measure(progress(tasks))),
+        method=planned.config.merge_method,
+        base=outputs[0].sources[0].model,
+        targets=targets.pop(),
+        units=tuple(merger.units()),
     )
 
 
-def _varm_units(tasks: Iterable[Any]) -> list[Unit]:
-    from fusechat_merge.mergekit_plugin import group_statistics, load_group
-
-    measured = []
-    for task in tasks:
-        group, statistic = load_group(task), task.parameters["statistic"]
-        priors = task.input_parameters
-        measured.append(
-            Measured(
-                name=task.output_weight.name,
-                granularity=task.parameters["granularity"],
-                statistic=statistic,
-                prior=tuple(priors[m]["weight"] for m in task.model_order if m != task.base_model),
-                numel=group.entries[0].tensor.numel() if group else 0,
-                sums=tuple(group_statistics(group, statistic)) if group else None,
-            )
-        )
-    return weigh(measured)
+def _not_ours(planned: Plan, outputs: list[Output], targets: int) -> list[str]:
+    method = planned.config.merge_method
+    if method not in NATIVE:
+        return [f"merge_method {method} has no weights to analyze: use {' or '.join(NATIVE)}"]
+    if not outputs:
+        return ["no tensor is computed from targets here, so there is nothing to analyze"]
+    if targets > 1:
+        return ["slices with different targets can't be analyzed in one table"]
+    return []
 
 
-def _sce_units(tasks: Iterable[Any]) -> Iterator[Unit]:
-    from fusechat_merge.mergekit_plugin import group_shares, group_statistics, load_group
+class _NothingWritten:
+    """A sink that only remembers."""
 
-    for task in tasks:
-        group, name = load_group(task), task.output_weight.name
-        if group is None:
-            continue
-        numel = group.entries[0].tensor.numel()
-        parameters = task.parameters
-        yield Unit(
-            name=name,
-            granularity="matrix",
-            tensors=(name,),
-            numel=numel,
-            statistics=tuple(s / numel for s in group_statistics(group, "square")),
-            weights=tuple(group_shares(group, parameters["select_topk"], parameters["variant"])),
-        )
+    def __init__(self) -> None:
+        self.done = Done()
+
+    def write(self, output: Output, first: int, data: memoryview) -> None:
+        raise AssertionError("measuring writes nothing")
+
+    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
+        getattr(self.done, kind)[name] = value

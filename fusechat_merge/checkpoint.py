@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint lies, found out from headers alone and trusting none of them."""
+"""Where every tensor of a checkpoint lies, found out from headers alone, trusting none of them."""
 
 from __future__ import annotations
 
@@ -325,8 +325,8 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
             if begin != position:
                 what = "overlap the tensor before" if begin < position else "leave a hole before"
                 problems.append(
-                    f"{where}: the data of {name!r} {what} them: bytes {begin}–{end}, {position} "
-                    f"was next"
+                    f"{where}: the data of {name!r} {what} them:"
+                    f" bytes {begin} to {end}, {position} was next"
                 )
                 break
             position = end

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -205,9 +205,7 @@ def run(
 @_engine_options
 @_bytes_options
 @_mergekit_options
-def plan(
-    config: Path, as_json: bool, memory: int, threads: int | None, **options: Any
-) -> None:
+def plan(config: Path, as_json: bool, memory: int, threads: int | None, **options: Any) -> None:
     """Show what CONFIG would read and write, and everything that stands in its way.
 
     Reads headers only: nothing is computed or written, and no weights are downloaded.
@@ -340,8 +338,16 @@ def _print_plan(summary: dict[str, Any]) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_engine_options
 @_mergekit_options
-def analyze(config: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+def analyze(
+    config: Path,
+    out: Path | None,
+    as_json: bool,
+    memory: int,
+    threads: int | None,
+    **options: Any,
+) -> None:
     """Show the statistics and merge weights of every unit; no weights are written.
 
     CONFIG is a mergekit YAML with merge_method varm or fusechat_sce. --out writes analysis.json
@@ -353,13 +359,11 @@ def analyze(config: Path, out: Path | None, as_json: bool, **options: Any) -> No
     if out is not None:
         _require_matplotlib()
     from fusechat_merge.analysis import analyze as measure
-    from fusechat_merge.mergekit_plan import plan_with_mergekit, read_config
+    from fusechat_merge.planning import plan as make_plan
 
-    merge_config, _ = read_config(config)
-    from mergekit.options import MergeOptions
-
-    planned = plan_with_mergekit(merge_config, MergeOptions(quiet=True, **options))
-    report = measure(planned, _progress)
+    planned = _planned(config, make_plan, options)
+    with _Meter(sum(o.nbytes for o in planned.outputs), False) as meter:
+        report = measure(planned, memory=memory, threads=threads, progress=meter)
     text = json.dumps(report.as_json(), indent=1)
     if as_json:
         click.echo(text)
@@ -379,12 +383,6 @@ def _require_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise ConfigError(["--out draws with matplotlib: pip install 'fusechat[report]'"])
-
-
-def _progress(tasks: Sequence[T]) -> Iterable[T]:
-    from tqdm import tqdm
-
-    return tqdm(tasks, desc="reading", unit="tensor", file=sys.stderr)
 
 
 def _print_tables(report: Any) -> None:

@@ -80,7 +80,7 @@ class CheckpointLoader:
         at = self._checkpoint.tensors[name]
         assert self._checkpoint.folder is not None, "weights are read from folders only"
         raw = torch.empty(at.nbytes, dtype=torch.uint8)
-        into, offset = memoryview(raw.numpy()), at.offset
+        into, offset = memoryview(raw.numpy()), at.offset  # type: ignore[arg-type]
         with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
             while into.nbytes:
                 count = os.preadv(file.fileno(), [into], offset)
@@ -97,7 +97,7 @@ class CheckpointLoader:
 def loading(
     models: Mapping[ModelReference, Checkpoint], options: MergeOptions
 ) -> Iterator[dict[ModelReference, CheckpointLoader]]:
-    """Let mergekit load these models' tensors, and find their names, through ``CheckpointLoader``."""
+    """Let mergekit find and load these models' tensors through ``CheckpointLoader``."""
     before = LoaderCache.loaders
     loaders = {reference: CheckpointLoader(checkpoint) for reference, checkpoint in models.items()}
     LoaderCache.loaders = loaders

@@ -6,13 +6,11 @@ mergekit's submodules are imported here.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Annotated, Any, Literal
 
 import torch
-from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
@@ -25,12 +23,9 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorEntry,
     TensorGroup,
-    TensorMetadata,
 )
 from mergekit.merge_methods.dtype import align_dtype
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.tokenizer.embed import PermutedVocabulary
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 from fusechat_merge import _autoload
@@ -38,7 +33,7 @@ from fusechat_merge.errors import ConfigError, TensorError
 from fusechat_merge.granularity import SHARED, unit_of
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import InMemory, NonFiniteError
-from fusechat_merge.parameters import parameter_problems
+from fusechat_merge.parameters import parameter_problems, weightless
 
 Statistics = Mapping[Hashable, float]
 """Σ δ² (or Σ |δ|) over a unit, by target."""
@@ -135,7 +130,8 @@ class VarmMethod(GroupMergeMethod):
             return base.tensor
         statistic, lam = parameters["statistic"], parameters["lambda"]
         prior = parameters["weight"].values_for(group.non_base)
-        _check_prior(prior, group.metadata.name)
+        if not any(prior):
+            raise ConfigError([weightless([group.metadata.name or "the tensor"])])
         passes = _passes(group)
         with _naming(group):
             if parameters["granularity"] == "element":
@@ -185,23 +181,12 @@ class SceMethod(GroupMergeMethod):
         return passes.output
 
 
-def group_statistics(group: TensorGroup, statistic: str) -> list[float]:
-    """Σ δ_j² (or Σ |δ_j|) over one tensor: a float for each of ``group.non_base``."""
-    with _naming(group):
-        return varm.statistics(_passes(group), statistic)
-
-
-def group_shares(group: TensorGroup, select_topk: float, variant: str) -> list[float]:
-    """SCE's η_j of one tensor: a float for each of ``group.non_base``."""
-    with _naming(group):
-        return sce.shares(_passes(group), select_topk, variant)[0]
-
-
 def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics:
     """Σ over the groups of Σ δ_j² (or Σ |δ_j|), by target."""
     rows: dict[Hashable, list[list[float]]] = {}
     for group in groups:
-        found = group_statistics(group, statistic)
+        with _naming(group):
+            found = varm.statistics(_passes(group), statistic)
         for entry, value in zip(group.non_base, found, strict=True):
             rows.setdefault(entry.id, []).append([value])
     return {target: varm.total(values, 1)[0] for target, values in rows.items()}
@@ -239,148 +224,6 @@ def non_finite(model: Hashable, name: str | None) -> str:
     return f"{tensor} of model {model} holds NaN or Inf: that checkpoint is broken, replace it"
 
 
-def _check_prior(prior: Sequence[float], name: str | None) -> None:
-    problem = _prior_problem(prior, name)
-    if problem:
-        raise ConfigError([problem])
-
-
-def _prior_problem(prior: Sequence[float], name: str | None) -> str | None:
-    if any(prior):
-        return None
-    tensor = f"tensor {name}" if name else "a tensor"
-    return f"{tensor}: every target's weight is 0; give at least one target a weight above 0"
-
-
-class UnitStatistics(Task[Statistics]):
-    """Reads, through mergekit's own load tasks, every planned tensor of one unit, one at a time.
-
-    The loads are no arguments of the task: as such mergekit would keep all of them in memory.
-    """
-
-    label: str
-    statistic: str
-    _members: list[ExecuteMergeMethodTask] = PrivateAttr()
-
-    def __init__(self, members: list[ExecuteMergeMethodTask], **fields: Any) -> None:
-        super().__init__(**fields)
-        self._members = members
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def arguments(self) -> dict[str, Task]:
-        return {}
-
-    def group_label(self) -> str | None:
-        return self.label
-
-    def execute(self) -> Statistics:
-        groups = (load_group(member) for member in self._members)
-        return unit_statistics((g for g in groups if g is not None), self.statistic)
-
-
-def load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
-    """A planned tensor's inputs; None if a model lacks it or it is no floating-point tensor."""
-    tensors = _run(task.gather_tensors)
-    if any(tensors.get(model) is None for model in task.model_order):
-        return None
-    if not all(tensor.is_floating_point() for tensor in tensors.values()):
-        return None
-    group = TensorGroup(
-        entries=tuple(
-            TensorEntry(id=model, tensor=tensors[model], is_base=model == task.base_model)
-            for model in task.model_order
-        ),
-        metadata=TensorMetadata.from_weight_info(task.output_weight),
-    )
-    group.validate_tensors()
-    return align_dtype(group)
-
-
-def _run(task: Task) -> Any:
-    return task.execute(**{key: _run(needed) for key, needed in task.arguments().items()})
-
-
-class MergeWithUnit(ExecuteMergeMethodTask):
-    """Merges a tensor by the statistics of its unit."""
-
-    unit: UnitStatistics
-
-    def arguments(self) -> dict[str, Task]:
-        return {**super().arguments(), "unit_statistics": self.unit}
-
-    def execute(self, tensors: dict[ModelReference, Tensor], **given: Any) -> Tensor | None:
-        if len(tensors) < len(self.model_order):
-            # Missing from a model, so not among the tensors that the statistics have checked.
-            for model, tensor in tensors.items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise TensorError(non_finite(model, self.output_weight.name))
-        parameters = {**dict(self.parameters.items()), **given}
-        task = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
-        return ExecuteMergeMethodTask.execute(task, tensors)
-
-
-def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMethodTask]:
-    """The planned varm tasks, those of a unit of several tensors made to share its statistics.
-
-    Raises:
-        ConfigError: all weights of a tensor are 0, or a unit's vocabulary is permuted.
-    """
-    problems = [problem for task in tasks for problem in _weight_problems(task)]
-    members: dict[tuple[str, str], list[ExecuteMergeMethodTask]] = defaultdict(list)
-    for granularity in SHARED & {task.parameters["granularity"] for task in tasks}:
-        for task in tasks:
-            members[granularity, unit_of(task.output_weight.name, granularity)].append(task)
-    units: dict[tuple[str, str, str], UnitStatistics] = {}
-    permuted: dict[str, None] = {}
-    result = []
-    for task in tasks:
-        granularity = task.parameters["granularity"]
-        if granularity in SHARED:
-            unit, statistic = (
-                unit_of(task.output_weight.name, granularity),
-                task.parameters["statistic"],
-            )
-            key = (granularity, unit, statistic)
-            if key not in units:
-                of_unit = members[granularity, unit]
-                # mergekit schedules by label: before the first tensor of the unit is loaded.
-                label = min(t.output_weight.name for t in of_unit)
-                units[key] = UnitStatistics(members=of_unit, label=label, statistic=statistic)
-                permuted |= {
-                    t.output_weight.name: None
-                    for t in of_unit
-                    if isinstance(t.gather_tensors, PermutedVocabulary)
-                }
-            task = MergeWithUnit(**_fields(task), unit=units[key])
-        result.append(task)
-    if permuted:
-        problems.append(
-            "granularity module, layer and model can't be combined with a tokenizer merge"
-            " (tokenizer or tokenizer_source): use granularity matrix or element for the units of"
-            f" {', '.join(permuted)}, or bring the models to one vocabulary first"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return result
-
-
-def _fields(task: ExecuteMergeMethodTask) -> dict[str, Any]:
-    return {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
-
-
-def _weight_problems(task: ExecuteMergeMethodTask) -> Iterator[str]:
-    targets = [model for model in task.model_order if model != task.base_model]
-    prior = [task.input_parameters[model]["weight"] for model in targets]
-    problem = _prior_problem(prior, task.output_weight.name) if targets else None
-    if problem:
-        yield problem
-
-
 def _check(config: Any) -> None:
     problems = parameter_problems(config)
     if problems:
@@ -408,6 +251,8 @@ def extend_planner() -> None:
     """Check our methods' parameters before mergekit plans, and give varm its units after."""
     from mergekit.plan import MergePlanner
 
+    from fusechat_merge.mergekit_units import with_units
+
     def wrap(plan: Callable[[Any], None]) -> Callable[[Any], None]:
         def _plan(self: Any) -> None:
             _check(self.config)
@@ -425,6 +270,8 @@ def extend_raw_planner() -> None:
     """The same for ``mergekit-pytorch``, which knows no units."""
     from mergekit.scripts import merge_raw_pytorch
 
+    from fusechat_merge.mergekit_units import raise_if_weightless
+
     def wrap(plan: Callable[..., list[Task]]) -> Callable[..., list[Task]]:
         def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> list[Task]:
             _check(config)
@@ -438,7 +285,7 @@ def extend_raw_planner() -> None:
                             " element here, or mergekit-yaml or fusechat-merge run"
                         ]
                     )
-                with_units(merges)
+                raise_if_weightless(merges)
             return tasks
 
         return plan_flat_merge

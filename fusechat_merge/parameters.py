@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fusechat_merge.granularity import GRANULARITIES
@@ -71,6 +71,15 @@ def parameter_problems(config: Any) -> list[str]:
         for name, setting in (settings or {}).items():
             problems += _setting_problems(method, f"{place}.{name}", name, setting, owner)
     return problems
+
+
+def weightless(tensors: Sequence[str]) -> str:
+    """The problem of tensors for which every target's weight is 0, after filters."""
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return (
+        f"weight: every target's is 0 for {tensors[0]}{more}; give at least one target a weight"
+        " above 0, or use lambda: 0 to keep the pivot's"
+    )
 
 
 def _has_base(config: Any) -> bool:

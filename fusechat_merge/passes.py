@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,9 +75,7 @@ def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
     blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
     segment = blocks * block + gaps
     left = memory - threads * (segment + blocks * scratch)
-    return Ring(
-        threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest))
-    )
+    return Ring(threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)))
 
 
 def _element_bytes(output: Output) -> int:
@@ -177,7 +176,7 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._view = memoryview(self._bytes.numpy())
+        self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         self.size = size
 
     def cut(self, start: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
@@ -219,7 +218,7 @@ class FilePasses:
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         return self._in_order(lambda start, buffer: fn(self._block(start, buffer)[0]), 0)
 
-    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
+    def write(self, fn: Callable[[Block, Tensor], object]) -> None:
         writer = self._writer
         assert writer is not None, "these passes only read"
 
@@ -243,7 +242,7 @@ class FilePasses:
         waiting: deque[Future[T]] = deque()
         try:
             for start in range(begin, self._numel, self._step):
-                waiting.append(self._buffers.submit(lambda b, s=start: work(s, b)))
+                waiting.append(self._buffers.submit(partial(work, start)))
                 if len(waiting) > 4 * self._buffers.threads:
                     yield waiting.popleft().result()
             while waiting:

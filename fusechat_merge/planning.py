@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import yaml
 from mergekit.architecture import (
-    ConfiguredModelArchitecture,
     WeightInfo,
     get_architecture_info,
 )
@@ -49,8 +48,8 @@ from fusechat_merge.checkpoint import (
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.granularity import SHARED, layer_of, unit_of
 from fusechat_merge.mergekit_loader import DTYPES, loading
-from fusechat_merge.mergekit_plugin import _prior_problem, with_units
-from fusechat_merge.parameters import parameter_problems
+from fusechat_merge.mergekit_units import with_units
+from fusechat_merge.parameters import parameter_problems, weightless
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -289,7 +288,9 @@ def plan(
     return result
 
 
-def read_config(config: str | Path | Mapping[str, Any] | MergeConfiguration, options: Options) -> Plan:
+def read_config(
+    config: str | Path | Mapping[str, Any] | MergeConfiguration, options: Options
+) -> Plan:
     """The configuration alone, as a plan without outputs, the problems of its text in it."""
     if isinstance(config, MergeConfiguration):
         config, source = config.model_copy(deep=True), config.to_yaml()
@@ -359,9 +360,7 @@ def referenced_models(config: MergeConfiguration) -> list[ModelReference]:
     return list(found)
 
 
-def _stores(
-    planned: Plan, download: bool
-) -> tuple[dict[ModelReference, Store], list[str]]:
+def _stores(planned: Plan, download: bool) -> tuple[dict[ModelReference, Store], list[str]]:
     stores: dict[ModelReference, Store] = {}
     problems: list[str] = []
     for reference in referenced_models(planned.config):
@@ -459,7 +458,8 @@ class _Planner(MergePlanner):
         return self._take()
 
     def _take(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
-        taken, self._tensors = self._tensors, []
+        taken = list(self._tensors)
+        self._tensors.clear()
         return taken
 
     def plan_module(self, module_name: str, definition: Any) -> None:
@@ -531,6 +531,8 @@ def _plan_outputs(planned: Plan) -> None:
     for weight, task in tensors:
         maker.add(weight, task)
     _plan_unknown(planned, planner, maker)
+    if maker.weightless:
+        planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)
     planned.tasks = maker.tasks
     _plan_units(planned, maker)
@@ -554,6 +556,7 @@ class _OutputMaker:
         self.tasks: dict[str, ExecuteMergeMethodTask] = {}
         self.used: dict[str, set[str]] = defaultdict(set)
         self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
+        self.weightless: list[str] = []  # outputs for which all weights are 0
         self.complete: set[str] = set()  # outputs to which every model contributes
         self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
 
@@ -618,9 +621,8 @@ class _OutputMaker:
             self.tasks[name] = task
         if task.method_name == "varm" and how != "copy":
             targets = [model for model, _ in ordered if model != base]
-            problem = _prior_problem([task.input_parameters[m]["weight"] for m in targets], name)
-            if problem:
-                problems.append(problem)
+            if not any(task.input_parameters[m]["weight"] for m in targets):
+                self.weightless.append(name)
             if not alone:
                 if len(present) == len(task.model_order) and merged.is_floating_point:
                     self.complete.add(name)
@@ -637,13 +639,9 @@ class _OutputMaker:
             written = dtype_from_name(self.config.out_dtype) or loaded
         source = Source(str(model), tensor, at, at.numel, loaded)
         self.used[str(model)].add(tensor)
-        self.outputs[name] = Output(
-            name, "copy", (source,), {}, None, loaded, written, at.shape
-        )
+        self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
 
-    def _input(
-        self, model: ModelReference, weight: WeightInfo, dtype: str | None
-    ) -> _Input | None:
+    def _input(self, model: ModelReference, weight: WeightInfo, dtype: str | None) -> _Input | None:
         tensors = self.planned.models[str(model)].tensors
         loaded = dtype_from_name(weight.force_dtype or dtype)
         for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
@@ -677,7 +675,7 @@ class _OutputMaker:
     def _outcome(
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, present: list[ModelReference]
     ) -> str | None:
-        """``merge`` or ``copy`` (of the only input), None for no output, as mergekit's task does."""
+        """``merge`` or ``copy`` (of the only input), None for no output, as in mergekit's task."""
         method = registry.get(task.method_name)
         if weight.optional and len(present) < len(task.model_order):
             policy = method.spec.optional_tensor_policy
@@ -720,7 +718,7 @@ class _OutputMaker:
                     rows = min(shape[axis] for shape in shapes)
                 else:
                     rows = self._vocabulary_size(gather)
-                return shapes[0][:axis] + (rows,) + shapes[0][axis + 1 :]
+                return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
         elif len(set(shapes)) == 1:
             return shapes[0]
         listed = ", ".join(

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_READABLE = 8
+"""With at most so many layers the heat map's cells show their numbers."""
+
+
 @dataclass(frozen=True)
 class Report:
     """The units of one merge, in the order of the output's tensors."""
@@ -147,6 +151,19 @@ def draw(report: Report, path: Path) -> None:
                 np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto"
             )
             axis.set_facecolor("0.85")
+            if len(layers) <= _READABLE:
+                for (row, column), weight in np.ndenumerate(values):
+                    if not np.isnan(weight):
+                        ink = "black" if weight > 0.6 else "white"
+                        axis.text(
+                            column,
+                            row,
+                            f"{weight:.2f}",
+                            ha="center",
+                            va="center",
+                            color=ink,
+                            fontsize=6,
+                        )
             axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
         axes[0, j].set_title(name, fontsize=10)
         step = max(1, len(layers) // 16)

@@ -166,7 +166,7 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
 
 
 def identity(planned: Plan) -> dict[str, Any]:
-    """What decides a merge's bytes: configuration, options, sources, and the software's versions."""
+    """What decides a merge's bytes: configuration, options, sources, software versions."""
     return {
         "configuration": planned.config.model_dump(mode="json", exclude_defaults=True),
         "options": asdict(planned.options),
@@ -262,7 +262,9 @@ class ShardFiles:
             os.ftruncate(descriptor, shard.size)
             os.pwrite(descriptor, shard.header, 0)
         sync_folder(folder)
-        done = {o.name: 0 for o in planned.outputs if o.file in lost and o.name in journal.done.elements}
+        done = {
+            o.name: 0 for o in planned.outputs if o.file in lost and o.name in journal.done.elements
+        }
         if done:
             journal.add(elements=done)
             journal.done.elements.update(done)
@@ -393,6 +395,16 @@ class Merger:
 
     def run(self, outputs: Sequence[Output]) -> None:
         """Make them, two at a time."""
+        self._each(outputs, self._make)
+
+    def measure(self, outputs: Sequence[Output]) -> None:
+        """Find their statistics and weights only; nothing is written.
+
+        An output of granularity element is measured as the matrix that it is.
+        """
+        self._each(outputs, self._measure)
+
+    def _each(self, outputs: Sequence[Output], work: Callable[[Output, int], object]) -> None:
         self._buffers = Buffers(self._ring, self._sources)
         todo = []
         for output in outputs:
@@ -403,7 +415,7 @@ class Merger:
         queue = iter(list(enumerate(todo)))
         reading = _ReadAhead(self._sources, todo)
         threads = [
-            threading.Thread(target=self._lane, args=(lane, queue, reading), name=f"lane {lane}")
+            threading.Thread(target=self._lane, args=(lane, queue, reading, work))
             for lane in range(LANES)
         ]
         before = torch.get_num_threads()
@@ -425,7 +437,11 @@ class Merger:
             raise self._error
 
     def _lane(
-        self, lane: int, queue: Iterator[tuple[int, Output]], reading: _ReadAhead
+        self,
+        lane: int,
+        queue: Iterator[tuple[int, Output]],
+        reading: _ReadAhead,
+        work: Callable[[Output, int], object],
     ) -> None:
         torch.set_num_threads(1)
         while self._error is None and not self._buffers.stopped.is_set():
@@ -435,7 +451,7 @@ class Merger:
                 return
             try:
                 reading.reached(number)
-                self._make(output, lane)
+                work(output, lane)
             except BaseException as error:
                 with self._lock:
                     if self._error is None or isinstance(self._error, InterruptedError):
@@ -446,9 +462,7 @@ class Merger:
         how, parameters = output.how, output.parameters
         shares = None
         if how == "varm" and parameters["granularity"] != "element":
-            sums = self._sums(output, lane)
-            shares = varm.weights(sums, parameters["weight"])
-            self._sink.note("weights", output.name, shares)
+            shares = self._shares(output, lane)
         passes = self._passes(output, lane)
         with _naming(output):
             if how == "copy":
@@ -464,6 +478,24 @@ class Merger:
                 varm.write(passes, shares, parameters["lambda"])
         if not output.numel:
             self._sink.note("elements", output.name, 1)
+
+    def _measure(self, output: Output, lane: int) -> None:
+        if output.how == "varm":
+            self._shares(output, lane)
+        elif output.how == "fusechat_sce":
+            self._tensor_sums(output, "square", lane)
+            parameters = output.parameters
+            with _naming(output):
+                passes = FilePasses(output, self._buffers, lane)
+                eta, _ = sce.shares(passes, parameters["select_topk"], parameters["variant"])
+            self._sink.note("weights", output.name, eta)
+        self._progress(output.name, output.nbytes)
+
+    def _shares(self, output: Output, lane: int) -> list[float]:
+        """W_j of the output's unit."""
+        shares = varm.weights(self._sums(output, lane), output.parameters["weight"])
+        self._sink.note("weights", output.name, shares)
+        return shares
 
     def _passes(self, output: Output, lane: int) -> FilePasses:
         itemsize = output.dtype.itemsize
@@ -520,9 +552,11 @@ class Merger:
             shared = self._plan.units.get(output.unit or "")
             members = [self._by_name[n] for n in shared.members] if shared else [output]
             numel = sum(member.numel for member in members)
-            statistic = output.parameters.get("statistic")
+            statistic = output.parameters.get("statistic", "square")
             sums = [
-                done.statistics[f"{statistic} {member.name}"] for member in members if statistic
+                found
+                for member in members
+                if (found := done.statistics.get(f"{statistic} {member.name}")) is not None
             ]
             units[key] = Unit(
                 name=shared.name if shared else output.name,
@@ -546,7 +580,7 @@ def make_tasks(planned: Plan, outputs: Sequence[Output], sink: Sink, progress: P
         else:
             todo.append(output)
     for output, tensor in run_tasks(planned, todo):
-        sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         sink.note("elements", output.name, max(output.numel, 1), output.nbytes)
         progress(output.name, output.nbytes)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusechat_merge.errors import TensorError
 from fusechat_merge.mergekit_loader import CheckpointLoader, loading
-from fusechat_merge.mergekit_plugin import UnitStatistics
+from fusechat_merge.mergekit_units import UnitStatistics
 from fusechat_merge.planning import Output, Plan, referenced_models
 
 

@@ -58,9 +58,7 @@ def verify(
         raise ConfigError([f"{out}: can't be read ({error})"]) from error
     problems = _structure_problems(planned, made) + _side_file_problems(planned, out)
     chosen = [
-        output
-        for output in planned.outputs
-        if output.name in made.tensors and _fits(output, made)
+        output for output in planned.outputs if output.name in made.tensors and _fits(output, made)
     ]
     if sample < 1:
         count = max(1, round(sample * len(chosen))) if chosen else 0
@@ -141,9 +139,7 @@ class _Comparison:
         at = self._made.tensors[output.name]
         there = os.pread(self._descriptors[at.file], data.nbytes, at.offset + first)
         if there != data:
-            byte = next(
-                (i for i, (a, b) in enumerate(zip(there, data, strict=False)) if a != b), 0
-            )
+            byte = next((i for i, (a, b) in enumerate(zip(there, data, strict=False)) if a != b), 0)
             element = (first + byte) // output.dtype.itemsize
             with self._lock:
                 known = self.differing.get(output.name, element)

@@ -32,6 +32,10 @@ def delta_sums(block: Block, statistic: str) -> list[tuple[float, ...]]:
             strip.raise_if_not_finite()
             # Two finite ends of float32's range.
             rows = _strip_sums(strip, statistic, torch.float64)
+            if not all(math.isfinite(value) for row in rows for value in row):
+                raise OverflowError(
+                    "a target differs from the base by more than float64 can square"
+                )
         sums += rows
     return sums
 

@@ -240,13 +240,13 @@ def test_slices(family: list[Path], tmp_path: Path) -> None:
                 {new + n[len(stem) :]: t for n, t in tensors[m].items() if n.startswith(stem)}
                 for m in (base, *targets)
             ]
-            expected |= reference(piece_of[0], piece_of[1:], lambda name: granularity)
+            expected |= reference(piece_of[0], piece_of[1:], lambda name, kind=granularity: kind)
         for names, (_, *targets) in (
             (("model.embed_tokens.weight",), layers[0]),
             (("model.norm.weight", "lm_head.weight"), layers[-1]),
         ):
             rest = [{n: tensors[m][n] for n in names} for m in (base, *targets)]
-            expected |= reference(rest[0], rest[1:], lambda name: granularity)
+            expected |= reference(rest[0], rest[1:], lambda name, kind=granularity: kind)
         assert_close(merged, expected)
 
 
@@ -651,13 +651,11 @@ TOKENIZER = (
         ({"base_model": None}, "base_model is missing: varm needs the pivot"),
         (
             {"parameters": {"weight": [{"filter": "model.norm", "value": 0}, {"value": 1}]}},
-            "tensor model.norm.weight: every target's weight is 0; give at least one target a weight"
-            " above 0",
+            "weight: every target's is 0 for model.norm.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
         (
             {"parameters": {"weight": [{"filter": "lm_head", "value": [0]}, {"value": 1}]}},
-            "tensor lm_head.weight: every target's weight is 0; give at least one target a weight"
-            " above 0",
+            "weight: every target's is 0 for lm_head.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
         ({"parameters": {"granularity": "model"}, "tokenizer_source": "base"}, TOKENIZER),
         ({"parameters": {"granularity": "module"}, "tokenizer": {"source": "base"}}, TOKENIZER),
@@ -697,7 +695,7 @@ def test_refused(
         ({"lambda": ".nan"}, "parameters.lambda: '.nan' is not a finite number"),
         (
             {"weight": [{"filter": "norm", "value": 0}, {"value": 1}]},
-            "tensor norm: every target's weight is 0; give at least one target a weight above 0",
+            "weight: every target's is 0 for norm; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
         ),
     ],
 )
@@ -747,7 +745,7 @@ def test_merge_tensors(family: list[Path]) -> None:
     with pytest.raises(ConfigError) as caught:
         merge_tensors(tensors, "varm", base_index=0, name=name, parameters={"weight": 0})
     assert str(caught.value) == (
-        f"tensor {name}: every target's weight is 0; give at least one target a weight above 0"
+        f"weight: every target's is 0 for {name or 'the tensor'}; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's"
     )
 
 
@@ -779,7 +777,9 @@ def test_merge_state_dicts_of_modules_and_buffers() -> None:
                 del state[name]
         # ``0`` and ``1`` are the layers here; the names begin with their digits.
         named = [{f"x.{n}": t for n, t in state.items()} for state in states]
-        expected = reference(named[0], named[1:], lambda n: granularity, lambda n: [2.0, 1.0])
+        expected = reference(
+            named[0], named[1:], lambda n, kind=granularity: kind, lambda n: [2.0, 1.0]
+        )
         assert_close({f"x.{n}": t.detach() for n, t in found.items()}, expected)
 
 

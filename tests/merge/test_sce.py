@@ -359,7 +359,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 def test_refused_tensors() -> None:
     base, targets = models((2, 3))
-    with pytest.raises(ValueError, match="^sce needs at least one target$"):
+    with pytest.raises(ValueError, match=r"^sce needs at least one target$"):
         fusechat_merge.sce(base, [])
     with pytest.raises(ValueError) as caught:
         # One element would spread over the whole tensor.

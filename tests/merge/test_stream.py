@@ -270,9 +270,7 @@ def test_shards_as_the_plan_says_and_the_model_loads(tmp_path: Path, llama_famil
     assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
     sizes = {file: sum(t.nbytes for t in load_file(out / file).values()) for file in files}
     assert sum(sizes.values()) == index["metadata"]["total_size"]
-    assert all(
-        size <= 50_000 or len(load_file(out / file)) == 1 for file, size in sizes.items()
-    )
+    assert all(size <= 50_000 or len(load_file(out / file)) == 1 for file, size in sizes.items())
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -283,7 +281,9 @@ def test_mixed_dtypes_stay_aligned(tmp_path: Path, llama_family: Family) -> None
         tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
         tensors["odd"] = torch.ones(3, dtype=torch.uint8)
 
-    out = merge(configuration(llama_family(tmp_path / "in", (BF16,) * 2, edit=edit)), tmp_path / "o")
+    out = merge(
+        configuration(llama_family(tmp_path / "in", (BF16,) * 2, edit=edit)), tmp_path / "o"
+    )
     found = read(out)  # safetensors refuses to view misaligned bytes
     assert found["model.norm.weight"].dtype == torch.float64
     assert found["odd"].tolist() == [1, 1, 1]

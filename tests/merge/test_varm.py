@@ -502,7 +502,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 def test_refused_tensors() -> None:
     base, targets = models((2, 3), (F32,) * 3)
-    with pytest.raises(ValueError, match="^varm needs at least one target$"):
+    with pytest.raises(ValueError, match=r"^varm needs at least one target$"):
         fusechat_merge.varm(base, [])
     with pytest.raises(ValueError) as caught:
         fusechat_merge.varm_weights(base, [targets[0], targets[1][:1]])

@@ -1,0 +1,309 @@
+"""A FusionTrainer step against TRL's SFTTrainer step on the same batches: time and peak memory.
+
+    python benchmarks/bench_train.py
+
+Steps are timed in turns in one process and compared in pairs; memory is the peak of a process of
+its own (on CPU of its resident set). A dense step is how fused targets are usually trained on: a
+[batch, length, vocabulary] tensor of probabilities against full logits. Exit status 1 if a goal is
+missed. On a GPU it measures larger models; that has not been run yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+TOP_K = 10
+TIME_GOAL = 1.10
+MEMORY_GOAL = 1.10
+DENSE_GOAL = 0.2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a batch; sizes such that the vocabulary matters as it does in a real model."""
+
+    name: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    batch: int
+    length: int
+
+
+CPU = [
+    Setting("151,936 tokens", 151_936, 128, 2, 2, 160),
+    Setting("32,000 tokens", 32_000, 256, 4, 2, 256),
+]
+GPU = [
+    Setting("151,936 tokens", 151_936, 1536, 16, 4, 2048),
+    Setting("32,000 tokens", 32_000, 2048, 16, 4, 2048),
+]
+
+
+def rows(setting: Setting, count: int) -> Any:
+    """Random tokens whose first quarter is a prompt, and a random target for each of the others."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+    generator = np.random.default_rng(0)
+    ids = generator.integers(10, setting.vocabulary, (count, setting.length))
+    labels = ids.copy()
+    labels[:, : setting.length // 4] = -100
+    targets = (count * setting.length, TOP_K)
+    entries = generator.integers(0, setting.vocabulary, targets).astype(np.int32)
+    probs = generator.dirichlet(np.ones(TOP_K), targets[0]).astype(np.float32)
+
+    def lists(values: Any) -> pa.Array:
+        return pa.ListArray.from_arrays(
+            np.arange(count + 1, dtype=np.int32) * setting.length, values
+        )
+
+    def fixed(values: Any) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(values.reshape(-1), TOP_K)
+
+    return Dataset(
+        pa.table(
+            {
+                "input_ids": lists(ids.reshape(-1)),
+                "labels": lists(labels.reshape(-1)),
+                "fusion_ids": lists(fixed(entries)),
+                "fusion_probs": lists(fixed(probs)),
+            }
+        )
+    )
+
+
+def words(setting: Setting) -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+def dense_trainer() -> Any:
+    """SFTTrainer with dense bf16 targets, built from the same columns."""
+    import torch
+    from trl import SFTTrainer
+
+    from fusechat_distill.trainer import DataCollatorForFusion
+
+    class DenseTrainer(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.data_collator = DataCollatorForFusion(pad_token_id=0)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = list(
+                {*(self._signature_columns or ()), "fusion_ids", "fusion_probs"}
+            )
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            ids, probs = inputs.pop("fusion_ids"), inputs.pop("fusion_probs")
+            labels = inputs.pop("labels")
+            vocabulary = model.config.vocab_size
+            targets = torch.zeros(
+                *labels.shape, vocabulary, dtype=torch.bfloat16, device=ids.device
+            )
+            targets.scatter_(-1, ids.long(), probs.bfloat16())
+            log_q = model(**inputs).logits[:, :-1].float().log_softmax(-1)
+            mask = labels[:, 1:] != -100
+            nll = -log_q.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            fusion = -(targets[:, 1:] * log_q).sum(-1)
+            return ((0.9 * nll + 0.1 * fusion) * mask).sum() / num_items_in_batch
+
+    return DenseTrainer
+
+
+def trainer_for(setting: Setting, kind: str, steps: int, device: str, folder: str) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from fusechat_distill.trainer import FusionConfig, FusionTrainer
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=setting.vocabulary,
+            hidden_size=setting.hidden,
+            intermediate_size=3 * setting.hidden,
+            num_hidden_layers=setting.layers,
+            num_attention_heads=setting.hidden // 64,
+            max_position_embeddings=setting.length,
+            tie_word_embeddings=False,
+        )
+    )
+    kinds = {
+        "sft": (SFTTrainer, SFTConfig),
+        "fusion": (FusionTrainer, FusionConfig),
+        "dense": (dense_trainer() if kind == "dense" else None, SFTConfig),
+    }
+    trainer_class, config_class = kinds[kind]
+    dataset = rows(setting, setting.batch * steps)
+    if kind == "sft":
+        dataset = dataset.select_columns(["input_ids", "labels"])
+    config = config_class(
+        output_dir=folder,
+        per_device_train_batch_size=setting.batch,
+        max_steps=steps,
+        max_length=setting.length,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        gradient_checkpointing=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": kind == "dense"},
+        logging_steps=1,
+        seed=0,
+    )
+    return trainer_class(model, config, train_dataset=dataset, processing_class=words(setting))
+
+
+def measure_time(setting: Setting, pairs: int, device: str) -> list[list[float]]:
+    """Seconds of steps of both trainers, [SFT, fusion] in turns in one process.
+
+    A step is what the training loop does: the next batch, forward, backward, clipping, optimizer.
+    """
+    import torch
+
+    def steps(trainer: Any) -> Iterator[float]:
+        trainer.create_optimizer()
+        accelerator = trainer.accelerator
+        model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = 1
+        batches = iter(trainer.get_train_dataloader())
+        while True:
+            begin = time.perf_counter()
+            batch, items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+            trainer.training_step(model, batch[0], items)
+            accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            yield time.perf_counter() - begin
+
+    with tempfile.TemporaryDirectory() as folder:
+        turns = [
+            steps(trainer_for(setting, kind, pairs + 1, device, folder))
+            for kind in ("sft", "fusion")
+        ]
+        for turn in turns:
+            next(turn)  # first use of everything
+        return [[next(turn) for turn in turns] for _ in range(pairs)]
+
+
+def measure_memory(setting: Setting, kind: str, steps: int, device: str) -> int:
+    """Bytes at the peak of a few steps."""
+    from transformers import TrainerCallback
+
+    class FromHere(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            reset_peak(device)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(setting, kind, steps, device, folder)
+        trainer.add_callback(FromHere())
+        trainer.train()
+    return peak(device)
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what preparing the dataset left behind
+        with open("/proc/self/clear_refs", "w") as file:  # Linux: resets VmHWM
+            file.write("5")
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def apart(*what: str) -> Any:
+    """One of the measurements, in a process of its own."""
+    command = [sys.executable, __file__, "--measure", *what]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(setting: Setting, pairs: int, device: str) -> bool:
+    times = apart("time", setting.name, str(pairs), device)
+    peaks = {
+        kind: apart("memory", setting.name, kind, device) for kind in ("sft", "fusion", "dense")
+    }
+    added = max(peaks["fusion"] - peaks["sft"], 0)
+    dense = peaks["dense"] - peaks["sft"]
+    targets = setting.batch * setting.length * setting.vocabulary * 2
+    figures = [
+        ("step time, fusion / SFT", statistics.median(b / a for a, b in times), TIME_GOAL),
+        ("peak memory, fusion / SFT", peaks["fusion"] / peaks["sft"], MEMORY_GOAL),
+        ("memory that fusion adds / that a dense step adds", added / dense, DENSE_GOAL),
+        ("memory that fusion adds / dense bf16 targets alone", added / targets, DENSE_GOAL),
+    ]
+    print(
+        f"{setting.name} on {device}: {setting.batch} x {setting.length} tokens, SFT "
+        f"{statistics.median(a for a, _ in times):.2f} s and {peaks['sft'] / 2**20:.0f} MiB a "
+        f"step; fusion adds {added / 2**20:.1f} MiB, a dense step {dense / 2**20:.0f} MiB"
+    )
+    for name, ratio, goal in figures:
+        print(f"  {name:52} {ratio:6.3f}  (at most {goal:.2f})")
+    return all(ratio <= goal for _, ratio, goal in figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=9, help="steps of each trainer that are timed")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        what, name, which, device = options.measure
+        setting = next(s for s in (GPU if device == "cuda" else CPU) if s.name == name)
+        result = (
+            measure_time(setting, int(which), device)
+            if what == "time"
+            else measure_memory(setting, which, 3, device)
+        )
+        print(json.dumps(result))
+        return
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = GPU if device == "cuda" else CPU
+    met = [compare(setting, options.pairs, device) for setting in chosen]
+    sys.exit(0 if all(met) else 1)
+
+
+if __name__ == "__main__":
+    main()

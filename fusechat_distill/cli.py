@@ -1,0 +1,304 @@
+"""The commands of `fusechat-distill`; what is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusechat_distill.errors import DistillError, RequestError
+
+if TYPE_CHECKING:
+    from fusechat_distill.inputs import Inputs
+    from fusechat_distill.pipeline import StageStatus
+    from fusechat_distill.processes import Processes
+
+LISTED_ROWS = 20
+"""Rows that are left out of the dataset and shown; `--json` lists all."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fusechat", prog_name="fusechat-distill")
+def commands() -> None:
+    """Fuse chat LLMs into one: score, align and fuse their distributions, train the targets."""
+
+
+def main() -> None:
+    commands(prog_name="fusechat-distill")
+
+
+def command(function: Callable[..., None]) -> click.Command:
+    """Make a command that ends an error with one `Error: ...` line and the exit status for it."""
+
+    @functools.wraps(function)
+    def run(debug: bool, **options: Any) -> None:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        try:
+            function(**options)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except BaseException as error:
+            if debug:
+                raise
+            _say(error)
+            raise click.exceptions.Exit(getattr(error, "exit_status", 1)) from None
+
+    return commands.command()(
+        click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
+    )
+
+
+def _say(error: BaseException) -> None:
+    from fusechat_distill.processes import ElsewhereError
+
+    if isinstance(error, ElsewhereError):
+        return
+    if isinstance(error, DistillError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted; what was done is kept, the same command goes on from there"
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+    click.echo(f"Error: {text}", err=True)
+
+
+recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False))
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that a model's repository brings along; read it first.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@command
+@click.argument("folder", metavar="[DIR]", default=".", type=click.Path(file_okay=False))
+def init(folder: str) -> None:
+    """Write a commented recipe, recipe.yaml, to DIR (default: here)."""
+    from fusechat_distill.recipe import TEMPLATE
+
+    path = Path(folder) / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        problem = "is there already; name another folder, or move it away"
+        raise RequestError(str(path), [problem]) from None
+    click.echo(str(path))
+
+
+@command
+@recipe_argument
+@trust_option
+@json_option
+def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Check all that can be checked without weights, and say what RECIPE will do.
+
+    Models' configurations, tokenizers and templates, the dataset, the disk, and what earlier runs
+    left: every problem is named in one message.
+    """
+    from fusechat_distill.inputs import open_inputs, readable_size
+
+    _quieten()
+    facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    data = facts["dataset"]
+    click.echo(
+        f"dataset: {data['conversations']:,} conversations ({data['layout']}), "
+        f"{len(data['left_out']):,} rows left out"
+    )
+    for entry in data["left_out"][:LISTED_ROWS]:
+        click.echo(f"  row {entry['row']}: {entry['reason']}")
+    if len(data["left_out"]) > LISTED_ROWS:
+        click.echo(f"  ... and {len(data['left_out']) - LISTED_ROWS:,} more (--json lists all)")
+    for name, model in facts["models"].items():
+        click.echo(
+            f"{name}: {model['model']} ({model['type']}, {model['tokens']:,} tokens), about "
+            f"{readable_size(model['expected_bytes'])} of scores"
+        )
+
+
+@command
+@recipe_argument
+@click.option("--model", "names", metavar="NAME", multiple=True, help="Only this model.")
+@trust_option
+def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Score every conversation with the pivot and every source of RECIPE.
+
+    Goes on from where an earlier run stopped. On several devices or machines, start it with
+    `accelerate launch -m fusechat_distill score RECIPE`; the result is the same.
+    """
+    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.pipeline import score_stages
+    from fusechat_distill.processes import Processes
+    from fusechat_distill.recipe import read_recipe
+
+    def check() -> Inputs:
+        inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
+        unknown = [name for name in names if name not in inputs.models]
+        if unknown:
+            known = ", ".join(inputs.models)
+            raise RequestError(
+                recipe,
+                [f"--model {name}: is no model of it; there are {known}" for name in unknown],
+            )
+        return inputs
+
+    readable, _ = read_recipe(recipe)
+    processes = Processes(readable.scoring.device if readable else "cpu")
+    _quieten(processes.is_first)
+    try:
+        inputs = processes.in_turn(check)
+        for stage in score_stages(inputs, names or None, trust_remote_code=trust_remote_code):
+            status = stage.run(processes, Bar(processes))
+            if processes.is_first:
+                click.echo(_line(status))
+    finally:
+        processes.close()
+
+
+@command
+@recipe_argument
+@json_option
+def status(recipe: str, as_json: bool) -> None:
+    """Show how far the stages of RECIPE are: samples, tokens, bytes, rate, and what is left."""
+    from fusechat_distill.pipeline import score_status
+    from fusechat_distill.recipe import load_recipe
+    from fusechat_distill.store import Shards
+
+    read = load_recipe(recipe)
+    states: list[StageStatus | None] = []
+    for name in read.models:
+        folder = read.scores_folder / name
+        started = (folder / "manifest.json").exists()
+        states.append(score_status(name, Shards.open(folder)) if started else None)
+    if as_json:
+        entries = [
+            {"stage": "score", "name": name} | (_entry(state) if state else {"done": 0})
+            for name, state in zip(read.models, states, strict=True)
+        ]
+        click.echo(json.dumps(entries, indent=2, ensure_ascii=False))
+        return
+    for name, state in zip(read.models, states, strict=True):
+        click.echo(_line(state) if state else f"score {name}: not begun")
+
+
+class Bar:
+    """Progress on stderr: samples, tokens/s of this process, time left; in the first process."""
+
+    def __init__(self, processes: Processes):
+        self._processes = processes
+
+    def start(self, title: str, total: int) -> None:
+        from tqdm import tqdm
+
+        count = self._processes.count
+        self._tokens = 0
+        self._bar = tqdm(
+            total=total,
+            desc=title if count == 1 else f"{title} (1 of {count} processes)",
+            unit=" samples",
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            disable=not self._processes.is_first,
+        )
+
+    def advance(self, samples: int, tokens: int) -> None:
+        self._tokens += tokens
+        seconds = self._bar.format_dict["elapsed"]
+        if seconds:
+            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
+        self._bar.update(samples)
+
+    def stop(self) -> None:
+        self._bar.close()
+
+
+def _quieten(first: bool = True) -> None:
+    """Keep the libraries' notes away, and their progress bars except from a terminal."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not (first and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def _facts(inputs: Inputs) -> dict[str, Any]:
+    from fusechat_distill.inputs import expected_bytes
+
+    conversations = inputs.conversations
+    return {
+        "dataset": {
+            "conversations": len(conversations),
+            "layout": conversations.layout,
+            "left_out": [{"row": r.row, "reason": r.reason} for r in conversations.rejected],
+        },
+        "models": {
+            name: {
+                "model": model.spec.model,
+                "type": model.files.config.model_type,
+                "tokens": len(model.files.token_ids),
+                "expected_bytes": expected_bytes(inputs, model),
+            }
+            for name, model in inputs.models.items()
+        },
+    }
+
+
+def _entry(state: StageStatus) -> dict[str, Any]:
+    return {
+        "done": state.done,
+        "total": state.total,
+        "bytes": state.bytes,
+        "tokens_per_second": state.tokens_per_second,
+        "seconds_left": _seconds_left(state),
+        **state.details,
+    }
+
+
+def _line(state: StageStatus) -> str:
+    from fusechat_distill.inputs import readable_size
+
+    details = state.details
+    parts = [
+        f"{state.done:,} of {state.total:,} samples",
+        f"{details['response_tokens']:,} response tokens",
+        readable_size(state.bytes),
+    ]
+    if state.tokens_per_second:
+        parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
+    left = _seconds_left(state)
+    if left:
+        parts.append(f"about {datetime.timedelta(seconds=round(left))} left")
+    counts = {
+        "cut at max_length": details["cut"],
+        "with the system prompt in the first user message": details["system_folded"],
+        "left out": len(details["left_out"]),
+        "left out with NaN or Inf": len(details["non_finite"]),
+    }
+    parts += [f"{count:,} {what}" for what, count in counts.items() if count]
+    skipped = sum(details["turns_skipped"].values())
+    if skipped:
+        reasons = ", ".join(f"{count} {why}" for why, count in details["turns_skipped"].items())
+        parts.append(f"{skipped:,} answers as context only ({reasons})")
+    return f"{state.stage} {state.name}: " + "; ".join(parts)
+
+
+def _seconds_left(state: StageStatus) -> float | None:
+    """At the rate so far, for one process."""
+    if state.done == state.total or not state.done or not state.tokens_per_second:
+        return None
+    tokens = state.details["input_tokens"] / state.done * (state.total - state.done)
+    return tokens / state.tokens_per_second

@@ -1,0 +1,166 @@
+"""What a model is before its weights are read: configuration, tokenizer, files, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusechat_distill.errors import RequestError
+from fusechat_distill.recipe import Model
+
+PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
+"""Keys of `load` that say where a model lies, not what it computes."""
+
+
+@dataclass(eq=False)
+class ModelFiles:
+    """A model that a recipe names; `config` and `tokenizer` are transformers' own."""
+
+    spec: Model
+    config: Any
+    tokenizer: Any
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The ids that the tokenizer has, ascending."""
+        return sorted(set(self.tokenizer.get_vocab().values()))
+
+    def identity(self, digests: Digests) -> dict[str, Any]:
+        """What tells this model from any other: a hub name and commit, or a hash of its files."""
+        folder = Path(self.spec.model)
+        if folder.is_dir():
+            return {
+                "config": digests.of([folder / "config.json"]),
+                "weights": digests.of(sorted(folder.glob("*.safetensors"))),
+            }
+        return {"name": self.spec.model, "commit": self.config._commit_hash}
+
+
+def open_model(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
+    """Read what there is beside the weights.
+
+    Raises:
+        RequestError: with every reason why the model can't be scored.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(spec.model)
+    if not folder.is_dir() and (
+        spec.model.startswith((".", "/", "~")) or spec.model.count("/") > 1
+    ):
+        raise RequestError(spec.model, ["there is no such folder"])
+    source = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(spec.model, **source)
+    except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
+        raise RequestError(spec.model, [_config_problem(spec, error)]) from error
+    problems = list(_weight_problems(spec, config))
+    tokenizer = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
+    except Exception as error:
+        problems.append(f"its tokenizer can't be read: {_reason(error)}")
+    if problems:
+        raise RequestError(spec.model, problems)
+    return ModelFiles(spec, config, tokenizer)
+
+
+def _config_problem(spec: Model, error: Exception) -> str:
+    from transformers.utils.hub import has_file
+
+    if "trust_remote_code" in str(error):
+        return (
+            "needs code from its own repository to run; read that code, then pass "
+            "--trust-remote-code"
+        )
+    try:
+        adapter = has_file(spec.model, "adapter_config.json", spec.revision)
+    except Exception:
+        adapter = False
+    if adapter:
+        return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
+    return f"its configuration can't be read: {_reason(error)}"
+
+
+def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils.hub import has_file
+
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        yield f"is a {config.model_type} model, which is no causal language model"
+    folder = Path(spec.model)
+    index = folder / "model.safetensors.index.json"
+    if folder.is_dir() and index.is_file():
+        try:
+            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            yield f"{index.name} can't be read: {_reason(error)}"
+        else:
+            absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+            if absent:
+                yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
+        return
+    names = ("model.safetensors", "model.safetensors.index.json")
+    try:
+        found = any(has_file(spec.model, name, spec.revision) for name in names)
+    except Exception as error:
+        yield f"its files can't be listed: {_reason(error)}"
+        return
+    if not found:
+        yield (
+            "has no weights in safetensors; convert them with `save_pretrained`, since pickled "
+            "weights are never loaded"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class Digests:
+    """SHA-256 of files, remembered by path, size and modification time.
+
+    What is remembered is read from `cache` and kept there by `save`.
+    """
+
+    def __init__(self, cache: Path):
+        self._cache = cache
+        try:
+            self._known: dict[str, list[Any]] = json.loads(cache.read_text("utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, paths: Iterable[Path]) -> str:
+        """One hash over the files' names and contents, in their order."""
+        paths = list(paths)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(self._file, paths))
+        lines = (f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def save(self) -> None:
+        from fusechat_distill.store import write_json
+
+        write_json(self._cache, self._known)
+
+    def _file(self, path: Path) -> str:
+        stat = path.stat()
+        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(key)
+        if known and known[:2] == state:
+            return str(known[2])
+        with open(path, "rb") as file:
+            hasher = hashlib.sha256()
+            while block := file.read(2**22):
+                hasher.update(block)
+        self._known[key] = [*state, hasher.hexdigest()]
+        return hasher.hexdigest()

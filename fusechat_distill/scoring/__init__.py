@@ -1,0 +1,52 @@
+"""Scorers: token ids in, what the model thinks of every response token out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rendered conversation.
+
+    Row r of its scores is the model's distribution after `input_ids[: positions[r] + 1]`.
+    """
+
+    input_ids: NDArray[np.integer[Any]]
+    """[L] token ids."""
+    positions: NDArray[np.integer[Any]]
+    """[R] indices into `input_ids`, ascending, each below L - 1: the gold token of position p is
+    `input_ids[p + 1]`."""
+
+    @property
+    def gold(self) -> NDArray[np.integer[Any]]:
+        """[R] the token that follows each position."""
+        return self.input_ids[self.positions + 1]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model thinks at R positions; log-probabilities (natural) over its whole vocabulary."""
+
+    ids: NDArray[np.uint32]
+    """[R, k] token ids, most probable first; of equals the lower id first."""
+    logprobs: NDArray[np.float32]
+    """[R, k]"""
+    gold_logprobs: NDArray[np.float32]
+    """[R] log-probability of the gold token."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's output was free of NaN and Inf here."""
+        return bool(np.isfinite(self.logprobs).all() and np.isfinite(self.gold_logprobs).all())
+
+
+class Scorer(Protocol):
+    """An engine. `score` yields one `Scores` for each request, in the requests' order."""
+
+    def score(self, requests: Sequence[Request]) -> Iterator[Scores]: ...

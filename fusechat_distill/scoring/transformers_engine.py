@@ -1,0 +1,280 @@
+"""The default engine: any causal LM of transformers, its backbone once, its head in tiles."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusechat_distill.errors import DistillError
+from fusechat_distill.scoring import Request, Scores
+from fusechat_distill.scoring.head import Head, topk_logprobs
+
+log = logging.getLogger(__name__)
+
+
+class TransformersScorer:
+    """Scores with a loaded causal LM.
+
+    Which scale and soft cap the model puts on its logits is taken from its configuration and
+    confirmed by one forward over eight tokens; a model whose logits are something else is refused.
+
+    Args:
+        model: what `AutoModelForCausalLM.from_pretrained` gives.
+        token_ids: the ids that the tokenizer has; the head's other rows are padding, get no
+            probability, and never appear.
+        top_k: how many entries a position keeps; at most the number of `token_ids`.
+        batch_tokens: padded tokens in one forward. A longer request is a batch by itself.
+
+    Raises:
+        DistillError: the head is none that can be tiled.
+    """
+
+    def __init__(
+        self, model: Any, token_ids: Iterable[int], *, top_k: int = 10, batch_tokens: int = 16384
+    ):
+        self.model = model.eval()
+        self.top_k = top_k
+        self.batch_tokens = batch_tokens
+        self.head_module = model.get_output_embeddings()
+        weight = getattr(self.head_module, "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            kind = type(self.head_module).__name__
+            raise DistillError(
+                f"{model.config.name_or_path}: its output head is {kind} without a plain weight "
+                "matrix; exclude it from quantisation, or set scoring.engine: vllm"
+            )
+        rows = weight.shape[0]
+        ids = np.unique(np.fromiter((i for i in token_ids if i < rows), dtype=np.int64))
+        if len(ids) < top_k:
+            raise DistillError(
+                f"{model.config.name_or_path}: has {len(ids)} tokens; set scoring.top_k to at most "
+                "that"
+            )
+        self.vocabulary_size = int(ids[-1]) + 1
+        absent = np.setdiff1d(np.arange(self.vocabulary_size), ids)
+        self.absent = torch.from_numpy(absent) if len(absent) else None
+        self.scale: float = 1.0
+        self.soft_cap: float | None = None
+        self.scale, self.soft_cap = self._logit_transform()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        token_ids: Iterable[int],
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: Any = "cpu",
+        trust_remote_code: bool = False,
+        load: Mapping[str, Any] | None = None,
+        top_k: int = 10,
+        batch_tokens: int = 16384,
+    ) -> TransformersScorer:
+        """Load `model` from safetensors; `load` goes to `from_pretrained` as it is.
+
+        `device` is a torch device, or "spread" for transformers' own `device_map="auto"`; a
+        `device_map` in `load` goes before it.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options = dict(load or {})
+        options.setdefault("device_map", "auto" if device == "spread" else {"": device})
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+        return cls(loaded, token_ids, top_k=top_k, batch_tokens=batch_tokens)
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request]) -> Iterator[Scores]:
+        """Scores in the requests' order.
+
+        Requests of like length share a forward. Where memory runs out, the batch is halved, and
+        `batch_tokens` with it for what follows.
+
+        Raises:
+            DistillError: one request alone does not fit into memory.
+        """
+        scores: list[Scores | None] = [None] * len(requests)
+        todo = sorted(range(len(requests)), key=lambda i: -len(requests[i].input_ids))
+        while todo:
+            count = self._batch_size([len(requests[i].input_ids) for i in todo])
+            batch = [requests[i] for i in todo[:count]]
+            results = self._forward_or_none(batch)
+            if results is None:
+                longest = len(batch[0].input_ids)
+                if count == 1:
+                    raise DistillError(
+                        f"{self.model.config.name_or_path}: one sample of {longest} tokens does "
+                        "not fit into memory; lower max_length, or give the model more devices "
+                        "(`load: {device_map: auto}`)"
+                    )
+                self.batch_tokens = longest * (count // 2)
+                log.warning("out of memory: going on with batch_tokens: %d", self.batch_tokens)
+                continue
+            for i, result in zip(todo[:count], results, strict=True):
+                scores[i] = result
+            del todo[:count]
+        return iter([score for score in scores if score is not None])
+
+    def _batch_size(self, lengths: Sequence[int]) -> int:
+        """How many of the requests, longest first, go into one forward."""
+        return max(1, min(len(lengths), self.batch_tokens // max(1, lengths[0])))
+
+    def _forward_or_none(self, batch: Sequence[Request]) -> list[Scores] | None:
+        """The batch's scores, or None where memory ran out.
+
+        Returning frees what the failed forward's frames held, which a caller inside an `except`
+        would keep alive.
+        """
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        try:
+            return self._forward(batch)
+        except Exception as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+        clear_device_cache(garbage_collection=True)
+        return None
+
+    def _forward(self, batch: Sequence[Request]) -> list[Scores]:
+        longest = max(len(request.input_ids) for request in batch)
+        ids = np.zeros((len(batch), longest), dtype=np.int64)
+        mask = np.zeros((len(batch), longest), dtype=np.int64)
+        for row, request in enumerate(batch):
+            ids[row, : len(request.input_ids)] = request.input_ids
+            mask[row, : len(request.input_ids)] = 1
+        # Positions of the flattened [B * L] batch.
+        flat = np.concatenate([row * longest + r.positions for row, r in enumerate(batch)])
+        hidden = self._hidden(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(flat))
+        gold = torch.from_numpy(np.concatenate([r.gold for r in batch]).astype(np.int64))
+        with self._head() as head:
+            found = topk_logprobs(hidden, head, gold, self.top_k)
+        token_ids, logprobs, gold_logprobs = (tensor.cpu().numpy() for tensor in found)
+        bounds = [0, *itertools.accumulate(len(r.positions) for r in batch)]
+        return [
+            Scores(
+                token_ids[start:stop].astype(np.uint32),
+                logprobs[start:stop].astype(np.float32),
+                gold_logprobs[start:stop].astype(np.float32),
+            )
+            for start, stop in itertools.pairwise(bounds)
+        ]
+
+    def _hidden(self, ids: Tensor, mask: Tensor, flat: Tensor) -> Tensor:
+        """What the head is given at positions `flat` of the flattened batch, [N, H].
+
+        The head itself is handed one state only, so that the model's own logits stay small.
+        """
+        taken: list[Tensor] = []
+
+        def take(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]
+            taken.append(hidden.reshape(-1, hidden.shape[-1])[flat.to(hidden.device)])
+            return (hidden[:1, :1], *args[1:])
+
+        self._run(ids, mask, take)
+        return taken[0].to(self._weight_dtype)
+
+    def _run(self, ids: Tensor, mask: Tensor, before_head: Any) -> Any:
+        hook = self.head_module.register_forward_pre_hook(before_head)
+        try:
+            device = self.model.device
+            return self.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            )
+        finally:
+            hook.remove()
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.head_module.weight.dtype
+
+    @contextmanager
+    def _head(self) -> Iterator[Head]:
+        """The head, with its weights brought back where they are offloaded."""
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.head_module):
+            weight = self.head_module.weight
+            yield Head(
+                weight=weight,
+                vocabulary_size=self.vocabulary_size,
+                bias=getattr(self.head_module, "bias", None),
+                scale=self.scale,
+                soft_cap=self.soft_cap,
+                absent=None if self.absent is None else self.absent.to(weight.device),
+            )
+
+    @torch.inference_mode()
+    def _logit_transform(self) -> tuple[float, float | None]:
+        """Scale and soft cap that turn the head's output into the model's logits.
+
+        Configurations name them differently, and some name one that their model applies elsewhere
+        (MiniCPM3) or not at all (MPT), so the model is asked: its head is given states that make
+        logits of up to ±40, and the first transform of those configured that explains what comes
+        out of the model is the one.
+        """
+        plain: list[Tensor] = []
+
+        def amplify(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            with self._head() as head:
+                hidden = args[0][:1, :8].to(head.weight.device)
+                linear = torch.nn.functional.linear
+                highest = linear(hidden, head.weight, head.bias).float().abs().amax()
+                hidden = (hidden * (40.0 / highest.clamp_min(1e-30))).to(hidden.dtype)
+                plain.append(linear(hidden, head.weight, head.bias).float())
+            return (hidden, *args[1:])
+
+        ids = torch.linspace(0, self.vocabulary_size - 1, 8).long().unsqueeze(0)
+        logits = self._run(ids, torch.ones_like(ids), amplify).logits.float()
+        raw = plain[0].to(logits.device)
+        config = self.model.config.get_text_config()
+        tolerance = 0.01 if self._weight_dtype in (torch.float32, torch.float64) else 1.0
+        for scale, cap in _configured_transforms(config):
+            expected = raw * scale
+            if cap is not None:
+                expected = torch.tanh(expected / cap) * cap
+            error = (logits - expected).abs().amax()
+            if math.isfinite(error) and error <= tolerance * max(1.0, scale):
+                return scale, cap
+        if not torch.isfinite(logits).all():
+            raise DistillError(
+                f"{self.model.config.name_or_path}: gives NaN or Inf for the simplest input; its "
+                "weights are damaged, or overflow in this dtype (set `dtype: float32`)"
+            )
+        raise DistillError(
+            f"{self.model.config.name_or_path}: a {config.model_type} model's logits are not its "
+            "output head's times a known scale or under a known soft cap; set scoring.engine: vllm"
+        )
+
+
+def _configured_transforms(config: Any) -> list[tuple[float, float | None]]:
+    """Scales and soft caps that a configuration may mean, the fullest first, none last."""
+    scales = [
+        getattr(config, "logit_scale", None),
+        getattr(config, "lm_head_multiplier", None),
+        1.0 / config.logits_scaling if getattr(config, "logits_scaling", None) else None,
+    ]
+    caps = [
+        getattr(config, name, None)
+        for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    ]
+    return [
+        (scale, cap)
+        for cap in [*(float(c) for c in caps if c), None]
+        for scale in [*(float(s) for s in scales if isinstance(s, (int, float)) and s), 1.0]
+    ]

@@ -1,0 +1,453 @@
+"""The commands, end to end: real tokenizers, small random models, exact messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from real_tokenizers import INSTRUCT
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+
+from fusechat_distill.cli import commands
+from fusechat_distill.conversations import Renderer, open_conversations
+from fusechat_distill.recipe import load_recipe
+from fusechat_distill.store import ScoreStore
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+CHATS = [
+    [("user", "Name two cities."), ("assistant", "Paris — and 東京 🙂.")],
+    [("system", "Be brief."), ("user", "Hi"), ("assistant", "  Hello,\nfriend \n")],
+    [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "Zwei, naïve café.")],
+    [("user", "code"), ("assistant", "def f(x):\n\n    return x + 1\n")],
+    [("user", "नमस्ते"), ("assistant", "नमस्ते दुनिया " * 12)],
+]
+
+
+def save(folder: Path, config, tokenizer, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": role, "content": f"{content} {i}" if role == "user" else content}
+                for role, content in CHATS[i % len(CHATS)]
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def write_rows(path: Path, made: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, mistral) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return save(folder, LlamaConfig(**TINY, vocab_size=len(mistral)), mistral)
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory, qwen) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    config = Qwen3Config(**TINY, head_dim=8, vocab_size=len(qwen) + 290, tie_word_embeddings=True)
+    return save(folder, config, qwen, seed=1)
+
+
+@pytest.fixture
+def recipe(tmp_path, llama) -> Path:
+    """A pivot and no source: the least that scores."""
+    write_rows(tmp_path / "chats.jsonl", rows(30))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'out'}\npivot: {llama}\nfusion: {{strategy: sft}}\n"
+        f"dataset: {tmp_path / 'chats.jsonl'}\nmax_length: 96\n"
+        "scoring: {dtype: float32, device: cpu}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+def change(path: Path, *replacements: tuple[str, str]) -> Path:
+    text = path.read_text("utf-8")
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def shard_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_scores_of_two_families_are_the_dense_reference(recipe, tmp_path, llama, qwen3):
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{qwen3}]"))
+    result = run("score", recipe)
+    assert result.exit_code == 0, result.stderr
+    conversations = open_conversations(str(tmp_path / "chats.jsonl"))
+    pivot = Renderer(AutoTokenizer.from_pretrained(llama))
+    for name, folder in (("pivot", llama), ("qwen3", qwen3)):
+        store = ScoreStore(tmp_path / "out" / "scores" / name)
+        assert list(store) == conversations.keys
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        renderer = pivot if name == "pivot" else Renderer(tokenizer)
+        some = conversations[:6]
+        for conversation, rendering, of_pivot in zip(
+            some, renderer(some), pivot(some), strict=True
+        ):
+            kept, cut = of_pivot.cut_to(96)
+            rendering = kept if name == "pivot" else rendering.cut_at(cut)
+            sample = store[conversation.key]
+            assert sample.row == conversation.row
+            assert len(sample.responses) == len(rendering.responses) > 0
+            with torch.no_grad():
+                logits = model(torch.tensor(rendering.input_ids)[None]).logits[0].double()
+            logprobs = logits[:, : len(tokenizer)].log_softmax(-1).numpy()
+            for scored, response in zip(sample.responses, rendering.responses, strict=True):
+                expected = logprobs[response.states()]
+                gold = rendering.input_ids[response.tokens()]
+                np.testing.assert_array_equal(scored.tokens, gold)
+                np.testing.assert_array_equal(scored.ends, response.ends)
+                assert (scored.turn, scored.begin, scored.end, scored.pending, scored.stop) == (
+                    response.turn,
+                    response.begin,
+                    response.end,
+                    response.pending,
+                    response.stop,
+                )
+                np.testing.assert_allclose(
+                    scored.gold_logprobs, expected[np.arange(len(gold)), gold], atol=1e-5
+                )
+                best = -np.sort(-expected, 1)[:, :10]
+                np.testing.assert_allclose(scored.logprobs, best, rtol=1e-3)
+                named = np.take_along_axis(expected, scored.ids.astype(np.int64), 1)
+                np.testing.assert_allclose(named, best, atol=1e-5)
+
+
+def test_what_is_done_is_not_done_again_and_what_is_torn_is(recipe, tmp_path, caplog):
+    write_rows(tmp_path / "chats.jsonl", rows(300))
+    assert run("score", recipe).exit_code == 0
+    folder = tmp_path / "out" / "scores" / "pivot"
+    before = shard_files(folder)
+    assert list(before) == ["00000000-00000256.parquet", "00000256-00000300.parquet"]
+    times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))]
+    assert run("score", recipe).exit_code == 0
+    assert times == [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))]
+
+    torn = folder / "00000256-00000300.parquet"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    assert run("score", recipe).exit_code == 0
+    assert shard_files(folder) == before
+    assert (folder / "quarantine" / torn.name).exists()
+    assert any("moved to" in message for message in caplog.messages)
+
+
+def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path):
+    write_rows(tmp_path / "chats.jsonl", rows(300))
+    assert run("status", recipe).stdout == "score pivot: not begun\n"
+    assert run("score", recipe).exit_code == 0
+    (tmp_path / "out" / "scores" / "pivot" / "00000256-00000300.parquet").unlink()
+    line = run("status", recipe).stdout
+    assert line.startswith("score pivot: 256 of 300 samples; ")
+    assert " response tokens; " in line
+    assert " tokens/s a process; about 0:00:0" in line
+    (entry,) = json.loads(run("status", recipe, "--json").stdout)
+    assert (entry["stage"], entry["name"], entry["done"], entry["total"]) == (
+        "score",
+        "pivot",
+        256,
+        300,
+    )
+    assert entry["response_tokens"] > 0
+    assert entry["seconds_left"] > 0
+    assert entry["cut"] > 0, "the long answers do not fit into 96 tokens"
+
+
+def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_path, mistral, llama):
+    made = rows(4)
+    made.append(
+        {
+            "messages": [
+                {"role": "user", "content": "spell it"},
+                {"role": "assistant", "content": "it is <|end_of_turn|> here"},
+            ]
+        }
+    )
+    made.append({"messages": [{"role": "user", "content": "no answer"}]})
+    write_rows(tmp_path / "chats.jsonl", made)
+    strict = tmp_path / "strict"
+    shutil.copytree(llama, strict)
+    (strict / "chat_template.jinja").write_text(INSTRUCT)
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{strict}]"))
+    result = run("score", recipe)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("score pivot: 5 of 5 samples; ")
+    assert (
+        "; 1 left out; 1 answers as context only (1 the answer spells the special token" in lines[0]
+    )
+    assert "; 1 with the system prompt in the first user message" in lines[1]
+
+
+def test_validate_says_what_will_be_done(recipe, tmp_path, llama):
+    made = [*rows(23), {"messages": []}]
+    write_rows(tmp_path / "chats.jsonl", made)
+    source = f"{{model: {llama}, name: twin}}"
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{source}]"))
+    result = run("validate", recipe)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "dataset: 23 conversations (messages), 1 rows left out"
+    assert lines[1] == "  row 23: no assistant turn"
+    assert lines[2].startswith(f"pivot: {llama} (llama, 32,002 tokens), about ")
+    assert lines[3].startswith(f"twin: {llama} (llama, 32,002 tokens), about ")
+    facts = json.loads(run("validate", recipe, "--json").stdout)
+    assert facts["dataset"]["left_out"] == [{"row": 23, "reason": "no assistant turn"}]
+    assert set(facts["models"]) == {"pivot", "twin"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
+    pickled, plain, adapter, missing = (
+        tmp_path / name for name in ("pickled", "plain", "adapter", "missing")
+    )
+    shutil.copytree(llama, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    shutil.copytree(llama, plain)
+    (plain / "chat_template.jinja").unlink()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    split = tmp_path / "split"
+    shutil.copytree(llama, split)
+    (split / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    )
+    (tmp_path / "file").write_text("")
+    change(
+        recipe,
+        (
+            "fusion: {strategy: sft}",
+            f"sources: [{pickled}, {plain}, {adapter}, {missing}, {split}]",
+        ),
+        ("max_length: 96", "max_length: 9999"),
+        ("output: " + str(tmp_path / "out"), f"output: {tmp_path / 'file'}"),
+        ("scoring: {", "scoring: {top_k: 99, topk: 3, "),
+        ("device: cpu", "device: cuda:77"),
+        ("dataset: ", "dataset: {column: chat, path: "),
+        ("chats.jsonl", "chats.jsonl}"),
+    )
+    result = run("validate", recipe)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    heading, *problems = result.stderr.splitlines()
+    too_long = "takes 256 tokens at most; set max_length to 256 or less (it is 9999)"
+    assert [line.strip() for line in problems] == [
+        "scoring.topk: is not a key here; did you mean `top_k`?",
+        f"dataset {tmp_path}/chats.jsonl: no column 'chat'; it has 'messages'",
+        f"pivot ({llama}): {too_long}",
+        f"pickled ({pickled}): has no weights in safetensors; convert them with "
+        "`save_pretrained`, since pickled weights are never loaded",
+        f"plain ({plain}): {too_long}",
+        f"plain ({plain}): it has no chat template; set `template: pivot` for this source",
+        f"adapter ({adapter}): is an adapter; merge it into its base model first (PEFT's "
+        "`merge_and_unload`)",
+        f"missing ({missing}): there is no such folder",
+        f"split ({split}): lacks model-2.safetensors, which model.safetensors.index.json names; "
+        "copy them again",
+        f"output: {tmp_path / 'file'} is a file; set `output` to a folder",
+        f"scoring.device: cuda:77 is not there ({torch.cuda.device_count()} cuda devices); set it "
+        "to auto",
+    ]
+    assert heading == f"Error: {recipe} has {len(problems)} problems:"
+
+
+def test_a_tokenizer_of_another_model_is_found_without_weights(recipe, tmp_path, llama):
+    swapped = tmp_path / "swapped"
+    shutil.copytree(llama, swapped)
+    config = json.loads((swapped / "config.json").read_text())
+    (swapped / "config.json").write_text(json.dumps(config | {"vocab_size": 3000}))
+    change(recipe, (f"pivot: {llama}", f"pivot: {swapped}"))
+    result = run("validate", recipe)
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        re.escape(f"Error: {recipe}: pivot ({swapped}): its tokenizer gives token ")
+        + r"\d+, but it has 3000 embeddings; the tokenizer is another model's\n",
+        result.stderr,
+    )
+
+
+def test_too_little_disk_is_found_before_anything_is_written(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    result = run("score", recipe)
+    assert result.exit_code == 2
+    heading = f"Error: {recipe}: output: the scores will take about "
+    assert result.stderr.startswith(heading)
+    needed, rest = result.stderr.removeprefix(heading).split(" kB, ")
+    assert 20 < float(needed) < 200
+    assert rest == (
+        "but only 1 B are free; free some, lower scoring.top_k, or set `output` to another disk\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_recipe_or_model_is_refused_with_what_changed(recipe, tmp_path, llama):
+    copy = tmp_path / "copy"
+    shutil.copytree(llama, copy)
+    change(recipe, (f"pivot: {llama}", f"pivot: {copy}"))
+    assert run("score", recipe).exit_code == 0
+    folder = tmp_path / "out" / "scores" / "pivot"
+    before = shard_files(folder)
+
+    change(recipe, ("scoring: {", "scoring: {top_k: 5, "))
+    remedy = "move it away or delete it to make it anew, or set another `output`"
+    for command in ("validate", "score"):
+        result = run(command, recipe)
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"Error: {recipe}: scores of pivot: {folder} was made otherwise (top_k was 10, is 5); "
+            f"{remedy}\n"
+        )
+    change(recipe, ("top_k: 5, ", ""))
+
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    result = run("score", recipe)
+    assert result.exit_code == 2
+    assert "(model.weights was '" in result.stderr
+    assert shard_files(folder) == before
+
+    # Where a model lies is not what it is: a renamed folder goes on.
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    copy.rename(tmp_path / "renamed")
+    change(recipe, (f"pivot: {copy}", f"pivot: {tmp_path / 'renamed'}"))
+    assert run("score", recipe).exit_code == 0
+
+
+def poison(folder: Path, llama: Path, tokenizer, text: str) -> Path:
+    """A copy of a model that gives NaN where it reads `text`'s last token."""
+    shutil.copytree(llama, folder)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    token = tokenizer(text, add_special_tokens=False).input_ids[-1]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_nan_leaves_its_sample_out_and_above_one_percent_it_ends(
+    recipe, tmp_path, llama, mistral, caplog
+):
+    bad = poison(tmp_path / "bad", llama, mistral, "世")
+    made = rows(120)
+    made[7]["messages"][0]["content"] = "世"
+    write_rows(tmp_path / "chats.jsonl", made)
+    change(recipe, (f"pivot: {llama}", f"pivot: {bad}"))
+    result = run("score", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert "; 1 left out with NaN or Inf" in result.stdout
+    assert "pivot: NaN or Inf at row 7; left out" in caplog.messages
+    store = ScoreStore(tmp_path / "out" / "scores" / "pivot")
+    assert len(store) == 119
+    assert open_conversations(str(tmp_path / "chats.jsonl")).keys[7] not in store
+
+    made[3]["messages"][0]["content"] = made[4]["messages"][0]["content"] = "世"
+    write_rows(tmp_path / "chats.jsonl", made)
+    change(recipe, (str(tmp_path / "out"), str(tmp_path / "other")))
+    result = run("score", recipe)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: pivot ({bad}): NaN or Inf in its output for 3 of 120 samples, more than 1% (rows "
+        "3, 4, 7); score it in another dtype (`dtype: float32`) after deleting "
+        f"{tmp_path}/other/scores/pivot, or check its weights"
+    )
+
+
+def test_init_writes_a_recipe_that_is_valid_and_none_over_another(tmp_path):
+    result = run("init", tmp_path / "new")
+    assert result.exit_code == 0
+    path = tmp_path / "new" / "recipe.yaml"
+    assert result.stdout == f"{path}\n"
+    load_recipe(path)
+    before = path.read_bytes()
+    again = run("init", tmp_path / "new")
+    assert again.exit_code == 2
+    assert again.stderr == (
+        f"Error: {path}: is there already; name another folder, or move it away\n"
+    )
+    assert path.read_bytes() == before
+
+
+def test_only_the_model_asked_for_is_scored(recipe, tmp_path, llama):
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{other}]"))
+    result = run("score", recipe, "--model", "nobody")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {recipe}: --model nobody: is no model of it; there are pivot, other\n"
+    )
+    assert run("score", recipe, "--model", "other").exit_code == 0
+    assert [path.name for path in (tmp_path / "out" / "scores").iterdir()] == ["other"]
+
+
+def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monkeypatch):
+    def broken(*arguments, **options):
+        raise OSError("the disk\nis on fire")
+
+    monkeypatch.setattr("fusechat_distill.inputs.open_inputs", broken)
+    result = run("validate", recipe)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: OSError: the disk is on fire (--debug shows where)\n"
+    assert isinstance(run("validate", recipe, "--debug").exception, OSError)
+    monkeypatch.setattr(
+        "fusechat_distill.inputs.open_inputs",
+        lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    result = run("score", recipe)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: interrupted; what was done is kept, the same command goes on from there\n"
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['fusechat-distill', 'score', '--help']\n"
+        "from fusechat_distill.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print({'torch', 'transformers', 'datasets', 'pyarrow', 'trl'} & set(sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert "Usage: fusechat-distill score" in result.stdout
+    assert result.stdout.rstrip().endswith("set()")
