@@ -542,7 +542,7 @@ def _plan_outputs(planned: Plan) -> None:
 
 
 def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> Any:
-    """mergekit's tokenizer, the same every time: by itself it takes models and words as they come."""
+    """mergekit's tokenizer, the same every time: it takes models and words in no fixed order."""
     unordered = PreTrainedTokenizerFast.get_vocab
 
     def get_vocab(self: Any) -> dict[str, int]:

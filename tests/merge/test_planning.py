@@ -224,7 +224,7 @@ class _Hub(SimpleHTTPRequestHandler):
         if self.path.startswith("/api/models/"):
             self._api()
             return
-        _, owner, name, _, _, file = self.path.split("?")[0].split("/", 5)
+        _, _, name, _, _, file = self.path.split("?")[0].split("/", 5)
         path = Path(self.directory) / name / file
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -236,7 +236,7 @@ class _Hub(SimpleHTTPRequestHandler):
             body, code = body[int(first) : int(last) + 1], 206
         self._send(code, body, headers)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def _api(self) -> None:
         name = self.path.split("?")[0].split("/")[4]
@@ -244,9 +244,7 @@ class _Hub(SimpleHTTPRequestHandler):
         if not folder.is_dir():
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return
-        files = [
-            {"rfilename": file.name, "size": file.stat().st_size} for file in folder.iterdir()
-        ]
+        files = [{"rfilename": file.name, "size": file.stat().st_size} for file in folder.iterdir()]
         body = {"id": f"o/{name}", "sha": "c" * 40, "siblings": files, "private": False}
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
@@ -272,7 +270,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield _Hub.requests

@@ -54,8 +54,11 @@ def crashing() -> Iterator[Callable[..., dict[str, Any]]]:
         [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def run(config: dict[str, Any], out: Path, kill_at: int | str = 0, **more: Any) -> dict[str, Any]:
-        assert process.stdin and process.stdout
+    def run(
+        config: dict[str, Any], out: Path, kill_at: int | str = 0, **more: Any
+    ) -> dict[str, Any]:
+        assert process.stdin
+        assert process.stdout
         order = {"config": config, "out": str(out), "kill_at": kill_at, **more}
         print(json.dumps(order), file=process.stdin, flush=True)
         return json.loads(process.stdout.readline())

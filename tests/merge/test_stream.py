@@ -254,9 +254,7 @@ def test_a_chat_template_alone(tmp_path: Path, llama_family: Family) -> None:
 
 @pytest.mark.parametrize("method", ["varm", "linear"])
 @pytest.mark.parametrize("granularity", ["matrix", "layer"])
-def test_a_checkpoint_that_mergekit_converts(
-    tmp_path: Path, method: str, granularity: str
-) -> None:
+def test_a_checkpoint_that_mergekit_converts(tmp_path: Path, method: str, granularity: str) -> None:
     """Qwen2-MoE has no table in mergekit; on disk it has one tensor an expert, in memory one."""
     config = Qwen2MoeConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
