@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Done
-from fusechat_merge.passes import Buffers, SourceFiles, divide
+from fusechat_merge.passes import SourceFiles, divide
 from fusechat_merge.planning import NATIVE, Output, Plan
 from fusechat_merge.report import Report
 from fusechat_merge.stream import MEMORY, Merger, Progress
@@ -48,7 +48,7 @@ def analyze(
     sink = _NothingWritten()
     sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
     try:
-        merger = Merger(planned, sources, sink, Buffers(ring, sources), progress)
+        merger = Merger(planned, sources, sink, ring, progress)
         merger.measure(outputs)
     finally:
         sources.close()

@@ -32,8 +32,9 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
+from transformers import PreTrainedTokenizerFast
 
 from fusechat_merge.checkpoint import (
     Checkpoint,
@@ -508,7 +509,7 @@ def _plan_outputs(planned: Plan) -> None:
         planner = _Planner(planned, planned.architecture, config)
         tensors = planner.plan_all()
         if planner._tokenizer_task:
-            planned.tokenizer = planner._tokenizer_task.execute()
+            planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
         if config.chat_template:
             holder = SimpleNamespace(chat_template=None)
             _set_chat_template(holder, config, planned.options.trust_remote_code)
@@ -540,6 +541,20 @@ def _plan_outputs(planned: Plan) -> None:
     _account(planned, maker, planner)
 
 
+def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> Any:
+    """mergekit's tokenizer, the same every time: by itself it takes models and words as they come."""
+    unordered = PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(self: Any) -> dict[str, int]:
+        return dict(sorted(unordered(self).items(), key=lambda item: item[1]))
+
+    PreTrainedTokenizerFast.get_vocab = get_vocab
+    try:
+        return task.model_copy(update={"referenced_models": tuple(references)}).execute()
+    finally:
+        PreTrainedTokenizerFast.get_vocab = unordered
+
+
 def _architecture_remedy(message: str) -> str:
     if "--allow-crimes" in message:
         return "the models have different architectures; --allow-crimes tries all the same"
@@ -557,6 +572,7 @@ class _OutputMaker:
         self.used: dict[str, set[str]] = defaultdict(set)
         self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
         self.weightless: list[str] = []  # outputs for which all weights are 0
+        self.regular: dict[str, ExecuteMergeMethodTask] = {}  # varm's, those by name aside
         self.complete: set[str] = set()  # outputs to which every model contributes
         self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
 
@@ -581,7 +597,10 @@ class _OutputMaker:
         outcome = self._outcome(weight, task, [model for model, _ in present])
         if outcome is None:
             return
-        shape = self._shape(weight, task, [found for _, found in present])
+        base = task.base_model
+        first = [pair for pair in present if pair[0] == base]
+        ordered = first + [pair for pair in present if pair[0] != base]
+        shape = self._shape(weight, task, ordered)
         if shape is None:
             return
         dtypes = [found.dtype for _, found in present]
@@ -595,9 +614,6 @@ class _OutputMaker:
             problems.append(f"{weight.name}: numbers and whole numbers mixed: {dtypes}")
             return
         name = weight.name
-        base = task.base_model
-        first = [pair for pair in present if pair[0] == base]
-        ordered = first + [pair for pair in present if pair[0] != base]
         how = self._how(task, ordered, outcome)
         if how == "task" and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
@@ -624,6 +640,7 @@ class _OutputMaker:
             if not any(task.input_parameters[m]["weight"] for m in targets):
                 self.weightless.append(name)
             if not alone:
+                self.regular[name] = task
                 if len(present) == len(task.model_order) and merged.is_floating_point:
                     self.complete.add(name)
                 if task.parameters["granularity"] in SHARED:
@@ -706,9 +723,12 @@ class _OutputMaker:
                 self.planned.left_out.append(LeftOut(str(model), weight.name, reason))
 
     def _shape(
-        self, weight: WeightInfo, task: ExecuteMergeMethodTask, inputs: list[_Input]
+        self,
+        weight: WeightInfo,
+        task: ExecuteMergeMethodTask,
+        present: list[tuple[ModelReference, _Input]],
     ) -> tuple[int, ...] | None:
-        shapes = [found.shape for found in inputs]
+        shapes = [found.shape for _, found in present]
         axis = weight.vocabulary_axis
         gather = task.gather_tensors
         if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)) and axis is not None:
@@ -721,10 +741,7 @@ class _OutputMaker:
                 return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
         elif len(set(shapes)) == 1:
             return shapes[0]
-        listed = ", ".join(
-            f"{list(shape)} in {model}"
-            for model, shape in zip(task.model_order, shapes, strict=False)
-        )
+        listed = ", ".join(f"{list(found.shape)} in {model}" for model, found in present)
         remedy = ""
         if axis is not None:
             remedy = "; bring the vocabularies together: tokenizer: {source: base} in the YAML"
@@ -881,20 +898,19 @@ def _plan_units(planned: Plan, maker: _OutputMaker) -> None:
     if not maker.coarse:
         return
     if any(maker.outputs[name].how == "task" for name in maker.complete | maker.coarse):
-        # Converted checkpoints: mergekit's tasks read the units; only they know how.
+        # Converted or permuted tensors: only mergekit's tasks can read units that hold such.
         try:
-            names = list(maker.tasks)
-            maker.tasks.update(
-                zip(names, with_units([maker.tasks[name] for name in names]), strict=True)
-            )
+            united = with_units(list(maker.regular.values()))
         except ConfigError as error:
             planned.problems += error.problems
-        if any(maker.outputs[name].how != "task" for name in maker.complete | maker.coarse):
-            planned.problems.append(
-                "granularity module, layer and model can't be used where only some tensors need"
-                " checkpoint conversion: use matrix or element, or save the models with the same"
-                " version of transformers first"
-            )
+            return
+        for name, task in zip(maker.regular, united, strict=True):
+            if name in maker.coarse:
+                maker.tasks[name] = task
+        planned.outputs = [
+            replace(output, how="task", parameters={}) if output.name in maker.coarse else output
+            for output in planned.outputs
+        ]
         return
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     used = {maker.outputs[name].parameters["granularity"] for name in maker.coarse}

@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from fusechat_merge.journal import Done, Journal, changes, sync_folder
 from fusechat_merge.mergekit_plugin import non_finite
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
-from fusechat_merge.passes import LANES, Buffers, FilePasses, SourceFiles, divide
+from fusechat_merge.passes import LANES, Buffers, FilePasses, Ring, SourceFiles, divide
 from fusechat_merge.planning import Output, Plan, plan
 from fusechat_merge.side_files import write_side_files
 from fusechat_merge.tasks import run_tasks
@@ -128,28 +128,21 @@ def carry_out(
     if problems:
         raise ConfigError(problems)
 
-    journal = Journal(work / "journal")
-    try:
+    with ExitStack() as stack, _explained(out):
+        journal = stack.enter_context(closing(Journal(work / "journal")))
         _begin(journal, identity(planned), work, resume)
-        files = ShardFiles(planned, work / "model", journal)
-        sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
-        saver = _Saver(files, journal)
-        try:
-            with _explained(out), saver:
-                merger = Merger(planned, sources, saver, Buffers(ring, sources), progress)
-                merger.run(native)
-                make_tasks(planned, tasks, saver, progress)
-                saver.save()
-                units = merger.units()
-                write_side_files(planned, units, digest(planned), work / "model", report)
-                _raise_if_changed(planned)
-        finally:
-            sources.close()
-            files.close()
+        files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
+        folders = {name: m.folder for name, m in planned.models.items() if m.folder}
+        sources = stack.enter_context(closing(SourceFiles(folders)))
+        with _Saver(files, journal) as saver:
+            merger = Merger(planned, sources, saver, ring, progress)
+            merger.run(native)
+            make_tasks(planned, tasks, saver, progress)
+            saver.save()
+        write_side_files(planned, merger.units(), digest(planned), work / "model", report)
+        _raise_if_changed(planned)
         _publish(work, out)
-    finally:
-        journal.close()
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -239,7 +232,6 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
 def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> None:
     before = journal.done.identity
     if before and resume and before != now:
-        journal.close()
         raise ConfigError(
             [
                 f"{work} holds an unfinished merge of something else; --no-resume starts over",
@@ -294,18 +286,21 @@ class ShardFiles:
 
 
 class _Saver:
-    """Forces what was written to the disk and notes it, beside the work of the others."""
+    """Forces what was written to the disk and notes it, beside the work of the others.
+
+    It is never behind by more than two saves' worth: then the others wait.
+    """
 
     def __init__(self, files: ShardFiles, journal: Journal) -> None:
         self.files = files
         self.done = journal.done
         self._journal = journal
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._saving = threading.Lock()
         self._pending: dict[str, dict[str, Any]] = {}
-        self._bytes = 0
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._noted, self._saved = 0, 0  # bytes
+        self._busy = False
+        self._error: BaseException | None = None
 
     def __enter__(self) -> _Saver:
         return self
@@ -324,31 +319,48 @@ class _Saver:
         Raises:
             OSError: an earlier save failed.
         """
-        if self._error:
-            raise self._error
-        with self._lock:
+        with self._changed:
             getattr(self.done, kind)[name] = value
             self._pending.setdefault(kind, {})[name] = value
-            self._bytes += nbytes
-            if self._bytes < _SAVE_EVERY or (self._thread and self._thread.is_alive()):
-                return
-            self._thread = threading.Thread(target=self._save_quietly, name="save")
-            self._thread.start()
+            self._noted += nbytes
+            while self._noted - self._saved >= _SAVE_EVERY and not self._error:
+                if not self._busy:
+                    self._busy = True
+                    threading.Thread(target=self._save_aside, name="save").start()
+                if self._noted - self._saved < 2 * _SAVE_EVERY:
+                    break
+                self._changed.wait()
+            if self._error:
+                raise self._error
 
-    def _save_quietly(self) -> None:
+    def _save_aside(self) -> None:
         try:
             self.save()
-        except OSError as error:
-            self._error = error
+        except OSError:
+            pass  # the next note raises it
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
 
     def save(self) -> None:
         """Force everything noted so far to the disk."""
         with self._saving:
-            with self._lock:
-                pending, self._pending, self._bytes = self._pending, {}, 0
-            self.files.sync()
-            if pending:
-                self._journal.add(**pending)
+            if self._error:
+                raise self._error  # what a failed sync lost, a second one would not tell
+            with self._changed:
+                pending, self._pending, noted = self._pending, {}, self._noted
+            try:
+                self.files.sync()
+                if pending:
+                    self._journal.add(**pending)
+            except BaseException as error:
+                self._error = error
+                raise
+            finally:
+                with self._changed:
+                    self._saved = noted
+                    self._changed.notify_all()
 
 
 class Sink(Protocol):
@@ -371,11 +383,11 @@ class Merger:
         planned: Plan,
         sources: SourceFiles,
         sink: Sink,
-        buffers: Buffers,
+        ring: Ring,
         progress: Progress,
     ) -> None:
         self._plan, self._sources, self._sink = planned, sources, sink
-        self._buffers, self._progress = buffers, progress
+        self._ring, self._progress = ring, progress
         self._by_name = {output.name: output for output in planned.outputs}
         self._lock = threading.Lock()
         self._units: dict[str, threading.Lock] = {key: threading.Lock() for key in planned.units}
@@ -393,6 +405,7 @@ class Merger:
         self._each(outputs, self._measure)
 
     def _each(self, outputs: Sequence[Output], work: Callable[[Output, int], object]) -> None:
+        self._buffers = Buffers(self._ring, self._sources)
         todo = []
         for output in outputs:
             done = self._sink.done.elements.get(output.name, 0)
@@ -417,6 +430,7 @@ class Merger:
             for thread in threads:
                 thread.join()
             self._buffers.close()
+            del self._buffers
             reading.close()
             torch.set_num_threads(before)
         if self._error is not None:

@@ -14,7 +14,7 @@ from fusechat_merge.checkpoint import Checkpoint, CheckpointError, Folder, read_
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Done
 from fusechat_merge.mergekit_loader import DTYPES
-from fusechat_merge.passes import Buffers, SourceFiles, divide
+from fusechat_merge.passes import SourceFiles, divide
 from fusechat_merge.planning import Output, Plan, plan
 from fusechat_merge.side_files import merged_config, side_files
 from fusechat_merge.stream import MEMORY, Merger, Progress, make_tasks
@@ -69,7 +69,7 @@ def verify(
     everything = [output for output in planned.outputs if output.how != "task"]
     try:
         ring = divide(everything, memory, threads or len(os.sched_getaffinity(0)))
-        merger = Merger(planned, sources, comparison, Buffers(ring, sources), progress)
+        merger = Merger(planned, sources, comparison, ring, progress)
         merger.run(native)
         make_tasks(planned, [o for o in chosen if o.how == "task"], comparison, progress)
     finally:

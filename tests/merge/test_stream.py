@@ -13,8 +13,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+)
 
 from fusechat_merge.errors import TensorError
 from fusechat_merge.stream import merge
@@ -205,6 +212,68 @@ def test_vocabulary_cut_to_the_smallest(tmp_path: Path, llama_family: Family) ->
             folder,
             unsafe_truncate_embeddings=True,
         )
+
+
+def add_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    vocabulary = {word: number for number, word in enumerate(("<unk>", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", ["varm", "linear"])
+def test_tokenizer_union(tmp_path: Path, llama_family: Family, method: str) -> None:
+    changes = {"vocab_size": 7}
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, changes=changes)
+    for path, words in zip(paths, ("abcdef", "gbcdef", "fedcba"), strict=True):
+        add_tokenizer(path, words)
+    settings = configuration(
+        paths,
+        method,
+        tokenizer={"source": "union", "pad_to_multiple_of": 4},
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        parameters={"weight": 0.5},
+    )
+    assert_as_mergekit(settings, tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        ours, theirs = ((tmp_path / out / name).read_bytes() for out in ("ours", "mergekit"))
+        assert ours == theirs
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["vocab_size"] == 8
+
+
+def test_a_chat_template_alone(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 2)
+    add_tokenizer(paths[0], "abc")
+    settings = json.loads((paths[0] / "tokenizer_config.json").read_text())
+    (paths[0] / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "x"}))
+    out = merge(configuration(paths, chat_template="chatml"), tmp_path / "out")
+    assert "<|im_start|>" in (out / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
+    assert (out / "tokenizer.json").read_bytes() == (paths[0] / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["varm", "linear"])
+@pytest.mark.parametrize("granularity", ["matrix", "layer"])
+def test_a_checkpoint_that_mergekit_converts(
+    tmp_path: Path, method: str, granularity: str
+) -> None:
+    """Qwen2-MoE has no table in mergekit; on disk it has one tensor an expert, in memory one."""
+    config = Qwen2MoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=3, num_experts_per_tok=2,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    paths = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / "in" / str(seed))
+        AutoModelForCausalLM.from_config(config).to(BF16).save_pretrained(paths[-1])
+    stored = read(paths[0])
+    assert "model.layers.0.mlp.experts.2.gate_proj.weight" in stored
+    parameters = {"weight": 0.5} | ({"granularity": granularity} if method == "varm" else {})
+    assert_as_mergekit(configuration(paths, method, parameters=parameters), tmp_path)
+    record = json.loads((tmp_path / "ours" / "fusechat_merge.json").read_text())
+    assert record["left_out"] == record["merged_by_name"] == []
 
 
 def test_tensors_that_the_architecture_does_not_know(tmp_path: Path, llama_family: Family) -> None:

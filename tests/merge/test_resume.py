@@ -1,0 +1,276 @@
+"""What is left after a crash, a full disk or a change of mind, and how it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+from fusechat_merge import stream
+from fusechat_merge.cli import main
+from fusechat_merge.errors import ConfigError
+from fusechat_merge.journal import Journal
+
+BF16 = torch.bfloat16
+Family = Callable[..., list[Path]]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def work_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, llama_family: Family) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("models")
+    base, *targets = llama_family(folder, (BF16,) * 3, changes={"vocab_size": 3000})
+    (base / "tokenizer.json").write_text("{}")
+    return {
+        "merge_method": "varm",
+        "base_model": str(base),
+        "models": [{"model": str(t)} for t in targets],
+        "parameters": {"granularity": "layer"},
+    }
+
+
+@pytest.fixture(scope="module")
+def crashing() -> Iterator[Callable[..., dict[str, Any]]]:
+    program = Path(__file__).with_name("crashing.py")
+    process = subprocess.Popen(
+        [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(config: dict[str, Any], out: Path, kill_at: int | str = 0, **more: Any) -> dict[str, Any]:
+        assert process.stdin and process.stdout
+        order = {"config": config, "out": str(out), "kill_at": kill_at, **more}
+        print(json.dumps(order), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()  # type: ignore[union-attr]
+    process.wait(60)
+
+
+OPTIONS = {"memory": 5_000_000, "shard_size": 150_000, "threads": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    config: dict[str, Any], crashing: Callable[..., dict[str, Any]], tmp_path_factory: Any
+) -> tuple[dict[str, bytes], int, int]:
+    """An uninterrupted merge: its files, how many calls it took, bytes written."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ended = crashing(config, out, options=OPTIONS)
+    assert ended["status"] == 0
+    assert not work_of(out).exists()
+    return content(out), ended["calls"], ended["written"]
+
+
+def test_twenty_kills_each_resumed_to_the_same_bytes(
+    tmp_path: Path, config: dict[str, Any], crashing: Any, whole: Any
+) -> None:
+    files, calls, _ = whole
+    # How many calls there are depends a little on when the saver gets to run.
+    moments: list[int | str] = [*random.Random(0).sample(range(1, calls * 3 // 4), 16)]
+    moments += ["before fsync", "after fsync", "before rename", "after rename"]
+    for number, moment in enumerate(moments):
+        out = tmp_path / str(number)
+        assert crashing(config, out, moment, options=OPTIONS)["status"] == signal.SIGKILL
+        if out.exists():  # killed after it was published
+            assert content(out) == files
+        resumed = crashing(config, out, options=OPTIONS | {"threads": 1})
+        assert (resumed["status"], resumed["error"]) == (0, None)
+        assert content(out) == files
+        assert not work_of(out).exists()
+
+
+def test_killed_again_and_again(
+    tmp_path: Path, config: dict[str, Any], crashing: Any, whole: Any
+) -> None:
+    files, calls, _ = whole
+    out = tmp_path / "out"
+    deaths = 0
+    while crashing(config, out, calls * 2 // 3, options=OPTIONS)["status"] == signal.SIGKILL:
+        deaths += 1
+        assert deaths < 10
+    assert deaths
+    assert content(out) == files
+
+
+def test_a_resumed_merge_does_not_write_again_what_is_safe(
+    tmp_path: Path, llama_family: Family, crashing: Any
+) -> None:
+    changes = {"num_hidden_layers": 14, "vocab_size": 64}
+    base, target = llama_family(tmp_path / "in", (BF16,) * 2, changes=changes)
+    config = {"merge_method": "varm", "base_model": str(base), "models": [{"model": str(target)}]}
+    written = crashing(config, tmp_path / "whole", options=OPTIONS)["written"]
+    out = tmp_path / "out"
+    ended = crashing(config, out, kill_after=int(0.8 * written), options=OPTIONS)
+    assert ended["status"] == signal.SIGKILL
+    resumed = crashing(config, out, options=OPTIONS)
+    assert content(out) == content(tmp_path / "whole")
+    assert 0 < resumed["written"] < written / 2
+
+
+def test_no_room(tmp_path: Path, config: dict[str, Any], crashing: Any, whole: Any) -> None:
+    files, _, _ = whole
+    out = tmp_path / "out"
+    ended = crashing(config, out, options=OPTIONS, file_limit=120_000)
+    code, message = ended["error"]
+    assert code == 1
+    assert "no room left" in message
+    assert "the same command goes on from there" in message
+    assert not out.exists()
+    assert crashing(config, out, options=OPTIONS)["error"] is None
+    assert content(out) == files
+
+
+def cli(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args))
+
+
+@pytest.fixture
+def yml(tmp_path: Path, config: dict[str, Any]) -> Path:
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def interrupt(yml: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unfinished merge: it breaks when the side files are to be written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write_side_files", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        result = cli("run", str(yml), str(out))
+    assert result.exit_code == 1
+    assert "gone; what was done is kept: the same command goes on from there" in result.stderr
+    assert work_of(out).exists()
+
+
+def test_changed_configuration_is_refused_with_what_changed(
+    tmp_path: Path, yml: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupt(yml, out, monkeypatch)
+    yml.write_text(yaml.safe_dump({**config, "dtype": "float32"}))
+    result = cli("run", str(yml), str(out))
+    assert result.exit_code == 2
+    assert "--no-resume starts over" in result.stderr
+    assert 'configuration: dtype was null, is "float32"' in result.stderr
+    assert cli("run", str(yml), str(out), "--no-resume").exit_code == 0
+
+
+def test_changed_source_is_refused_with_its_name(
+    tmp_path: Path, yml: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupt(yml, out, monkeypatch)
+    file = Path(config["models"][0]["model"]) / "model.safetensors"
+    before = file.stat()
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    try:
+        result = cli("run", str(yml), str(out))
+    finally:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert result.exit_code == 2
+    assert f"sources: {file} was" in result.stderr
+    assert cli("run", str(yml), str(out)).exit_code == 0
+
+
+def test_a_source_that_changes_during_the_merge(
+    tmp_path: Path, yml: Path, config: dict[str, Any]
+) -> None:
+    file = Path(config["models"][1]["model"]) / "model.safetensors"
+    before = file.stat()
+
+    def touch(tensor: str, nbytes: int) -> None:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+    try:
+        with pytest.raises(stream.Broken, match="was changed while it was being merged"):
+            stream.merge(config, tmp_path / "out", progress=touch)
+    finally:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_is_finished(tmp_path: Path, yml: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("run", str(yml), str(out)).exit_code == 0
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    again = cli("run", str(yml), str(out))
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stderr
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_out_in_use_is_kept_until_the_new_model_is_complete(
+    tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    result = cli("run", str(yml), str(out))
+    assert result.exit_code == 2
+    assert "is in use by something other than this merge" in result.stderr
+    assert not work_of(out).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write_side_files", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        assert cli("run", str(yml), str(out), "--overwrite").exit_code == 1
+    assert [p.name for p in out.iterdir()] == ["precious"]
+    assert cli("run", str(yml), str(out), "--overwrite").exit_code == 0
+    assert not (out / "precious").exists()
+    assert (out / "model.safetensors").exists()
+    assert not work_of(out).exists()
+
+
+def test_a_second_run_is_refused(tmp_path: Path, yml: Path) -> None:
+    out = tmp_path / "out"
+    holder = Journal(work_of(out) / "journal")
+    result = cli("run", str(yml), str(out))
+    holder.close()
+    assert result.exit_code == 2
+    assert "another fusechat-merge is writing here now" in result.stderr
+    assert cli("run", str(yml), str(out)).exit_code == 0
+
+
+def test_a_shard_that_was_lost_is_made_again(
+    tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupt(yml, out, monkeypatch)
+    (work_of(out) / "model" / "model.safetensors").unlink()
+    assert cli("run", str(yml), str(out)).exit_code == 0
+    assert cli("verify", str(yml), str(out)).exit_code == 0
+
+
+def test_a_journal_cut_short_is_believed_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "work" / "journal"
+    journal = Journal(path)
+    journal.begin({"a": 1})
+    journal.add(elements={"x": 5})
+    journal.add(elements={"x": 9, "y": 1})
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-4])
+    journal = Journal(path)
+    assert journal.done.elements == {"x": 5}
+    journal.add(weights={"x": [0.1]})
+    journal.close()
+    journal = Journal(path)
+    assert (journal.done.elements, journal.done.weights) == ({"x": 5}, {"x": [0.1]})
+    with pytest.raises(ConfigError, match="another fusechat-merge"):
+        Journal(path)
+    journal.close()
