@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
@@ -42,6 +43,8 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Merge target checkpoints by variation ratio (VaRM) or SCE, from a mergekit YAML."""
+    # mergekit calls transformers in ways that it warns of, which no user can change.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _mergekit_options(command: _F) -> _F:
