@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fusechat_merge.lora import LowRank
 
 MAX_HEADER = 100_000_000
 """Longest safetensors header that the format's own reader takes, bytes; the same for an index."""
@@ -38,7 +41,7 @@ class Location:
     """Where one tensor lies.
 
     Attributes:
-        file: name within the checkpoint.
+        file: name within the checkpoint's folder, or an adapter's path.
         offset: of its first byte, counted from the start of the file.
         nbytes: its bytes.
         dtype: safetensors' name, such as ``BF16``.
@@ -81,6 +84,7 @@ class Checkpoint:
         tensors: by name, in the order of the files and of the bytes in each.
         files: the safetensors files by name.
         unlisted: tensors in those files that the index doesn't place there, with the file.
+        low_rank: what an adapter adds to which tensors.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Checkpoint:
     tensors: dict[str, Location]
     files: dict[str, WeightsFile]
     unlisted: dict[str, str]
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 class Store(Protocol):
@@ -243,7 +248,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
             problems.append(f"{name}: the index lists {file}, which is not there: fetch it again")
             continue
         try:
-            locations, files[file] = _read_file(store, file, f"{name}: {file}")
+            locations, files[file] = read_weights_file(store, file, f"{name}: {file}")
         except CheckpointError as error:
             problems += error.problems
             continue
@@ -377,7 +382,14 @@ def _entry_problem(name: str, entry: Any, data_length: int) -> str | None:
     return None
 
 
-def _read_file(store: Store, file: str, where: str) -> tuple[dict[str, Location], WeightsFile]:
+def read_weights_file(
+    store: Store, file: str, where: str
+) -> tuple[dict[str, Location], WeightsFile]:
+    """The tensors of one safetensors file, and the file as it is.
+
+    Raises:
+        CheckpointError: it can't be read, or isn't as the format demands.
+    """
     try:
         size, modified = store.stat(file)
         header = json_header(lambda offset, length: store.read(file, offset, length), size, where)

@@ -14,7 +14,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from fusechat_merge.checkpoint import Checkpoint
+from fusechat_merge.checkpoint import Checkpoint, Location
+from fusechat_merge.lora import Factors
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -77,10 +78,19 @@ class CheckpointLoader:
             self._ahead[name] = self._read(name)
 
     def _read(self, name: str) -> Tensor:
-        at = self._checkpoint.tensors[name]
+        tensor = self._stored(self._checkpoint.tensors[name])
+        low_rank = self._checkpoint.low_rank.get(name)
+        if low_rank is None:
+            return tensor
+        factors = Factors(low_rank, self._stored(low_rank.a), self._stored(low_rank.b))
+        merged = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        factors.add_to(merged.view(-1), 0)
+        return merged.to(tensor.dtype)
+
+    def _stored(self, at: Location) -> Tensor:
         assert self._checkpoint.folder is not None, "weights are read from folders only"
         raw = torch.empty(at.nbytes, dtype=torch.uint8)
-        into, offset = memoryview(raw.numpy()), at.offset  # type: ignore[arg-type]
+        into, offset = memoryview(raw.numpy()), at.offset
         with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
             while into.nbytes:
                 count = os.preadv(file.fileno(), [into], offset)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusechat_merge.lora import TILE, Factors
 from fusechat_merge.mergekit_loader import DTYPES
 from fusechat_merge.methods.blocks import BLOCK, Block
 from fusechat_merge.planning import Output, Source
@@ -41,6 +42,7 @@ class Ring:
         segment: bytes of each worker's buffer.
         scratch: bytes that the methods' own buffers take in each worker, at most.
         lane: bytes of each lane.
+        factors: bytes of adapters' factors in each lane, at most.
     """
 
     threads: int
@@ -48,13 +50,14 @@ class Ring:
     segment: int
     scratch: int
     lane: int
+    factors: int = 0
 
     @property
     def total(self) -> int:
-        return self.threads * (self.segment + self.scratch) + LANES * self.lane
+        return self.threads * (self.segment + self.scratch) + LANES * (self.lane + self.factors)
 
 
-def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
+def divide(outputs: Sequence[Output], memory: int, threads: int) -> Ring:
     """Divide ``memory`` bytes for passes over the outputs' sources.
 
     Half goes to the workers, as much of it as makes them fast; the rest to the lanes.
@@ -69,13 +72,21 @@ def divide(outputs: Iterable[Output], memory: int, threads: int) -> Ring:
     scratch = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
     gaps = _ALIGN * (2 + 2 * max((count for _, _, count in shapes), default=0))
     each = block + scratch + gaps
+    factors = max((_factor_bytes(output) for output in outputs), default=0)
+    if factors:
+        memory -= LANES * factors
+        each += 8 * TILE
+        scratch += 8 * TILE
     if each > memory:
-        raise ValueError(f"--memory: at least {-(-each >> 20)}MiB is needed here")
+        needed = each + LANES * factors
+        raise ValueError(f"--memory: at least {-(-needed >> 20)}MiB is needed here")
     threads = max(1, min(threads, memory // 2 // each))
     blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
     segment = blocks * block + gaps
     left = memory - threads * (segment + blocks * scratch)
-    return Ring(threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)))
+    return Ring(
+        threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)), factors
+    )
 
 
 def _element_bytes(output: Output) -> int:
@@ -84,8 +95,19 @@ def _element_bytes(output: Output) -> int:
 
 
 def _input_bytes(source: Source) -> int:
-    stored = DTYPES[source.location.dtype].itemsize
-    return stored + (source.dtype.itemsize if source.dtype != DTYPES[source.location.dtype] else 0)
+    stored, held = DTYPES[source.location.dtype], _held(source)
+    return held.itemsize + (stored.itemsize if stored != held else 0)
+
+
+def _held(source: Source) -> torch.dtype:
+    """In which dtype a source is handed on; with an adapter it is not rounded to 16 bits."""
+    if source.low_rank is None or source.dtype == torch.float64:
+        return source.dtype
+    return torch.float32
+
+
+def _factor_bytes(output: Output) -> int:
+    return sum(source.low_rank.nbytes for source in output.sources if source.low_rank)
 
 
 def _output_bytes(output: Output) -> int:
@@ -94,7 +116,7 @@ def _output_bytes(output: Output) -> int:
 
 
 def _kept_bytes(output: Output) -> int:
-    return sum(_round_up(source.numel * source.dtype.itemsize) for source in output.sources)
+    return sum(_round_up(source.numel * _held(source).itemsize) for source in output.sources)
 
 
 def _round_up(n: int) -> int:
@@ -129,6 +151,18 @@ class SourceFiles:
             if count == 0:
                 raise OSError(f"{source.location.file} of {source.model} has become shorter")
             into, offset = into[count:], offset + count
+
+    def factors(self, source: Source) -> Factors | None:
+        """What an adapter adds to the source, read whole."""
+        low_rank = source.low_rank
+        if low_rank is None:
+            return None
+        tensors = []
+        for at in (low_rank.a, low_rank.b):
+            raw = torch.empty(at.nbytes, dtype=torch.uint8)
+            self.read(replace(source, location=at), 0, memoryview(raw.numpy()))
+            tensors.append(raw.view(DTYPES[at.dtype]).reshape(at.shape))
+        return Factors(low_rank, *tensors)
 
     def announce(self, source: Source) -> None:
         """Let the system begin to read the whole tensor."""
@@ -214,6 +248,7 @@ class FilePasses:
         room = buffers.lanes[lane]
         self._kept = room if _kept_bytes(output) <= room.size else None
         self._read: set[int] = set()
+        self._factors = [buffers.files.factors(source) for source in output.sources]
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         return self._in_order(lambda start, buffer: fn(self._block(start, buffer)[0]), 0)
@@ -256,22 +291,24 @@ class FilePasses:
         n = min(self._step, self._numel - start)
         kept, known, used, place = self._kept, start in self._read, 0, 0
         tensors = []
-        for source in self._output.sources:
-            stored = DTYPES[source.location.dtype]
+        for source, factors in zip(self._output.sources, self._factors, strict=True):
+            stored, held = DTYPES[source.location.dtype], _held(source)
             if kept is not None:
-                loaded, raw = kept.cut(place + start * source.dtype.itemsize, n, source.dtype)
-                place += _round_up(source.numel * source.dtype.itemsize)
+                loaded, raw = kept.cut(place + start * held.itemsize, n, held)
+                place += _round_up(source.numel * held.itemsize)
             else:
-                loaded, raw = buffer.cut(used, n, source.dtype)
+                loaded, raw = buffer.cut(used, n, held)
                 used += _round_up(raw.nbytes)
             if not known:
-                if stored == source.dtype:
+                if stored == held:
                     self._buffers.files.read(source, start * stored.itemsize, raw)
                 else:
                     as_stored, raw = buffer.cut(used, n, stored)
                     used += _round_up(raw.nbytes)
                     self._buffers.files.read(source, start * stored.itemsize, raw)
                     loaded.copy_(as_stored)
+                if factors is not None:
+                    factors.add_to(loaded, start)
             tensors.append(loaded)
         if kept is not None:
             self._read.add(start)

@@ -23,7 +23,7 @@ from mergekit.architecture import (
     get_architecture_info,
 )
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
@@ -48,6 +48,7 @@ from fusechat_merge.checkpoint import (
 )
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.granularity import SHARED, layer_of, unit_of
+from fusechat_merge.lora import LowRank, with_adapter
 from fusechat_merge.mergekit_loader import DTYPES, loading
 from fusechat_merge.mergekit_units import with_units
 from fusechat_merge.parameters import parameter_problems, weightless
@@ -98,6 +99,7 @@ class Source:
         location: where its bytes are.
         numel: how many of its elements count, from the first (all but those of rows cut off).
         dtype: to which it is converted before anything else (the YAML's ``dtype``), or its own.
+        low_rank: what an adapter adds to it.
     """
 
     model: str
@@ -105,6 +107,7 @@ class Source:
     location: Location
     numel: int
     dtype: torch.dtype
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -270,16 +273,10 @@ def plan(
         ConfigError: the configuration can't be read as one of mergekit's.
     """
     result = read_config(config, Options(**options))
-    stores, problems = _stores(result, download)
-    result.problems += problems
+    _name_adapters(result.config)
     for reference in referenced_models(result.config):
-        store = stores.get(reference)
-        if store is None:
-            continue
         try:
-            checkpoint = read_checkpoint(store, str(reference))
-            result.problems += _quantised(checkpoint, store)
-            result.models[str(reference)] = checkpoint
+            result.models[str(reference)] = _read_model(reference, result.options, download)
         except CheckpointError as error:
             result.problems += error.problems
     if not result.problems:
@@ -361,27 +358,48 @@ def referenced_models(config: MergeConfiguration) -> list[ModelReference]:
     return list(found)
 
 
-def _stores(planned: Plan, download: bool) -> tuple[dict[ModelReference, Store], list[str]]:
-    stores: dict[ModelReference, Store] = {}
-    problems: list[str] = []
-    for reference in referenced_models(planned.config):
-        path, revision = reference.model.path, reference.model.revision
-        try:
-            if Path(path).is_dir():
-                stores[reference] = Folder(Path(path))
-            elif Path(path).exists():
-                problems.append(f"{path}: a model is a folder, this is a file")
-            elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
-                problems.append(f"{path}: no such folder")
-            else:
-                cache = planned.options.transformers_cache
-                fetch = download_model if download else HubRepository
-                stores[reference] = fetch(path, revision, cache)
-        except CheckpointError as error:
-            problems += error.problems
-        except OSError as error:
-            problems.append(f"{path}: can't be read ({_line(error)})")
-    return stores, problems
+def _name_adapters(config: MergeConfiguration) -> None:
+    """Read a model that is an adapter's folder as the base with this adapter."""
+    base = config.base_model
+    pieces: list[Any] = [config, *(config.modules or {}).values()]
+    entries = [entry for piece in pieces for entry in piece.models or []]
+    entries += [s for piece in pieces for part in piece.slices or [] for s in part.sources]
+    for entry in entries:
+        folder = Path(entry.model.model.path)
+        if (
+            base is not None
+            and entry.model.lora is None
+            and (folder / "adapter_config.json").is_file()
+            and not (folder / "config.json").exists()
+        ):
+            entry.model = ModelReference(model=base.model, lora=entry.model.model)
+
+
+def _read_model(reference: ModelReference, options: Options, download: bool) -> Checkpoint:
+    store = _store(reference.model, options, download)
+    try:
+        checkpoint = read_checkpoint(store, str(reference))
+    except OSError as error:
+        raise CheckpointError([f"{reference.model}: can't be read ({_line(error)})"]) from error
+    problems = _quantised(checkpoint, store)
+    if problems:
+        raise CheckpointError(problems)
+    if reference.lora is None:
+        return checkpoint
+    adapter = _store(reference.lora, options, download)
+    return with_adapter(checkpoint, adapter, str(reference.lora))
+
+
+def _store(model: ModelPath, options: Options, download: bool) -> Store:
+    path = model.path
+    if Path(path).is_dir():
+        return Folder(Path(path))
+    if Path(path).exists():
+        raise CheckpointError([f"{path}: a model is a folder, this is a file"])
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise CheckpointError([f"{path}: no such folder"])
+    fetch = download_model if download else HubRepository
+    return fetch(path, model.revision, options.transformers_cache)
 
 
 def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:
@@ -654,7 +672,8 @@ class _OutputMaker:
         if dtype.is_floating_point:
             loaded = dtype_from_name(self.config.dtype) or dtype
             written = dtype_from_name(self.config.out_dtype) or loaded
-        source = Source(str(model), tensor, at, at.numel, loaded)
+        low_rank = self.planned.models[str(model)].low_rank.get(tensor)
+        source = Source(str(model), tensor, at, at.numel, loaded, low_rank)
         self.used[str(model)].add(tensor)
         self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
 
@@ -808,7 +827,8 @@ class _OutputMaker:
         for name in found.read:
             at = self.planned.models[str(model)].tensors[name]
             numel = at.numel if shape is None else math.prod(shape)
-            yield Source(str(model), name, at, numel, found.dtype)
+            low_rank = self.planned.models[str(model)].low_rank.get(name)
+            yield Source(str(model), name, at, numel, found.dtype, low_rank)
 
     def _parameters(
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]

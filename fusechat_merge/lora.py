@@ -1,0 +1,185 @@
+"""LoRA adapters as targets: where their factors lie, and what they add to a few rows of a weight.
+
+A target weight is W + s·B·A (arXiv 2106.09685); only the factors are ever held in memory. The
+product is computed in tiles of whole rows counted from the first, whatever is asked for, so that
+its bits don't depend on the caller's buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusechat_merge.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Location,
+    Store,
+    read_weights_file,
+)
+
+TILE = 1 << 17
+"""Elements of the product that are computed at once, or one row where that is more."""
+_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one weight: scale · B·A, transposed for embeddings.
+
+    Attributes:
+        a: [r, in]; for an embedding [r, vocabulary].
+        b: [out, r]; for an embedding [dimension, r].
+        scale: α / r, or α / √r with rsLoRA.
+        transposed: add (B·A)ᵀ.
+    """
+
+    a: Location
+    b: Location
+    scale: float
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that both factors take in float32."""
+        return 4 * (self.a.numel + self.b.numel)
+
+
+class Factors:
+    """Both factors in memory, float32.
+
+    Args:
+        left, right: the weight's update is scale · left @ right, left [rows, r], right [r, columns].
+    """
+
+    def __init__(self, low_rank: LowRank, a: Tensor, b: Tensor) -> None:
+        a, b = a.to(torch.float32), b.to(torch.float32)
+        self._left, self._right = (
+            (a.T.contiguous(), b.T.contiguous()) if low_rank.transposed else (b, a)
+        )
+        self._scale = low_rank.scale
+
+    def add_to(self, flat: Tensor, start: int) -> None:
+        """Add the update's elements from number ``start`` on to ``flat`` [n], float32, in place."""
+        columns = self._right.shape[1]
+        tile = max(1, TILE // columns)
+        end = start + flat.numel()
+        for row in range(start // columns // tile * tile, -(-end // columns), tile):
+            update = (self._left[row : row + tile] @ self._right).mul_(self._scale).view(-1)
+            first = row * columns
+            low, high = max(first, start), min(first + update.numel(), end)
+            flat[low - start : high - start].add_(update[low - first : high - first])
+
+
+def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
+    """The checkpoint as the adapter changes it.
+
+    Args:
+        checkpoint: the model that the adapter was trained on.
+        store: where the adapter is.
+        name: what messages call it.
+
+    Raises:
+        CheckpointError: no LoRA adapter, or one with parts that can't be merged by blocks.
+    """
+    try:
+        size, _ = store.stat("adapter_config.json")
+        config = json.loads(store.read("adapter_config.json", 0, size))
+    except (OSError, ValueError) as error:
+        raise CheckpointError([f"{name}: adapter_config.json can't be read ({error})"]) from error
+    problems = _unsupported(config, name)
+    try:
+        locations, file = read_weights_file(store, _FILE, f"{name}: {_FILE}")
+    except CheckpointError as error:
+        raise CheckpointError(problems + error.problems) from error
+    path = _FILE if store.folder is None else str((store.folder / _FILE).absolute())
+    locations = {key: replace(at, file=path) for key, at in locations.items()}
+
+    tensors, low_rank = dict(checkpoint.tensors), dict(checkpoint.low_rank)
+    for key, at in locations.items():
+        plain = key.removeprefix("base_model.model.")
+        match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", plain)
+        if match is None:
+            if plain in tensors and at.shape == tensors[plain].shape:
+                tensors[plain] = at  # modules_to_save
+            else:
+                problems.append(f"{name}: {key} fits no tensor of {checkpoint.name}")
+        elif match[3] == "B":
+            continue
+        else:
+            problem = _pair(match[1], key, bool(match[2]), config, locations, tensors, low_rank)
+            if problem:
+                problems.append(f"{name}: {problem}")
+    if not problems and len(low_rank) * 2 > len(locations):
+        problems.append(f"{name}: factors without their other half")
+    if problems:
+        raise CheckpointError(problems)
+    folder = checkpoint.folder if store.folder is not None else None
+    return replace(
+        checkpoint,
+        folder=folder,
+        tensors=tensors,
+        files=checkpoint.files | {path: file},
+        low_rank=low_rank,
+    )
+
+
+def _unsupported(config: Any, name: str) -> list[str]:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        return [f"{name}: peft_type {kind!r} can't be merged by blocks; merge_and_unload it first"]
+    return [
+        f"{name}: {what} can't be merged by blocks; merge_and_unload the adapter first"
+        for what, used in (
+            ("DoRA (use_dora)", config.get("use_dora")),
+            ("bias", config.get("bias", "none") != "none" or config.get("lora_bias")),
+            ("target_parameters", config.get("target_parameters")),
+            ("aLoRA (alora_invocation_tokens)", config.get("alora_invocation_tokens")),
+        )
+        if used
+    ]
+
+
+def _pair(
+    module: str,
+    key: str,
+    embedding: bool,
+    config: Mapping[str, Any],
+    locations: Mapping[str, Location],
+    tensors: Mapping[str, Location],
+    low_rank: dict[str, LowRank],
+) -> str | None:
+    """Enter one module's factors; what is wrong with them."""
+    weight = f"{module}.weight"
+    other = re.sub(r"lora_(embedding_)?A", lambda found: found[0][:-1] + "B", key)
+    if weight not in tensors:
+        return f"{key}: the model has no {weight}"
+    if other not in locations:
+        return f"{key}: {other} is missing"
+    a, b = locations[key], locations[other]
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        return f"{key}: factors of shape {list(b.shape)} and {list(a.shape)} don't fit"
+    shape = (b.shape[0], a.shape[1])
+    if tensors[weight].shape != (shape[::-1] if transposed else shape):
+        return f"{key}: B·A is {list(shape)}, {weight} is {list(tensors[weight].shape)}"
+    rank = _of_pattern(config.get("rank_pattern"), module, config.get("r", a.shape[0]))
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    low_rank[weight] = LowRank(a, b, alpha / divisor, transposed)
+    return None
+
+
+def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """A rank or α that peft finds for the module by the patterns' names."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

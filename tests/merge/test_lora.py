@@ -1,0 +1,129 @@
+"""LoRA targets against peft's merge_and_unload, and adapters that are refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fusechat_merge.planning import plan
+from fusechat_merge.stream import merge
+from fusechat_merge.verify import verify
+
+F32, BF16 = torch.float32, torch.bfloat16
+Family = Callable[..., list[Path]]
+
+
+def adapted(base: Path, adapter: Path, merged: Path, seed: int, **settings: Any) -> None:
+    """Write an adapter with random factors, and the model that peft merges it into."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    model.merge_and_unload().save_pretrained(merged)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": ["v_proj", "embed_tokens"], "use_rslora": True},
+    {
+        "target_modules": "all-linear",
+        "modules_to_save": ["lm_head"],
+        "rank_pattern": {"layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    },
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce", "task_arithmetic"])
+def test_as_the_merge_of_merged_checkpoints(
+    tmp_path: Path, llama_family: Family, settings: dict[str, Any], method: str
+) -> None:
+    (base,) = llama_family(tmp_path / "in", (F32,))
+    for seed in (1, 2):
+        adapted(base, tmp_path / f"a{seed}", tmp_path / f"m{seed}", seed, **settings)
+    weight = {"weight": 0.4} if method == "task_arithmetic" else {}
+    config = {"merge_method": method, "base_model": str(base), "parameters": weight}
+    adapters = [f"{base}+{tmp_path / 'a1'}", str(tmp_path / "a2")]
+    ours = config | {"models": [{"model": model} for model in adapters]}
+    plain = config | {"models": [{"model": str(tmp_path / f"m{seed}")} for seed in (1, 2)]}
+    expected = load_file(merge(plain, tmp_path / "plain") / "model.safetensors")
+    found = load_file(merge(ours, tmp_path / "ours") / "model.safetensors")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    assert verify(ours, tmp_path / "ours") == []
+
+
+def test_16_bits_are_rounded_once_and_memory_changes_no_byte(
+    tmp_path: Path, llama_family: Family
+) -> None:
+    (base,) = llama_family(tmp_path / "in", (BF16,), changes={"vocab_size": 5000})
+    adapted(base, tmp_path / "a", tmp_path / "m", 1, target_modules=["q_proj", "embed_tokens"])
+    config = {
+        "merge_method": "varm",
+        "base_model": str(base),
+        "models": [{"model": str(tmp_path / "a")}],
+    }
+    found = load_file(merge(config, tmp_path / "one") / "model.safetensors")
+    other = merge(config, tmp_path / "two", memory=9 << 20, threads=1)
+    assert {n: t.tolist() for n, t in load_file(other / "model.safetensors").items()} == {
+        n: t.tolist() for n, t in found.items()
+    }
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    at = "model.layers.0.self_attn.q_proj"
+    a, b = (factors[f"base_model.model.{at}.lora_{x}.weight"].double() for x in "AB")
+    exact = weights[f"{at}.weight"].double() + 2 * b @ a
+    ulp = torch.finfo(BF16).eps * exact.abs() / 2 + 1e-6
+    assert bool(((found[f"{at}.weight"].double() - exact).abs() <= ulp).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "DoRA (use_dora) can't be merged by blocks; merge_and_unload"),
+        ({"bias": "all"}, "bias can't be merged by blocks"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' can't be merged by blocks"),
+    ],
+)
+def test_adapters_that_are_refused(
+    tmp_path: Path, llama_family: Family, changes: dict[str, Any], message: str
+) -> None:
+    (base,) = llama_family(tmp_path / "in", (F32,))
+    adapted(base, tmp_path / "a", tmp_path / "m", 1, target_modules=["q_proj"])
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = {"merge_method": "varm", "base_model": str(base)}
+    models = [{"model": f"{base}+{tmp_path / 'a'}"}]
+    problems = plan(config | {"models": models}).problems
+    assert any(message in problem for problem in problems), problems
+
+
+def test_an_adapter_of_another_model(tmp_path: Path, llama_family: Family) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.1.self_attn.q_proj.weight"
+        if label == "t0":
+            tensors[name] = torch.zeros(8, 32)
+
+    base, other = llama_family(tmp_path / "in", (F32,) * 2, edit=edit)
+    adapted(base, tmp_path / "a", tmp_path / "m", 1, target_modules=["q_proj"])
+    config = {
+        "merge_method": "varm",
+        "base_model": str(base),
+        "models": [{"model": f"{other}+{tmp_path / 'a'}"}],
+    }
+    problems = plan(config).problems
+    assert any("B·A is [32, 32]" in problem for problem in problems), problems
