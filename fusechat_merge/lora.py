@@ -53,11 +53,7 @@ class LowRank:
 
 
 class Factors:
-    """Both factors in memory, float32.
-
-    Args:
-        left, right: the weight's update is scale · left @ right, left [rows, r], right [r, columns].
-    """
+    """Both factors in memory, float32; the weight's update is scale · left @ right."""
 
     def __init__(self, low_rank: LowRank, a: Tensor, b: Tensor) -> None:
         a, b = a.to(torch.float32), b.to(torch.float32)

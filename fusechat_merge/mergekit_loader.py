@@ -90,7 +90,7 @@ class CheckpointLoader:
     def _stored(self, at: Location) -> Tensor:
         assert self._checkpoint.folder is not None, "weights are read from folders only"
         raw = torch.empty(at.nbytes, dtype=torch.uint8)
-        into, offset = memoryview(raw.numpy()), at.offset
+        into, offset = raw.numpy().data, at.offset
         with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
             while into.nbytes:
                 count = os.preadv(file.fileno(), [into], offset)

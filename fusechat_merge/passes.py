@@ -160,7 +160,7 @@ class SourceFiles:
         tensors = []
         for at in (low_rank.a, low_rank.b):
             raw = torch.empty(at.nbytes, dtype=torch.uint8)
-            self.read(replace(source, location=at), 0, memoryview(raw.numpy()))
+            self.read(replace(source, location=at), 0, raw.numpy().data)
             tensors.append(raw.view(DTYPES[at.dtype]).reshape(at.shape))
         return Factors(low_rank, *tensors)
 
@@ -210,7 +210,7 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._view = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
+        self._view = self._bytes.numpy().data  # type: ignore[arg-type]
         self.size = size
 
     def cut(self, start: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
