@@ -7,10 +7,11 @@ from typing import Any
 
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Done
+from fusechat_merge.merge_plan import NATIVE, Output, Plan
+from fusechat_merge.merger import Merger, Progress
 from fusechat_merge.passes import SourceFiles, divide
-from fusechat_merge.planning import NATIVE, Output, Plan
 from fusechat_merge.report import Report
-from fusechat_merge.stream import MEMORY, Merger, Progress
+from fusechat_merge.stream import MEMORY
 
 
 def analyze(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from fusechat_merge.planning import Plan
+from fusechat_merge.merge_plan import Plan
 from fusechat_merge.report import place_of, short_names
 from fusechat_merge.units import Unit
 

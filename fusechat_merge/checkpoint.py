@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fusechat_merge.errors import one_line
+
 if TYPE_CHECKING:
     from fusechat_merge.lora import LowRank
 
@@ -154,9 +156,8 @@ class HubRepository:
             )
         except Exception as error:  # the client's errors have no common base
             at = f"{repository}@{revision}" if revision else repository
-            raise CheckpointError(
-                [f"{at}: no folder of this name, and not to be had from the hub ({_line(error)})"]
-            ) from error
+            why = f"no folder of this name, and not to be had from the hub ({one_line(error)})"
+            raise CheckpointError([f"{at}: {why}"]) from error
         self.commit: str = info.sha or revision or "main"
         self._sizes = {s.rfilename: s.size for s in info.siblings or ()}
 
@@ -217,7 +218,9 @@ def download_model(
         )  # fmt: skip
     except Exception as error:  # the client's errors have no common base
         at = f"{repository}@{revision}" if revision else repository
-        raise CheckpointError([f"{at}: can't be fetched from the hub ({_line(error)})"]) from error
+        raise CheckpointError(
+            [f"{at}: can't be fetched from the hub ({one_line(error)})"]
+        ) from error
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:
@@ -394,7 +397,7 @@ def read_weights_file(
         size, modified = store.stat(file)
         header = json_header(lambda offset, length: store.read(file, offset, length), size, where)
     except OSError as error:
-        raise CheckpointError([f"{where}: can't be read ({_line(error)})"]) from error
+        raise CheckpointError([f"{where}: can't be read ({one_line(error)})"]) from error
     located = {
         name: Location(file, at.offset, at.nbytes, at.dtype, at.shape)
         for name, at in _locate(header, where).items()
@@ -412,7 +415,7 @@ def _read_index(store: Store, name: str) -> dict[str, str]:
             raise CheckpointError([f"{where}: {size} bytes is too long for an index"])
         index = _json_object(store.read(file, 0, size), where)
     except OSError as error:
-        raise CheckpointError([f"{where}: can't be read ({_line(error)})"]) from error
+        raise CheckpointError([f"{where}: can't be read ({one_line(error)})"]) from error
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(value, str) for value in weight_map.values()
@@ -455,7 +458,7 @@ def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(raw.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError([f"{where}: not to be read as JSON ({_line(error)})"]) from error
+        raise CheckpointError([f"{where}: not to be read as JSON ({one_line(error)})"]) from error
     if not isinstance(parsed, dict):
         raise CheckpointError([f"{where}: a JSON object belongs here"])
     return parsed
@@ -470,11 +473,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the name {key!r:.200} occurs twice")
             seen.add(key)
     return unique
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _more(problems: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import click
@@ -29,3 +30,15 @@ class TensorError(click.ClickException, ValueError):
     """A tensor can't be merged, which shows only once it is read (NaN, say)."""
 
     exit_code = 1
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` where one of the known names is near."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -6,11 +6,11 @@ both are problems.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fusechat_merge.errors import nearest
 from fusechat_merge.granularity import GRANULARITIES
 from fusechat_merge.methods.sce import VARIANTS
 from fusechat_merge.methods.varm import STATISTICS
@@ -22,7 +22,7 @@ def _one_of(names: tuple[str, ...]) -> _Check:
     def check(value: Any) -> str | None:
         if value in names:
             return None
-        return f"{value!r} is unknown{_nearest(str(value), names)}; use one of {', '.join(names)}"
+        return f"{value!r} is unknown{nearest(str(value), names)}; use one of {', '.join(names)}"
 
     return check
 
@@ -98,7 +98,7 @@ def _setting_problems(
     check = shared.get(name) or per_target.get(name)
     if check is None:
         yield (
-            f"{place}: {method} has no parameter {name!r}{_nearest(name, known)};"
+            f"{place}: {method} has no parameter {name!r}{nearest(name, known)};"
             f" it takes {', '.join(known)}"
         )
     elif owner == "model" and name in shared:
@@ -111,11 +111,6 @@ def _setting_problems(
             problem = check(value)
             if problem:
                 yield f"{place}: {problem}"
-
-
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _values(setting: Any) -> Iterator[Any]:

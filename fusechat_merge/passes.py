@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fusechat_merge.lora import TILE, Factors
+from fusechat_merge.merge_plan import Output, Source
 from fusechat_merge.mergekit_loader import DTYPES
 from fusechat_merge.methods.blocks import BLOCK, Block
-from fusechat_merge.planning import Output, Source
 
 LANES = 2
 """Tensors under way at once: while the last segments of one are written, the next is read."""
@@ -210,7 +210,7 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._view = self._bytes.numpy().data  # type: ignore[arg-type]
+        self._view = self._bytes.numpy().data
         self.size = size
 
     def cut(self, start: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:

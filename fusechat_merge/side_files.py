@@ -14,7 +14,7 @@ from mergekit.common import get_config_value
 
 from fusechat_merge import __version__
 from fusechat_merge.card import model_card
-from fusechat_merge.planning import Plan
+from fusechat_merge.merge_plan import Plan
 from fusechat_merge.units import Unit
 
 _WEIGHTS = (

@@ -12,10 +12,11 @@ from mergekit.graph import Task
 from mergekit.tokenizer import BuildTokenizer
 from torch import Tensor
 
+from fusechat_merge.configuration import referenced_models
 from fusechat_merge.errors import TensorError
+from fusechat_merge.merge_plan import Output, Plan
 from fusechat_merge.mergekit_loader import CheckpointLoader, loading
 from fusechat_merge.mergekit_units import UnitStatistics
-from fusechat_merge.planning import Output, Plan, referenced_models
 
 
 def run_tasks(planned: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Output, Tensor]]:

@@ -13,11 +13,13 @@ from typing import Any
 from fusechat_merge.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Done
+from fusechat_merge.merge_plan import Output, Plan
 from fusechat_merge.mergekit_loader import DTYPES
+from fusechat_merge.merger import Merger, Progress, make_tasks
 from fusechat_merge.passes import SourceFiles, divide
-from fusechat_merge.planning import Output, Plan, plan
+from fusechat_merge.planning import plan
 from fusechat_merge.side_files import merged_config, side_files
-from fusechat_merge.stream import MEMORY, Merger, Progress, make_tasks
+from fusechat_merge.stream import MEMORY
 
 
 def verify(

@@ -15,9 +15,9 @@ import threading
 
 import click
 
-from fusechat_merge import stream
+from fusechat_merge import saving, stream
 
-stream._SAVE_EVERY = 20_000
+saving.SAVE_EVERY = 20_000
 CALLS = ("pwrite", "fdatasync", "fsync", "ftruncate", "rename")
 
 

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusechat_merge import passes, planning, stream
+from fusechat_merge import passes, stream
 from fusechat_merge.cli import main
 from fusechat_merge.errors import ConfigError
+from fusechat_merge.merge_plan import Plan
 from fusechat_merge.planning import plan
 
 BF16 = torch.bfloat16
@@ -209,7 +210,7 @@ def test_no_room_and_bad_places(
     for out, message in [(paths[1], "holds one of the models"), (file, "is a file")]:
         with pytest.raises(ConfigError, match=message):
             stream.merge(config, out)
-    monkeypatch.setattr(planning.Plan, "output_bytes", 1 << 60)
+    monkeypatch.setattr(Plan, "output_bytes", 1 << 60)
     with pytest.raises(ConfigError, match=r"has room for [\d.]+ GB, the merged model takes"):
         stream.merge(config, tmp_path / "out")
 
