@@ -1,5 +1,6 @@
 """Datasets, renderings and cuts, over two real tokenizers and templates that trim and refuse."""
 
+import copy
 import json
 import string
 
@@ -296,6 +297,9 @@ def test_the_fingerprint_tells_tokenizers_and_templates_apart(mistral, qwen):
     ]
     assert len({renderer.fingerprint for renderer in renderers}) == 4
     assert Renderer(qwen).fingerprint == Renderer(qwen, CHATML).fingerprint
+    again = copy.deepcopy(qwen)
+    again(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves traces in the backend
+    assert Renderer(again).fingerprint == Renderer(qwen).fingerprint
 
 
 def test_roles(mistral, qwen):
