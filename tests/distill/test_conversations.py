@@ -54,6 +54,8 @@ def test_every_layout_gives_the_same_conversation(tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dict")
+    columns = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello."]}]}
+    found.append(Conversations(datasets.Dataset.from_dict(columns))[0])
     found.append(open_conversations(str(tmp_path / "a.parquet"))[0])
     found.append(open_conversations(str(tmp_path / "saved"))[0])
     found.append(open_conversations(str(tmp_path / "dict"), split="test")[0])
