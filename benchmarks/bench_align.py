@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusechat_distill.alignment import (
     PairCounts,
+    Positions,
     Responses,
     VocabularyMap,
     align,
@@ -146,7 +148,10 @@ def main() -> None:
     others = scored(source, answers, 2)
     pairs = [(p, s) for p, s in zip(rendered, others, strict=True) if p and s]
     tokens = sum(len(p.tokens) for p, _ in pairs)
-    row("pivot tokens; rendered, tokenised, located (and scores drawn)", f"{tokens:,}; {tokens / seconds:,.0f}/s")
+    row(
+        "pivot tokens; rendered, tokenised, located (and scores drawn)",
+        f"{tokens:,}; {tokens / seconds:,.0f}/s",
+    )
 
     shards = [
         tuple(Responses.of(side) for side in zip(*pairs[i : i + 256], strict=True))
@@ -206,8 +211,8 @@ def main() -> None:
     matched_by, wrong, total = {"bytes": 0, "dtw": 0}, {"bytes": 0, "dtw": 0}, 0
     for p, s in [(Responses.of([left]), Responses.of([right])) for left, right in pairs[:100]]:
         total += len(p.tokens)
-        for way in ("bytes", "dtw"):
-            matches = match_states(p, s, way, sides)  # type: ignore[arg-type]
+        for way in get_args(Positions):
+            matches = match_states(p, s, way, sides)
             rows = np.flatnonzero(matches >= 0)
             matched_by[way] += len(rows)
             wrong[way] += int((p.at[rows] != s.at[matches[rows]]).sum())

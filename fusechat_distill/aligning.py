@@ -285,7 +285,7 @@ class AlignStage:
         self.inputs = inputs
         self.source = source
         self.name = source.name
-        self.folder = recipe.output_folder / "aligned" / source.name
+        self.folder = recipe.aligned_folder / source.name
         self.positions: Positions = recipe.alignment.positions
         self.mode: str = getattr(source.spec, "vocabulary", None) or recipe.alignment.vocabulary
 
@@ -382,7 +382,7 @@ class AlignStage:
         if self.mode == "ms":
             made_of["corpus"] = self.manifest().digest
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        folder = self.inputs.recipe.output_folder / "aligned" / "vocabularies"
+        folder = self.inputs.recipe.aligned_folder / ".vocabularies"  # no source has this name
         return folder / f"{self.mode}-{digest[:16]}.npz"
 
     def _make_vocabulary(self) -> None:

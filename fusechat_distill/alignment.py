@@ -55,8 +55,8 @@ def match_positions(
     """For each pivot end offset the index of the source position with the same end offset.
 
     Both [n], [m], rising; negative offsets are of no known position and match nothing. Of several
-    source positions with one offset the last counts; -1 where there is none. One merge of two
-    sorted arrays: two positions match iff they have consumed the same text.
+    source positions with one offset the last counts; -1 where there is none. Two positions match
+    iff they have consumed the same text.
     """
     pivot_ends, source_ends = np.asarray(pivot_ends), np.asarray(source_ends)
     known = np.flatnonzero(source_ends >= 0)
