@@ -171,14 +171,14 @@ def main() -> None:
 
     before = peak()
     for vocabulary_map in (ms, by_bytes):
-        started = time.perf_counter()
-        matched = 0
-        for p, s in shards:
-            matched += len(align(p, s, vocabulary_map).ids)
-        seconds = time.perf_counter() - started
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            matched = sum(len(align(p, s, vocabulary_map).ids) for p, s in shards)
+            rounds.append(time.perf_counter() - started)
         row(
-            f"positions and projection, {vocabulary_map.mode}, k = {K}",
-            f"{tokens / seconds:,.0f} pivot tokens/s, {matched / tokens:.1%} matched",
+            f"positions and projection, {vocabulary_map.mode}, k = {K}, best of 3",
+            f"{tokens / min(rounds):,.0f} pivot tokens/s, {matched / tokens:.1%} matched",
             "300,000/s a core",
         )
     row("peak memory it added", f"{peak() - before:.0f} MiB over {len(shards)} shards")
