@@ -40,6 +40,7 @@ from fusechat_distill.store import (
     ScoredSample,
     ScoreStore,
     Shards,
+    stale,
 )
 from fusechat_distill.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
 
@@ -303,6 +304,11 @@ class AlignStage:
             },
             shard_samples=pivot.shard_samples,
         )
+
+    def problems(self) -> list[str]:
+        # The manifest hashes a local model's weights: only where there is one to compare with.
+        problem = stale(self.folder, self.manifest()) if self.folder.exists() else None
+        return [f"aligned {self.name}: {self.folder} {problem}"] if problem else []
 
     def status(self) -> StageStatus:
         return align_status(self.name, Shards(self.folder, self.manifest()))
