@@ -122,6 +122,15 @@ def strings(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray) -> list[str]
     return [token.decode(errors="surrogateescape").strip() for token in raw]
 
 
+def consumed(
+    response: ScoredResponse, tokenizer: PreTrainedTokenizerFast
+) -> tuple[bytes, np.ndarray]:
+    """The response's text as its tokens spell it, and how much of it each state has consumed."""
+    raw = token_bytes(tokenizer, response.tokens.tolist())
+    raw[0] = raw[0].removeprefix(response.pending)
+    return b"".join(raw), np.cumsum([0, *map(len, raw)])[:-1]
+
+
 def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -207,21 +216,32 @@ def main() -> None:
     row("`positions: dtw`, the same", f"{fast:.3f} s, {plain / fast:.0f} x")
     row("positions and projection, the same", f"{ours:.4f} s, {plain / ours:,.0f} x", "500 x")
 
-    # What each way matches, and how often what it matches has consumed other text.
-    matched_by, wrong, total = {"bytes": 0, "dtw": 0}, {"bytes": 0, "dtw": 0}, 0
-    for p, s in [(Responses.of([left]), Responses.of([right])) for left, right in pairs[:100]]:
+    # What each way matches, and how often what it matches has consumed other text: told by the
+    # tokens' own bytes, not by the offsets that `bytes` goes by.
+    matched_by, wrong = {"bytes": 0, "dtw": 0}, {"bytes": 0, "dtw": 0}
+    total = unmatched = inside = 0
+    for left, right in pairs[:100]:
+        p, s = Responses.of([left]), Responses.of([right])
+        own_text, own_at = consumed(left, pivot.tokenizer)
+        other_text, other_at = consumed(right, source.tokenizer)
         total += len(p.tokens)
         for way in get_args(Positions):
             matches = match_states(p, s, way, sides)
             rows = np.flatnonzero(matches >= 0)
             matched_by[way] += len(rows)
-            wrong[way] += int((p.at[rows] != s.at[matches[rows]]).sum())
-    for way in ("bytes", "dtw"):
+            for t in rows.tolist():
+                wrong[way] += own_text[: own_at[t]] != other_text[: other_at[matches[t]]]
+            if way == "bytes":
+                left_out = np.setdiff1d(np.arange(len(p.tokens)), rows)
+                unmatched += len(left_out)
+                inside += int((~np.isin(own_at[left_out], other_at)).sum())
+    for way in get_args(Positions):
         row(
             f"`positions: {way}` over 100 answers",
-            f"{matched_by[way] / total:.1%} matched, {wrong[way] / max(matched_by[way], 1):.1%} of "
-            "them with unequal text",
+            f"{matched_by[way] / total:.1%} matched, {wrong[way]:,} of {matched_by[way]:,} "
+            f"({wrong[way] / max(matched_by[way], 1):.1%}) with unequal text",
         )
+    row("of what `bytes` leaves, inside of a source token", f"{inside / max(unmatched, 1):.1%}")
 
     if not options.skip_mined:
         started = time.perf_counter()
