@@ -38,8 +38,9 @@ lint: $(STAMP)
 
 bench: bench-merge bench-score bench-align bench-train
 
+bench-merge: BENCH := small
 bench-%: $(STAMP)
-	$(BIN)/python benchmarks/bench_$*.py
+	$(BIN)/python benchmarks/bench_$*.py $(BENCH)
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
