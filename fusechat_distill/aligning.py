@@ -40,6 +40,7 @@ from fusechat_distill.store import (
     ScoredSample,
     ScoreStore,
     Shards,
+    stale,
 )
 from fusechat_distill.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
 
@@ -285,7 +286,7 @@ class AlignStage:
         self.inputs = inputs
         self.source = source
         self.name = source.name
-        self.folder = recipe.output_folder / "aligned" / source.name
+        self.folder = recipe.aligned_folder / source.name
         self.positions: Positions = recipe.alignment.positions
         self.mode: str = getattr(source.spec, "vocabulary", None) or recipe.alignment.vocabulary
 
@@ -303,6 +304,11 @@ class AlignStage:
             },
             shard_samples=pivot.shard_samples,
         )
+
+    def problems(self) -> list[str]:
+        # The manifest hashes a local model's weights: only where there is one to compare with.
+        problem = stale(self.folder, self.manifest()) if self.folder.exists() else None
+        return [f"aligned {self.name}: {self.folder} {problem}"] if problem else []
 
     def status(self) -> StageStatus:
         return align_status(self.name, Shards(self.folder, self.manifest()))
@@ -382,7 +388,7 @@ class AlignStage:
         if self.mode == "ms":
             made_of["corpus"] = self.manifest().digest
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        folder = self.inputs.recipe.output_folder / "aligned" / "vocabularies"
+        folder = self.inputs.recipe.aligned_folder / ".vocabularies"  # no source has this name
         return folder / f"{self.mode}-{digest[:16]}.npz"
 
     def _make_vocabulary(self) -> None:

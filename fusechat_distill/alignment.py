@@ -45,6 +45,9 @@ __all__ = [
 
 Positions = Literal["bytes", "dtw"]
 
+BLOCK = 1 << 17
+"""Entries that are mapped at a time, so that memory doesn't grow with k."""
+
 
 def match_positions(
     pivot_ends: NDArray[np.integer], source_ends: NDArray[np.integer]
@@ -52,8 +55,8 @@ def match_positions(
     """For each pivot end offset the index of the source position with the same end offset.
 
     Both [n], [m], rising; negative offsets are of no known position and match nothing. Of several
-    source positions with one offset the last counts; -1 where there is none. One merge of two
-    sorted arrays: two positions match iff they have consumed the same text.
+    source positions with one offset the last counts; -1 where there is none. Two positions match
+    iff they have consumed the same text.
     """
     pivot_ends, source_ends = np.asarray(pivot_ends), np.asarray(source_ends)
     known = np.flatnonzero(source_ends >= 0)
@@ -344,9 +347,15 @@ def align(
         changed = pivot.is_begin[rows] & unequal[pivot.response[rows]]
         changed |= pivot.is_end[rows] & (pivot.tokens[rows] != source.tokens[states])
         changed |= (vocabulary.lookup(ids) != ids).any(axis=1)  # a stop of another name
-    if changed.any():
-        ids[changed], logprobs[changed] = _mapped(
-            pivot, source, vocabulary, rows[changed], states[changed]
+    path = _gold_path(pivot, source, rows, states)
+    if vocabulary.mode != "bytes" or vocabulary.is_identity:
+        path[~pivot.is_end[rows]] = np.nan
+    todo = np.flatnonzero(changed)
+    step = max(1, BLOCK // ids.shape[1])
+    for start in range(0, len(todo), step):
+        part = todo[start : start + step]
+        ids[part], logprobs[part] = _mapped(
+            pivot, source, vocabulary, rows[part], states[part], path[part]
         )
     return Aligned(matches, ids, logprobs)
 
@@ -357,8 +366,10 @@ def _mapped(
     vocabulary: VocabularyMap,
     rows: NDArray[np.int64],
     states: NDArray[np.int64],
+    path: NDArray[np.float64],
 ) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
-    """[M, k] entries in pivot tokens at the pivot's states `rows`, the source's `states`."""
+    """[M, k] entries in pivot tokens at the pivot's states `rows`, the source's `states`; `path`
+    [M] is the probability that the pivot's gold token gets, NaN where it gets none of its own."""
     entries = source.ids[states]
     mapped = vocabulary.lookup(entries)
     begin = np.flatnonzero(pivot.is_begin[rows])
@@ -369,9 +380,6 @@ def _mapped(
         mapped[group] = vocabulary.lookup_pending(entries[group], source_pending, pivot_pending)
     probs = np.exp(source.logprobs[states].astype(np.float64))
 
-    path = _gold_path(pivot, source, rows, states)
-    if vocabulary.mode != "bytes" or vocabulary.is_identity:
-        path[~pivot.is_end[rows]] = np.nan
     on_path = ~np.isnan(path)
     gold = (entries == source.tokens[states][:, None]) & on_path[:, None]
     left = np.exp(source.gold_logprobs[states].astype(np.float64)) - path

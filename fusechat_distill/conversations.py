@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -63,17 +63,17 @@ class Conversations(Sequence[Conversation]):
     """
 
     def __init__(self, dataset: Any, column: str | None = None, max_samples: int | None = None):
-        """`dataset`: a `datasets.Dataset`, or any sequence of rows with a `column_names` list."""
-        self._dataset = dataset
-        self.layout, self._parse = _layout(list(dataset.column_names), column)
+        """`dataset`: a `datasets.Dataset`."""
+        self.layout, self._columns = _layout(dataset.column_names, column)
+        self._dataset = dataset.select_columns(self._columns)
         self._rows: list[int] = []
         self.keys: list[str] = []
         rejected = []
-        for row in range(len(dataset)):
+        for row in range(len(self._dataset)):
             if max_samples is not None and len(self._rows) == max_samples:
                 break
             try:
-                messages = _messages(self._parse(dataset[row]))
+                messages = self._read(row)
             except _UnusableError as problem:
                 rejected.append(Rejected(row, str(problem)))
             else:
@@ -93,8 +93,10 @@ class Conversations(Sequence[Conversation]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
-        messages = _messages(self._parse(self._dataset[row]))
-        return Conversation(self.keys[index], row, messages)
+        return Conversation(self.keys[index], row, self._read(row))
+
+    def _read(self, row: int) -> tuple[Message, ...]:
+        return _messages(_turns(self._dataset[row], self._columns))
 
 
 def open_conversations(
@@ -164,32 +166,37 @@ _ROLES = {
 }
 
 
-def _layout(
-    columns: list[str], column: str | None
-) -> tuple[str, Callable[[Mapping[str, Any]], list[Any]]]:
-    def turns(column: str, row: Mapping[str, Any]) -> list[Any]:
-        if not isinstance(row[column], list):
-            raise _UnusableError(f"`{column}` is not a list of messages")
-        return row[column]
-
-    def prompt_completion(row: Mapping[str, Any]) -> list[Any]:
-        messages: list[Any] = []
-        for column, role in (("prompt", "user"), ("completion", "assistant")):
-            part = row[column]
-            messages += part if isinstance(part, list) else [{"role": role, "content": part}]
-        return messages
-
+def _layout(columns: list[str], column: str | None) -> tuple[str, list[str]]:
+    """The layout's name and the columns that hold the messages."""
     if column is not None and column not in columns:
         raise ValueError(f"no column {column!r}; it has {', '.join(map(repr, columns))}")
     for known in ("messages", "conversations") if column is None else (column,):
         if known in columns:
-            return known, partial(turns, known)
+            return known, [known]
     if {"prompt", "completion"} <= set(columns):
-        return "prompt/completion", prompt_completion
+        return "prompt/completion", ["prompt", "completion"]
     raise ValueError(
         "no column `messages`, `conversations` or `prompt` and `completion`; name the column that "
         f"holds the messages as `dataset.column` (it has {', '.join(map(repr, columns))})"
     )
+
+
+def _turns(row: Mapping[str, Any], columns: list[str]) -> list[Any]:
+    if len(columns) == 2:
+        turns: list[Any] = []
+        for column, role in zip(columns, ("user", "assistant"), strict=True):
+            part = row[column]
+            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+        return turns
+    found = row[columns[0]]
+    if isinstance(found, Mapping) and all(isinstance(part, list) for part in found.values()):
+        # What `datasets` makes of a `Sequence` of objects: one list for each of their keys.
+        return [
+            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
+        ]
+    if not isinstance(found, list):
+        raise _UnusableError(f"`{columns[0]}` is not a list of messages")
+    return found
 
 
 def _messages(turns: list[Any]) -> tuple[Message, ...]:

@@ -9,7 +9,7 @@ zero row is the one-hot target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,42 @@ class Scores:
     tokens: Array
     present: Array
 
+    @classmethod
+    def of(cls, matches: Array, ids: Array, logprobs: Array, nll: Array) -> Scores:
+        """One sample, from what alignment stores.
+
+        Args:
+            matches: [n] integers, for each of the pivot's positions the model's position with the
+                same text before it, rising, or −1. For the pivot itself 0 … n − 1.
+            ids, logprobs: [m, k], entries at the m matched positions.
+            nll: [t] floats, the loss of each of the model's own tokens.
+        """
+        matched = matches >= 0
+        full_ids = np.zeros((len(matches), ids.shape[1]), np.int64)
+        full_logprobs = np.full((len(matches), ids.shape[1]), -np.inf)
+        full_ids[matched], full_logprobs[matched] = ids, logprobs
+        sums, counts = segment_sums(matches, nll)
+        return cls(full_ids, full_logprobs, matched, sums, counts, np.ones(1, bool))
+
+    @classmethod
+    def absent(cls, positions: int) -> Scores:
+        """One sample of n positions that the model didn't score."""
+        nothing = cls.of(np.full(positions, -1), np.zeros((0, 1)), np.zeros((0, 1)), np.zeros(0))
+        return replace(nothing, present=np.zeros(1, bool))
+
+    @classmethod
+    def joined(cls, samples: Sequence[Scores]) -> Scores:
+        """Many samples of one model, one after the other."""
+        width = max(sample.ids.shape[1] for sample in samples)
+        return cls(
+            np.concatenate([_widen(sample.ids, width) for sample in samples]),
+            np.concatenate([_widen(sample.logprobs, width, -np.inf) for sample in samples]),
+            *(
+                np.concatenate([getattr(sample, name) for sample in samples])
+                for name in ("matched", "nll", "tokens", "present")
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -72,10 +108,7 @@ def target_models(strategy: Strategy, sources: Sequence[str]) -> dict[str, tuple
 def segment_sums(matches: Array, nll: Array) -> tuple[Array, Array]:
     """A model's losses, one a token of its own, as `Scores.nll` and `Scores.tokens` of one sample.
 
-    Args:
-        matches: [n] integers, for each of the pivot's positions the model's position with the
-            same text before it, rising, or −1.
-        nll: [m] floats, the loss of each of the model's own tokens.
+    Args as in `Scores.of`. Of several positions with one match the last gets the segment.
     """
     sums, counts = np.zeros(len(matches)), np.zeros(len(matches), np.int64)
     rows = np.flatnonzero(matches >= 0)
@@ -86,7 +119,8 @@ def segment_sums(matches: Array, nll: Array) -> tuple[Array, Array]:
     else:
         starts = matches[rows]
     counts[rows] = np.diff(starts, append=len(nll))
-    sums[rows] = np.add.reduceat(np.asarray(nll, np.float64), starts)
+    segments = np.add.reduceat(np.asarray(nll, np.float64), starts)
+    sums[rows] = np.where(counts[rows] > 0, segments, 0.0)
     counts[0] += starts[0]
     sums[0] += np.sum(nll[: starts[0]], dtype=np.float64)
     return sums, counts
@@ -209,8 +243,8 @@ def _distributions(
     return rows
 
 
-def _widen(rows: Array, width: int) -> Array:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+def _widen(rows: Array, width: int, fill: float = 0) -> Array:
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
 
 
 def _probabilities(logprobs: Array, tail: Tail, temperature: float) -> Array:

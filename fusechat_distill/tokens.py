@@ -175,10 +175,15 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that tokenising depends on; 64 hex digits."""
-    _reading(tokenizer)
-    names = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    content = tokenizer.backend_tokenizer.to_str()
-    return hashlib.sha256(f"{content}\n{names}".encode()).hexdigest()
+    reading = _reading(tokenizer)
+    if reading.fingerprint is None:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding"):  # of the last call, not of the tokenizer
+            del content[key]
+        content["specials"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        text = json.dumps(content, sort_keys=True)
+        reading.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return reading.fingerprint
 
 
 def _components(component: Any) -> Iterator[Mapping[str, Any]]:
@@ -260,6 +265,7 @@ class _Reading:
                 ],
             )
         self.piece_bytes = piece_bytes
+        self.fingerprint: str | None = None
         self._read_vocabulary(tokenizer)
 
     def _read_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -250,9 +250,10 @@ def _losses_and_counts(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([nll, nll + gap]), torch.stack([tokens, targets, entropy])
 
 
-def _argument_problems(
-    args: Any, data_collator: Any, compute_loss_func: Callable[..., Any] | None
+def argument_problems(
+    args: Any, data_collator: Any = None, compute_loss_func: Callable[..., Any] | None = None
 ) -> Iterator[str]:
+    """What of its arguments `FusionTrainer` refuses, each with its reason and remedy."""
     if not isinstance(args, FusionConfig):
         yield (
             f"`args` is a `{type(args).__name__}`, which has no `clm_weight`; "
@@ -338,7 +339,7 @@ def _column_problems(name: str, dataset: Dataset, args: Any) -> Iterator[str]:
         )
 
 
-def _adapter_problems(model: Any, peft_config: Any) -> Iterator[str]:
+def adapter_problems(model: Any, peft_config: Any) -> Iterator[str]:
     """Adapters that act on logits beside the head's weight, which is all that the loss reads."""
     wrapped = isinstance(model, torch.nn.Module) and is_peft_model(model)
     configs = [peft_config] if peft_config is not None else []
@@ -436,9 +437,9 @@ class FusionTrainer(SFTTrainer):
             name = model if isinstance(model, str) else trl_utils.get_config_model_id(model.config)
             args = FusionConfig(f"{name.split('/')[-1]}-Fusion")
         problems = [
-            *_argument_problems(args, data_collator, compute_loss_func),
+            *argument_problems(args, data_collator, compute_loss_func),
             *_dataset_problems(args, train_dataset, eval_dataset),
-            *_adapter_problems(model, peft_config),
+            *adapter_problems(model, peft_config),
         ]
         if problems:
             raise TrainingRequestError("FusionTrainer", problems)
@@ -455,7 +456,7 @@ class FusionTrainer(SFTTrainer):
         )
         # What only the loaded model and the launcher's settings tell.
         problems = [
-            *_adapter_problems(self.model, None),
+            *adapter_problems(self.model, None),
             *_parallelism_problems(self.accelerator.parallelism_config),
         ]
         if problems:

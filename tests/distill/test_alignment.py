@@ -563,6 +563,18 @@ def test_the_first_token_of_an_answer_is_learnt():
         assert np.exp(aligned.logprobs[0, :2].astype(float)) == pytest.approx([0.5, 0.25], rel=2e-3)
 
 
+def test_the_size_of_blocks_changes_nothing(monkeypatch):
+    pivot, source = renderer_of("openchat"), renderer_of("qwen")
+    pivots = Responses.of([r for a in ANSWERS[:3] for r in scored(pivot, a, 1)])
+    sources = Responses.of([r for a in ANSWERS[:3] for r in scored(source, a, 2)])
+    vocabulary_map = vocabulary_map_of(pivot, source, "bytes")
+    whole = align(pivots, sources, vocabulary_map)
+    monkeypatch.setattr("fusechat_distill.alignment.BLOCK", 4 * K)
+    parts = align(pivots, sources, vocabulary_map)
+    assert parts.ids.tobytes() == whole.ids.tobytes()
+    assert parts.logprobs.tobytes() == whole.logprobs.tobytes()
+
+
 def test_dtw_positions_pair_states_after_paired_tokens():
     pivot, source = renderer_of("openchat"), renderer_of("qwen")
     (left,), (right,) = scored(pivot, ["The cat sat."], 1), scored(source, ["The cat sat."], 2)

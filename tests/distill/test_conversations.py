@@ -1,5 +1,6 @@
 """Datasets, renderings and cuts, over two real tokenizers and templates that trim and refuse."""
 
+import copy
 import json
 import string
 
@@ -53,6 +54,8 @@ def test_every_layout_gives_the_same_conversation(tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dict")
+    columns = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello."]}]}
+    found.append(Conversations(datasets.Dataset.from_dict(columns))[0])
     found.append(open_conversations(str(tmp_path / "a.parquet"))[0])
     found.append(open_conversations(str(tmp_path / "saved"))[0])
     found.append(open_conversations(str(tmp_path / "dict"), split="test")[0])
@@ -296,6 +299,9 @@ def test_the_fingerprint_tells_tokenizers_and_templates_apart(mistral, qwen):
     ]
     assert len({renderer.fingerprint for renderer in renderers}) == 4
     assert Renderer(qwen).fingerprint == Renderer(qwen, CHATML).fingerprint
+    again = copy.deepcopy(qwen)
+    again(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves traces in the backend
+    assert Renderer(again).fingerprint == Renderer(qwen).fingerprint
 
 
 def test_roles(mistral, qwen):

@@ -253,8 +253,28 @@ def test_segment_sums_put_every_token_somewhere_once():
     sums, counts = segment_sums(np.array([-1, -1]), losses)
     assert sums.tolist() == [63.0, 0.0]
     assert counts.tolist() == [6, 0]
+    sums, counts = segment_sums(np.array([0, 2, 2, 5]), losses)
+    assert sums.tolist() == [3.0, 0.0, 28.0, 32.0]
+    assert counts.tolist() == [2, 0, 3, 1]
     assert segment_sums(np.array([0, -1]), np.zeros(0))[1].tolist() == [0, 0]
     assert segment_sums(np.zeros(0, np.int64), losses)[0].shape == (0,)
+
+
+def test_samples_are_put_together_from_what_alignment_stores():
+    first = Scores.of(
+        np.array([0, -1, 2]),
+        np.array([[5, 6], [7, 8]]),
+        np.log([[0.5, 0.2], [0.9, 0.1]]),
+        np.ones(4),
+    )
+    second = Scores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
+    both = Scores.joined([first, Scores.absent(2), second])
+    assert both.ids.tolist() == [[5, 6], [0, 0], [7, 8], [0, 0], [0, 0], [9, 0]]
+    assert both.logprobs[5].tolist() == [0.0, -math.inf]
+    assert both.matched.tolist() == [True, False, True, False, False, True]
+    assert both.nll.tolist() == [2.0, 0.0, 2.0, 0.0, 0.0, 0.25]
+    assert both.tokens.tolist() == [2, 0, 2, 0, 0, 1]
+    assert both.present.tolist() == [True, False, True]
 
 
 def test_the_strategies_name_their_targets():

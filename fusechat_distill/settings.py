@@ -1,0 +1,147 @@
+"""TRL's and PEFT's settings as a recipe means them, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusechat_distill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from fusechat_distill.trainer import FusionConfig
+
+WITHOUT_EFFECT = (
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "eval_",
+    "log_",
+    "logging_",
+    "per_device_eval_",
+    "project",
+    "report_to",
+    "run_name",
+    "save_",
+    "trackio_",
+)
+"""Beginnings of the SFTConfig fields that don't change what is learnt."""
+
+
+def clm_weight(recipe: Recipe) -> float:
+    """λ; the baseline without sources has the language-modelling term alone."""
+    return 1.0 if recipe.fusion.strategy == "sft" else recipe.training.clm_weight
+
+
+def fusion_config(
+    recipe: Recipe, folder: Path, *, trust_remote_code: bool = False
+) -> FusionConfig:
+    """TRL's settings: the recipe's, and where it says nothing TRL's own defaults.
+
+    What differs from these: weights are float32 (`pivot.dtype` is for scoring), under autocast to
+    bfloat16 where the hardware has it; one checkpoint is kept.
+    """
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    from fusechat_distill.trainer import FusionConfig
+
+    given = recipe.training.sft
+    cpu = given.get("use_cpu", recipe.scoring.device == "cpu")
+    fields: dict[str, Any] = {"use_cpu": cpu, "save_total_limit": 1}
+    if not given.get("fp16"):
+        fields["bf16"] = not cpu and is_torch_bf16_gpu_available()
+    load = {"dtype": "float32", "use_safetensors": True, "revision": recipe.pivot.revision}
+    # Rows are cut to the pivot's `max_length` already; TRL's own cut is not for padding-free.
+    uncut = given.get("padding_free") and not given.get("packing")
+    return FusionConfig(
+        **fields
+        | given
+        | {
+            "output_dir": str(folder),
+            "clm_weight": clm_weight(recipe),
+            "max_length": None if uncut else recipe.max_length,
+            "trust_remote_code": trust_remote_code,
+            "model_init_kwargs": load | (given.get("model_init_kwargs") or {}),
+        }
+    )
+
+
+def lora_config(recipe: Recipe) -> LoraConfig | None:
+    """PEFT's settings, or None where all weights are trained."""
+    if recipe.training.lora is None:
+        return None
+    from peft import LoraConfig
+
+    fields = {"task_type": "CAUSAL_LM", "revision": recipe.pivot.revision}
+    return LoraConfig(**fields | recipe.training.lora)
+
+
+def determining(recipe: Recipe) -> dict[str, Any]:
+    """What of `training:` decides which weights come out."""
+    given = recipe.training.sft
+    if not given.get("load_best_model_at_end"):
+        given = {k: v for k, v in given.items() if not k.startswith(WITHOUT_EFFECT)}
+    return given | {"lambda": clm_weight(recipe), "lora": recipe.training.lora}
+
+
+def settings_problems(
+    recipe: Recipe, config: Any = None, *, trust_remote_code: bool = False
+) -> list[str]:
+    """What TRL, PEFT and `FusionTrainer` will not take, as far as it is known without weights.
+
+    `config` is the pivot's configuration; with it LoRA is tried on a model without memory.
+    """
+    problems: list[str] = []
+    arguments = lora = None
+    try:
+        arguments = fusion_config(recipe, recipe.output_folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # TRL, transformers and accelerate each raise their own
+        problems.append(f"training: {_reason(error)}")
+    try:
+        lora = lora_config(recipe)
+    except Exception as error:
+        problems.append(f"training.lora: {_reason(error)}")
+    if arguments is not None:
+        problems += [f"training: {problem}" for problem in _trainer_problems(arguments)]
+        if arguments.eval_strategy != "no" and not recipe.dataset.eval_fraction:
+            problems.append(
+                "training.eval_strategy: there is nothing to evaluate on; set "
+                "dataset.eval_fraction above 0"
+            )
+    if lora is not None and config is not None:
+        problems += [
+            f"training.lora: {problem}" for problem in _lora_problems(lora, config, trust_remote_code)
+        ]
+    return problems
+
+
+def _trainer_problems(arguments: FusionConfig) -> Iterator[str]:
+    from fusechat_distill.trainer import argument_problems
+
+    yield from argument_problems(arguments)
+
+
+def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> Iterator[str]:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from fusechat_distill.trainer import adapter_problems
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        found = list(adapter_problems(model, lora))
+        if not found:
+            try:
+                get_peft_model(model, lora)
+            except Exception as error:
+                found = [_reason(error)]
+    yield from found
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

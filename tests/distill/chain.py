@@ -1,0 +1,133 @@
+"""Models of a few thousand parameters, of two families with a tokenizer each, and a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+)
+PLAIN = (
+    "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ 'A: ' + message['content'] + '</s>' }}{% else %}{{ 'Q: ' + message['content'] + '\\n' }}"
+    "{% endif %}{% endfor %}"
+)
+ANSWERS = [
+    "The cat sat on the mat.",
+    "Paris — and 東京 🙂.",
+    "def f(x):\n    return x + 1\n",
+    "Two plus two is four, naïve café.",
+    "the mat, the cat and the hat",
+    "one",
+]
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    made = []
+    for i in range(count):
+        messages = []
+        for turn in range(1 + i % 2):
+            messages.append({"role": "user", "content": f"Say {i}, please ({turn})"})
+            messages.append({"role": "assistant", "content": ANSWERS[(i + turn) % len(ANSWERS)]})
+        made.append({"messages": messages})
+    return made
+
+
+def tokenizer(size: int, specials: list[str], template: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[AddedToken(token, special=True) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*ANSWERS, "Say 1, please"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=specials[0],
+        pad_token=specials[0],
+        chat_template=template,
+    )
+
+
+def save_models(folder: Path) -> None:
+    """`pivot` (Llama, 300 tokens) and the sources `neox` (GPT-NeoX, 340) and `twin` (Llama)."""
+    llama = tokenizer(300, ["<|im_end|>", "<|im_start|>"], CHATML)
+    neox = tokenizer(340, ["</s>", "<s>"], PLAIN)
+    for seed, name in enumerate(("pivot", "twin")):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(llama),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            eos_token_id=llama.eos_token_id,
+            pad_token_id=llama.pad_token_id,
+            bos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        llama.save_pretrained(folder / name)
+    torch.manual_seed(7)
+    config = GPTNeoXConfig(
+        vocab_size=len(neox),
+        hidden_size=24,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder / "neox")
+    neox.save_pretrained(folder / "neox")
+
+
+def write_rows(path: Path, made: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
+def recipe(
+    folder: Path, models: Path, name: str = "recipe", count: int = 300, **sections: Any
+) -> Path:
+    """A recipe of these models: sections as given, instead of or beside what makes it quick."""
+    write_rows(folder / "chats.jsonl", rows(count))
+    content: dict[str, Any] = {
+        "output": str(folder / "out"),
+        "pivot": str(models / "pivot"),
+        "sources": [str(models / "neox")],
+        "dataset": {"path": str(folder / "chats.jsonl"), "eval_fraction": 0.1},
+        "max_length": 64,
+        "scoring": {"dtype": "float32", "device": "cpu", "top_k": 6},
+        "alignment": {"vocabulary": "bytes"},
+    } | sections
+    content["training"] = {
+        "lambda": 0.5,
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "logging_steps": 2,
+    } | sections.get("training", {})
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
