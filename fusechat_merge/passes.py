@@ -80,7 +80,8 @@ def divide(outputs: Sequence[Output], memory: int, threads: int) -> Ring:
     if each > memory:
         needed = each + LANES * factors
         raise ValueError(f"--memory: at least {-(-needed >> 20)}MiB is needed here")
-    threads = max(1, min(threads, memory // 2 // each))
+    # Fewer threads with longer segments: short ones wait for the interpreter's lock.
+    threads = max(1, min(threads, memory // 2 // (4 * each)))
     blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
     segment = blocks * block + gaps
     left = memory - threads * (segment + blocks * scratch)

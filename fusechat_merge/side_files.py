@@ -21,7 +21,7 @@ _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
     ".gguf", ".onnx", ".h5", ".msgpack", ".pkl",
 )  # fmt: skip
-_OWN = {"config.json", "README.md", "fusechat_merge.json", "mergekit_config.yml", "journal"}
+_OWN = {"config.json", "README.md", "fusechat_merge.json", "mergekit_config.yml"}
 _TOKENIZER = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",

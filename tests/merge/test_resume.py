@@ -21,6 +21,8 @@ from fusechat_merge import stream
 from fusechat_merge.cli import main
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Journal
+from fusechat_merge.planning import plan
+from fusechat_merge.verify import verify
 
 BF16 = torch.bfloat16
 Family = Callable[..., list[Path]]
@@ -208,6 +210,39 @@ def test_a_source_that_changes_during_the_merge(
     finally:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_vanished(tmp_path: Path, config: dict[str, Any]) -> None:
+    planned = plan(config)
+    file = Path(config["models"][1]["model"]) / "model.safetensors"
+    file.rename(file.with_name("elsewhere"))
+    try:
+        with pytest.raises(stream.Broken, match=r"No such file.*the same command goes on"):
+            stream.carry_out(planned, tmp_path / "out")
+    finally:
+        file.with_name("elsewhere").rename(file)
+    stream.carry_out(planned, tmp_path / "out")
+    assert verify(config, tmp_path / "out") == []
+
+
+def test_ctrl_c(tmp_path: Path, config: dict[str, Any]) -> None:
+    def interrupt(tensor: str, nbytes: int) -> None:
+        if nbytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(stream.Broken, match="interrupted; what was done is kept"):
+        stream.merge(config, tmp_path / "out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    stream.merge(config, tmp_path / "out")
+
+
+def test_events_for_programs(tmp_path: Path, yml: Path) -> None:
+    result = cli("run", str(yml), str(tmp_path / "out"), "--json")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [events[0]["event"], events[-1]["event"]] == ["plan", "done"]
+    progress = [event for event in events if event["event"] == "progress"]
+    assert progress[-1]["bytes"] == progress[-1]["of"]
+    assert result.stderr.count("\r") == 0
 
 
 def test_finished_is_finished(tmp_path: Path, yml: Path) -> None:
