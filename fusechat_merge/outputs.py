@@ -57,7 +57,7 @@ class LayerPlanner(MergePlanner):
         )
         self.layers: dict[str, _Layer] = {}
         self.outside: list[_Layer] = []
-        self.problems: list[str] = []
+        self.problems: list[tuple[str, str]] = []  # (tensor, problem)
         self.by_name = False
 
     def plan_all(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
@@ -107,7 +107,7 @@ class LayerPlanner(MergePlanner):
         try:
             super().plan_tensor(weight, weights_in, models, cfg_reader)
         except Exception as error:  # mergekit raises RuntimeError, ValueError and pydantic's own
-            self.problems.append(f"{weight.name}: {one_line(error)}")
+            self.problems.append((weight.name, f"{weight.name}: {one_line(error)}"))
 
     def known_names(self, model: ModelReference) -> set[str]:
         """Every name under which the architecture's table knows a tensor of the model."""
@@ -125,6 +125,7 @@ class OutputMaker:
         self.planned = planned
         self.config = config
         self.outputs: dict[str, Output] = {}
+        self.problems: list[tuple[str, str]] = []  # (tensor, problem)
         self.tasks: dict[str, ExecuteMergeMethodTask] = {}
         self.used: dict[str, set[str]] = defaultdict(set)
         self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
@@ -135,7 +136,7 @@ class OutputMaker:
 
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
         """One planned tensor; ``alone`` keeps it out of every unit of several tensors."""
-        problems = self.planned.problems
+        problems = self.problems
         gather = task.gather_tensors
         inner = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
         present: list[tuple[ModelReference, _Input]] = []
@@ -148,7 +149,8 @@ class OutputMaker:
                 self.used[str(model)].update(found.read)
             elif not wanted.optional:
                 missing.append(str(model))
-                problems.append(f"{model}: lacks {wanted.name}, which its architecture needs")
+                problem = f"{model}: lacks {wanted.name}, which its architecture needs"
+                problems.append((wanted.name, problem))
         if missing:
             return
         outcome = self._outcome(weight, task, [model for model, _ in present])
@@ -168,7 +170,8 @@ class OutputMaker:
         elif len(set(dtypes)) == 1:
             merged = dtypes[0]
         else:
-            problems.append(f"{weight.name}: numbers and whole numbers mixed: {dtypes}")
+            mixed = f"{weight.name}: numbers and whole numbers mixed: {dtypes}"
+            problems.append((weight.name, mixed))
             return
         name = weight.name
         how = self._how(task, ordered, outcome)
@@ -271,7 +274,7 @@ class OutputMaker:
         try:
             method.validate_inputs(present, task.base_model, group_name=weight.name)
         except ValueError as error:
-            self.planned.problems.append(f"{weight.name}: {one_line(error)}")
+            self.problems.append((weight.name, f"{weight.name}: {one_line(error)}"))
             return None
         return "merge"
 
@@ -303,7 +306,8 @@ class OutputMaker:
         remedy = ""
         if axis is not None:
             remedy = "; bring the vocabularies together: tokenizer: {source: base} in the YAML"
-        self.planned.problems.append(f"{weight.name}: shapes don't fit: {listed}{remedy}")
+        problem = f"{weight.name}: shapes don't fit: {listed}{remedy}"
+        self.problems.append((weight.name, problem))
         return None
 
     def _vocabulary_size(self, gather: PermutedVocabulary) -> int:

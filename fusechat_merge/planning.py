@@ -106,12 +106,12 @@ def _plan_outputs(planned: Plan) -> None:
     except Exception as error:  # what mergekit refuses is refused; its errors have no common base
         planned.problems.append(_architecture_remedy(one_line(error)))
         return
-    planned.problems += planner.problems
 
     maker = OutputMaker(planned, config)
     for weight, task in tensors:
         maker.add(weight, task)
     plan_unknown(planned, planner, maker)
+    planned.problems += _condensed(planner.problems + maker.problems)
     if maker.weightless:
         planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)
@@ -133,6 +133,17 @@ def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> An
         return task.model_copy(update={"referenced_models": tuple(references)}).execute()
     finally:
         PreTrainedTokenizerFast.get_vocab = unordered
+
+
+def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """One problem for many tensors that have the same."""
+    alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for tensor, problem in problems:
+        alike[problem.replace(tensor, "")].append((tensor, problem))
+    return [
+        found[0][1] + (f" (the same for {len(found) - 1} more)" if len(found) > 1 else "")
+        for found in alike.values()
+    ]
 
 
 def _architecture_remedy(message: str) -> str:

@@ -166,6 +166,12 @@ def test_problems_of_models(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]  # touched nothing
 
 
+def test_many_tensors_with_one_problem_make_one_line(paths: list[Path]) -> None:
+    (problem,) = plan(configuration(paths, "linear")).problems
+    assert "Missing required parameter weight for" in problem
+    assert problem.endswith("(the same for 20 more)")
+
+
 def test_every_problem_at_once(tmp_path: Path, paths: list[Path]) -> None:
     truncated(paths)
     quantised([paths[1], paths[2]])
