@@ -17,7 +17,7 @@ from fusechat_distill.errors import DistillError, RequestError
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs import Inputs
-    from fusechat_distill.pipeline import StageStatus
+    from fusechat_distill.pipeline import Stage, StageStatus
     from fusechat_distill.processes import Processes
 
 LISTED_ROWS = 20
@@ -138,33 +138,30 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     Goes on from where an earlier run stopped. On several devices or machines, start it with
     `accelerate launch -m fusechat_distill score RECIPE`; the result is the same.
     """
-    from fusechat_distill.inputs import open_inputs
     from fusechat_distill.pipeline import score_stages
-    from fusechat_distill.processes import Processes
-    from fusechat_distill.recipe import read_recipe
 
-    def check() -> Inputs:
-        inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
-        unknown = [name for name in names if name not in inputs.models]
-        if unknown:
-            known = ", ".join(inputs.models)
-            raise RequestError(
-                recipe,
-                [f"--model {name}: is no model of it; there are {known}" for name in unknown],
-            )
-        return inputs
+    def stages(inputs: Inputs) -> list[Stage]:
+        return score_stages(inputs, names or None, trust_remote_code=trust_remote_code)
 
-    readable, _ = read_recipe(recipe)
-    processes = Processes(readable.scoring.device if readable else "cpu")
-    _quieten(processes.is_first)
-    try:
-        inputs = processes.in_turn(check)
-        for stage in score_stages(inputs, names or None, trust_remote_code=trust_remote_code):
-            status = stage.run(processes, Bar(processes))
-            if processes.is_first:
-                click.echo(_line(status))
-    finally:
-        processes.close()
+    _run(recipe, stages, {"--model": names}, trust_remote_code=trust_remote_code)
+
+
+@command
+@recipe_argument
+@click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source.")
+@trust_option
+def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Turn the sources' scores into distributions over the pivot's tokens.
+
+    Needs what `score` makes; goes on from where an earlier run stopped. `accelerate launch` shares
+    the work among processes here too.
+    """
+    from fusechat_distill.aligning import align_stages
+
+    def stages(inputs: Inputs) -> list[Stage]:
+        return align_stages(inputs, names or None)
+
+    _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
 @command
@@ -172,25 +169,66 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 @json_option
 def status(recipe: str, as_json: bool) -> None:
     """Show how far the stages of RECIPE are: samples, tokens, bytes, rate, and what is left."""
-    from fusechat_distill.pipeline import score_status
+    from fusechat_distill.aligning import align_status
+    from fusechat_distill.pipeline import StageStatus, score_status
     from fusechat_distill.recipe import load_recipe
     from fusechat_distill.store import Shards
 
     read = load_recipe(recipe)
-    states: list[StageStatus | None] = []
-    for name in read.models:
-        folder = read.scores_folder / name
-        started = (folder / "manifest.json").exists()
-        states.append(score_status(name, Shards.open(folder)) if started else None)
+    folders = [("score", name, read.scores_folder / name, score_status) for name in read.models]
+    folders += [
+        ("align", source.title, read.aligned_folder / source.title, align_status)
+        for source in read.sources
+    ]
+    states = [
+        state_of(name, Shards.open(folder))
+        if (folder / "manifest.json").exists()
+        else StageStatus(stage, name, 0, None)
+        for stage, name, folder, state_of in folders
+    ]
     if as_json:
-        entries = [
-            {"stage": "score", "name": name} | (_entry(state) if state else {"done": 0})
-            for name, state in zip(read.models, states, strict=True)
-        ]
-        click.echo(json.dumps(entries, indent=2, ensure_ascii=False))
+        click.echo(json.dumps([_entry(s) for s in states], indent=2, ensure_ascii=False))
         return
-    for name, state in zip(read.models, states, strict=True):
-        click.echo(_line(state) if state else f"score {name}: not begun")
+    for state in states:
+        click.echo(_line(state))
+
+
+def _run(
+    recipe: str,
+    stages: Callable[[Inputs], list[Stage]],
+    asked: dict[str, tuple[str, ...]],
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Check everything, then run the stages one after the other, on all processes."""
+    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.processes import Processes
+    from fusechat_distill.recipe import PIVOT, read_recipe
+
+    def check() -> Inputs:
+        inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
+        problems = []
+        for option, names in asked.items():
+            known = [n for n in inputs.models if option == "--model" or n != PIVOT]
+            problems += [
+                f"{option} {name}: is no {option[2:]} of it; there are {', '.join(known)}"
+                for name in names
+                if name not in known
+            ]
+        if problems:
+            raise RequestError(recipe, problems)
+        return inputs
+
+    readable, _ = read_recipe(recipe)
+    processes = Processes(readable.scoring.device if readable else "cpu")
+    _quieten(processes.is_first)
+    try:
+        for stage in stages(processes.in_turn(check)):
+            status = stage.run(processes, Bar(processes))
+            if processes.is_first:
+                click.echo(_line(status))
+    finally:
+        processes.close()
 
 
 class Bar:
@@ -259,6 +297,8 @@ def _facts(inputs: Inputs) -> dict[str, Any]:
 
 def _entry(state: StageStatus) -> dict[str, Any]:
     return {
+        "stage": state.stage,
+        "name": state.name,
         "done": state.done,
         "total": state.total,
         "bytes": state.bytes,
@@ -271,34 +311,48 @@ def _entry(state: StageStatus) -> dict[str, Any]:
 def _line(state: StageStatus) -> str:
     from fusechat_distill.inputs import readable_size
 
-    details = state.details
-    parts = [
-        f"{state.done:,} of {state.total:,} samples",
-        f"{details['response_tokens']:,} response tokens",
-        readable_size(state.bytes),
-    ]
+    if state.total is None:
+        return f"{state.stage} {state.name}: not begun"
+    parts = [f"{state.done:,} of {state.total:,} samples"]
+    parts += {"score": _score_facts, "align": _align_facts}[state.stage](state.details)
+    parts.append(readable_size(state.bytes))
     if state.tokens_per_second:
         parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
     left = _seconds_left(state)
     if left:
         parts.append(f"about {datetime.timedelta(seconds=round(left))} left")
+    return f"{state.stage} {state.name}: " + "; ".join(parts)
+
+
+def _score_facts(details: dict[str, Any]) -> list[str]:
     counts = {
+        "response tokens": details["response_tokens"],
         "cut at max_length": details["cut"],
         "with the system prompt in the first user message": details["system_folded"],
         "left out": len(details["left_out"]),
         "left out with NaN or Inf": len(details["non_finite"]),
     }
-    parts += [f"{count:,} {what}" for what, count in counts.items() if count]
+    facts = [f"{count:,} {what}" for what, count in counts.items() if count]
     skipped = sum(details["turns_skipped"].values())
     if skipped:
         reasons = ", ".join(f"{count} {why}" for why, count in details["turns_skipped"].items())
-        parts.append(f"{skipped:,} answers as context only ({reasons})")
-    return f"{state.stage} {state.name}: " + "; ".join(parts)
+        facts.append(f"{skipped:,} answers as context only ({reasons})")
+    return facts
+
+
+def _align_facts(details: dict[str, Any]) -> list[str]:
+    from fusechat_distill.aligning import alignment_shares
+
+    shares = alignment_shares(details)
+    return [
+        f"{shares['positions_matched']:.1%} of the pivot's positions matched",
+        f"{shares['mass_kept']:.1%} of the mass kept",
+    ]
 
 
 def _seconds_left(state: StageStatus) -> float | None:
     """At the rate so far, for one process."""
-    if state.done == state.total or not state.done or not state.tokens_per_second:
+    if state.total is None or not 0 < state.done < state.total or not state.tokens_per_second:
         return None
     tokens = state.details["input_tokens"] / state.done * (state.total - state.done)
     return tokens / state.tokens_per_second

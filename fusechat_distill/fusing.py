@@ -213,8 +213,20 @@ class FuseStage:
         return Manifest("fused", len(self.inputs.conversations), made_of)
 
     def problems(self) -> list[str]:
-        problem = stale(self.folder, self.manifest()) if self.folder.exists() else None
-        return [f"fused {self.name}: {self.folder} {problem}"] if problem else []
+        problems = []
+        if self.folder.exists() and (problem := stale(self.folder, self.manifest())):
+            problems.append(f"fused {self.name}: {self.folder} {problem}")
+        out = self.held_out()
+        if out == len(self.inputs.conversations):
+            problems.append(
+                f"dataset.eval_fraction: holds out all {out} conversations; lower it, or add some"
+            )
+        return problems
+
+    def held_out(self) -> int:
+        """How many conversations are kept from training."""
+        fraction = self.inputs.recipe.dataset.eval_fraction
+        return sum(held_out(key, fraction) for key in self.inputs.conversations.keys)
 
     def status(self) -> StageStatus:
         return fuse_status(self.name, Shards(self.folder, self.manifest()))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.errors import RequestError
 from fusechat_distill.models import PLACEMENT, Digests, ModelFiles, open_model
-from fusechat_distill.recipe import PIVOT, Model, Recipe, read_recipe
+from fusechat_distill.recipe import PIVOT, Merge, Model, Recipe, read_recipe
 from fusechat_distill.store import Manifest, stale
 
 if TYPE_CHECKING:
@@ -86,8 +86,15 @@ class Inputs:
         )
 
 
-def open_inputs(path: str | Path, *, trust_remote_code: bool = False) -> Inputs:
+def open_inputs(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    further: Callable[[Inputs], list[str]] = lambda inputs: [],
+) -> Inputs:
     """Open everything that the recipe at `path` names, except weights.
+
+    `further` looks for more problems once all of it is open.
 
     Raises:
         RequestError: with every problem found, of whatever kind.
@@ -98,13 +105,14 @@ def open_inputs(path: str | Path, *, trust_remote_code: bool = False) -> Inputs:
     conversations = _open_conversations(recipe, problems)
     models = _open_models(recipe, problems, trust_remote_code)
     problems += _output_problems(recipe) + _device_problems(recipe)
+    problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
     if conversations is not None and PIVOT in models:
         inputs = Inputs(
             recipe, conversations, models, Digests(recipe.output_folder / "digests.json")
         )
         problems += _rendering_problems(inputs)
         if len(models) == len(recipe.models):
-            problems += _store_problems(inputs)
+            problems += _store_problems(inputs) + further(inputs)
         if not problems:
             return inputs
     raise RequestError(str(path), problems)
@@ -192,6 +200,23 @@ def _device_problems(recipe: Recipe) -> list[str]:
     if int(number or 0) >= count:
         return [f"scoring.device: {device} is not there ({count} {kind} devices); set it to auto"]
     return []
+
+
+def _section_problems(
+    recipe: Recipe, pivot: OpenModel | None, trust_remote_code: bool
+) -> list[str]:
+    """What TRL, PEFT and mergekit say; they are imported only where a recipe sets something."""
+    problems = []
+    if recipe.training.sft or recipe.training.lora is not None:
+        from fusechat_distill.settings import settings_problems
+
+        config = pivot.files.config if pivot else None
+        problems += settings_problems(recipe, config, trust_remote_code=trust_remote_code)
+    if recipe.merge != Merge():
+        from fusechat_distill.merging import merge_problems
+
+        problems += merge_problems(recipe)
+    return problems
 
 
 def _output_problems(recipe: Recipe) -> list[str]:

@@ -42,11 +42,14 @@ class StageStatus:
     stage: str
     name: str
     done: int
-    total: int
+    total: int | None
+    """None where it has not begun."""
     bytes: int = 0
     tokens_per_second: float | None = None
     """Of one process."""
     details: dict[str, Any] = field(default_factory=dict)
+    unit: str = "samples"
+    """What `done` and `total` count."""
 
     @property
     def complete(self) -> bool:
@@ -58,6 +61,10 @@ class Stage(Protocol):
 
     stage: str
     name: str
+
+    def problems(self) -> list[str]:
+        """What an earlier run left that this one can't go on with."""
+        ...
 
     def status(self) -> StageStatus: ...
 
@@ -87,6 +94,9 @@ class ScoreStage:
         self.name = model.name
         self.folder = inputs.scores_folder(model)
         self._trust_remote_code = trust_remote_code
+
+    def problems(self) -> list[str]:
+        return []  # `open_inputs` has compared the stores already
 
     def status(self) -> StageStatus:
         return score_status(self.name, Shards(self.folder, self.inputs.scores_manifest(self.model)))

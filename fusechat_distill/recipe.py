@@ -128,6 +128,10 @@ OWN_TRAINING_KEYS = {
     "chat_template_path": "the pivot's own chat template is used",
     "eos_token": "the pivot's own tokenizer is used",
     "clm_weight": "the recipe calls it `lambda`",
+    "trust_remote_code": "the option --trust-remote-code says so",
+    "push_to_hub": "upload the finished target, with its card, instead",
+    "resume_from_checkpoint": "a run that was stopped goes on by itself",
+    "save_only_model": "a run that was stopped could not go on",
 }
 
 
@@ -177,6 +181,23 @@ class Recipe(Section):
     @property
     def scores_folder(self) -> Path:
         return self.output_folder / "scores"
+
+    @property
+    def aligned_folder(self) -> Path:
+        return self.output_folder / "aligned"
+
+    @property
+    def fused_folder(self) -> Path:
+        return self.output_folder / "fused"
+
+    @property
+    def training_folder(self) -> Path:
+        """Checkpoints of targets that are not finished yet."""
+        return self.output_folder / "training"
+
+    @property
+    def targets_folder(self) -> Path:
+        return self.output_folder / "targets"
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -234,7 +255,7 @@ def training_problems(training: Training) -> list[str]:
         fields = [f for f in SFTConfig.__dataclass_fields__ if f not in OWN_TRAINING_KEYS]
         known = {*fields, "lambda", "lora"}
         problems += [
-            f"training.{key}: {_unknown(key, known, 'a field of SFTConfig')}"
+            f"training.{key}: {unknown_key(key, known, 'a field of SFTConfig')}"
             for key in others
             if key not in known
         ]
@@ -243,7 +264,7 @@ def training_problems(training: Training) -> list[str]:
 
         known = set(LoraConfig.__dataclass_fields__)
         problems += [
-            f"training.lora.{key}: {_unknown(key, known, 'a field of LoraConfig')}"
+            f"training.lora.{key}: {unknown_key(key, known, 'a field of LoraConfig')}"
             for key in training.lora
             if key not in known
         ]
@@ -296,7 +317,7 @@ def _problem(error: Any) -> str:
     found = error["input"]
     if error["type"] == "extra_forbidden":
         known = _keys_at(loc[:-1])
-        return f"{name}: {_unknown(str(loc[-1]), known, 'a key here')}"
+        return f"{name}: {unknown_key(str(loc[-1]), known, 'a key here')}"
     if error["type"] == "missing":
         return f"{name}: is missing"
     if error["type"] == "value_error":
@@ -311,7 +332,7 @@ def _problem(error: Any) -> str:
     return f"{name}: should be {message}, found {found}"
 
 
-def _unknown(key: str, known: Iterable[str], what: str) -> str:
+def unknown_key(key: str, known: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     if near:
         return f"is not {what}; did you mean `{near[0]}`?"

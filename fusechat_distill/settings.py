@@ -107,11 +107,6 @@ def settings_problems(
         problems.append(f"training.lora: {_reason(error)}")
     if arguments is not None:
         problems += [f"training: {problem}" for problem in _trainer_problems(arguments)]
-        if arguments.eval_strategy != "no" and not recipe.dataset.eval_fraction:
-            problems.append(
-                "training.eval_strategy: there is nothing to evaluate on; set "
-                "dataset.eval_fraction above 0"
-            )
     if lora is not None and config is not None:
         problems += [
             f"training.lora: {problem}" for problem in _lora_problems(lora, config, trust_remote_code)

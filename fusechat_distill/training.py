@@ -83,6 +83,12 @@ class TrainStage:
         for what, folder in (("target", self.folder), ("training of target", self.work)):
             if manifest and (problem := stale(folder, manifest)):
                 problems.append(f"{what} {self.name}: {folder} {problem}")
+        evaluates = self.inputs.recipe.training.sft.get("eval_strategy", "no") != "no"
+        if evaluates and not self.fused.held_out():
+            problems.append(
+                "training.eval_strategy: no conversation is held out to evaluate on; raise "
+                "dataset.eval_fraction"
+            )
         return problems
 
     def status(self) -> StageStatus:

@@ -33,8 +33,8 @@ def topk_logprobs(
     """The `k` most probable tokens after each hidden state, and the gold token's log-probability.
 
     The vocabulary is walked in tiles with a running top-k and logsumexp, so that what is held
-    beside the inputs and outputs is one tile of `tile_elements` logits (default: 4M on a CPU, so
-    that a tile stays in the cache, 64M elsewhere).
+    beside the inputs and outputs is two tiles of `tile_elements` logits (default: 4M on a CPU, 32M
+    elsewhere).
 
     Args:
         hidden: [N, H], in the weight's dtype.
@@ -53,12 +53,12 @@ def topk_logprobs(
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     hidden, gold = hidden.to(device), gold.to(device)
     if tile_elements is None:
-        tile_elements = 2**22 if device.type == "cpu" else 2**26
+        tile_elements = 2**22 if device.type == "cpu" else 2**25
     # As many rows as keep the tile at least about as wide as high: the weights are read once for
     # each chunk of rows, the hidden states once for each tile.
     rows = max(1, min(n, math.isqrt(tile_elements) // 4))
     width = max(BLOCK, min(tile_elements // rows, size + BLOCK - 1) // BLOCK * BLOCK)
-    buffer = torch.empty(rows * width, dtype=dtype, device=device)
+    buffers = torch.empty(2, rows * width, dtype=dtype, device=device)
 
     ids = torch.empty(n, k, dtype=torch.int64, device=device)
     values = torch.empty(n, k, dtype=dtype, device=device)
@@ -66,26 +66,26 @@ def topk_logprobs(
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         ids[chunk], values[chunk], gold_values[chunk] = _chunk(
-            hidden[chunk], head, gold[chunk], k, width, buffer
+            hidden[chunk], head, gold[chunk], k, width, buffers
         )
     return ids, values, gold_values
 
 
 def _chunk(
-    hidden: Tensor, head: Head, gold: Tensor, k: int, width: int, buffer: Tensor
+    hidden: Tensor, head: Head, gold: Tensor, k: int, width: int, buffers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, size = hidden.shape[0], head.vocabulary_size
     infinity = float("inf")
     best_ids = torch.zeros(n, 0, dtype=torch.int64, device=hidden.device)
-    best = torch.zeros(n, 0, dtype=buffer.dtype, device=hidden.device)
-    gold_logits = torch.empty(n, dtype=buffer.dtype, device=hidden.device)
-    highest = torch.full((n,), -infinity, dtype=buffer.dtype, device=hidden.device)
-    total = torch.zeros(n, dtype=buffer.dtype, device=hidden.device)
+    best = torch.zeros(n, 0, dtype=buffers.dtype, device=hidden.device)
+    gold_logits = torch.empty(n, dtype=buffers.dtype, device=hidden.device)
+    highest = torch.full((n,), -infinity, dtype=buffers.dtype, device=hidden.device)
+    total = torch.zeros(n, dtype=buffers.dtype, device=hidden.device)
 
     for low in range(0, size, width):
         high = min(low + width, size)
         blocks = -(-(high - low) // BLOCK)
-        logits = buffer[: n * blocks * BLOCK].view(n, blocks * BLOCK)
+        logits, probabilities = buffers[:, : n * blocks * BLOCK].view(2, n, blocks * BLOCK)
         real = logits[:, : high - low]
         logits[:, high - low :] = -infinity
         _logits(hidden, head, low, high, out=real)
@@ -100,15 +100,22 @@ def _chunk(
             chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=chosen.device)
         ).view(n, -1)
         tile_best, index = logits.gather(1, candidates).topk(min(k, candidates.shape[1]), dim=-1)
+        tile_ids = candidates.gather(1, index)
         best = torch.cat([best, tile_best], 1)
-        best_ids = torch.cat([best_ids, candidates.gather(1, index) + low], 1)
+        best_ids = torch.cat([best_ids, tile_ids + low], 1)
         if best.shape[1] > k:
             best, index = best.topk(k, dim=-1)
             best_ids = best_ids.gather(1, index)
 
-        previous, highest = highest, torch.maximum(highest, maxima.amax(-1))
+        # 1 / Σ exp(x - max), by the one kernel that goes through a row while it is in the cache.
+        torch.softmax(logits, -1, out=probabilities)
+        tile_highest = tile_best[:, 0]
+        share = probabilities.gather(1, tile_ids[:, :1]).squeeze(1)
+        share.masked_fill_(tile_highest == -infinity, 1.0)  # a tile of absent ids only
+
+        previous, highest = highest, torch.maximum(highest, tile_highest)
         shift = torch.where(highest == -infinity, 0.0, highest)
-        total = total * (previous - shift).exp() + real.sub_(shift.unsqueeze(-1)).exp_().sum(-1)
+        total = total * (previous - shift).exp() + (tile_highest - shift).exp() / share
 
     # NaN in one logit is NaN in `total`, which makes the whole row NaN.
     rest = total.log_()
