@@ -25,6 +25,7 @@ from fusechat_merge import __version__
 from fusechat_merge.errors import ConfigError, TensorError
 from fusechat_merge.journal import Journal, changes
 from fusechat_merge.merge_plan import Plan
+from fusechat_merge.mergekit_loader import DTYPES
 from fusechat_merge.merger import Merger, Progress, make_tasks, read_bytes
 from fusechat_merge.passes import SourceFiles, divide
 from fusechat_merge.planning import plan
@@ -148,8 +149,13 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
     tasks = 0
     for output in planned.outputs:
         if output.how == "task":
+            converted = sum(
+                source.location.numel * source.dtype.itemsize
+                for source in output.sources
+                if source.dtype != DTYPES[source.location.dtype]
+            )
             working = 4 * output.numel * (len(output.sources) + 2)
-            tasks = max(tasks, 3 * read_bytes(output) + output.nbytes + working)
+            tasks = max(tasks, 2 * read_bytes(output) + converted + output.nbytes + working)
     return _START_UP + max(ring if native else 0, tasks)
 
 
