@@ -106,9 +106,12 @@ def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     left: every problem is named in one message.
     """
     from fusechat_distill.inputs import open_inputs, readable_size
+    from fusechat_distill.running import run_problems
 
     _quieten()
-    facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code))
+    facts = _facts(
+        open_inputs(recipe, trust_remote_code=trust_remote_code, further=run_problems)
+    )
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -166,31 +169,83 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 
 @command
 @recipe_argument
+@click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source's target.")
+@trust_option
+def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Fuse the aligned distributions, and train a target on them for every source.
+
+    Needs what `align` makes; goes on from the last checkpoint of an earlier run. On several
+    devices, start it with `accelerate launch -m fusechat_distill train RECIPE`. When all targets
+    are there, `merge.yml` is written.
+    """
+    from fusechat_distill.running import target_stages
+
+    def stages(inputs: Inputs) -> list[Stage]:
+        return target_stages(inputs, names or None, trust_remote_code=trust_remote_code)
+
+    _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
+
+
+@command
+@recipe_argument
+@trust_option
+def run(recipe: str, trust_remote_code: bool) -> None:
+    """Score, align, fuse, train and write merge.yml: all of RECIPE that is not done yet.
+
+    Can be stopped at any moment and started again, and under `accelerate launch`.
+    """
+    from fusechat_distill.running import run_stages
+
+    def stages(inputs: Inputs) -> list[Stage]:
+        return run_stages(inputs, trust_remote_code=trust_remote_code)
+
+    _run(recipe, stages, {}, trust_remote_code=trust_remote_code)
+
+
+@command
+@recipe_argument
 @json_option
 def status(recipe: str, as_json: bool) -> None:
-    """Show how far the stages of RECIPE are: samples, tokens, bytes, rate, and what is left."""
-    from fusechat_distill.aligning import align_status
-    from fusechat_distill.pipeline import StageStatus, score_status
+    """Show how far the stages of RECIPE are: samples or steps, bytes, rate, and what is left."""
     from fusechat_distill.recipe import load_recipe
-    from fusechat_distill.store import Shards
+    from fusechat_distill.running import run_status
 
-    read = load_recipe(recipe)
-    folders = [("score", name, read.scores_folder / name, score_status) for name in read.models]
-    folders += [
-        ("align", source.title, read.aligned_folder / source.title, align_status)
-        for source in read.sources
-    ]
-    states = [
-        state_of(name, Shards.open(folder))
-        if (folder / "manifest.json").exists()
-        else StageStatus(stage, name, 0, None)
-        for stage, name, folder, state_of in folders
-    ]
+    states = run_status(load_recipe(recipe))
     if as_json:
         click.echo(json.dumps([_entry(s) for s in states], indent=2, ensure_ascii=False))
         return
     for state in states:
         click.echo(_line(state))
+
+
+@command
+@recipe_argument
+@trust_option
+@json_option
+def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show how well each source's distributions arrive, and which model predicts better.
+
+    Over what `align` has made so far. Writes `report/report.json` and a page, `report/report.png`.
+    """
+    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.report import report as read_report
+    from fusechat_distill.report import write_report
+    from fusechat_distill.report_page import require_matplotlib, tables
+
+    _quieten()
+    require_matplotlib()
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
+    found = read_report(inputs)
+    paths = write_report(found, inputs.recipe.output_folder / "report")
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for shown in tables(found):
+        console.print(shown)
+    click.echo("written: " + ", ".join(map(str, paths)))
 
 
 def _run(
@@ -205,9 +260,8 @@ def _run(
     from fusechat_distill.processes import Processes
     from fusechat_distill.recipe import PIVOT, read_recipe
 
-    def check() -> Inputs:
-        inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
-        problems = []
+    def further(inputs: Inputs) -> list[str]:
+        problems = [problem for stage in stages(inputs) for problem in stage.problems()]
         for option, names in asked.items():
             known = [n for n in inputs.models if option == "--model" or n != PIVOT]
             problems += [
@@ -215,9 +269,10 @@ def _run(
                 for name in names
                 if name not in known
             ]
-        if problems:
-            raise RequestError(recipe, problems)
-        return inputs
+        return problems
+
+    def check() -> Inputs:
+        return open_inputs(recipe, trust_remote_code=trust_remote_code, further=further)
 
     readable, _ = read_recipe(recipe)
     processes = Processes(readable.scoring.device if readable else "cpu")
@@ -313,8 +368,15 @@ def _line(state: StageStatus) -> str:
 
     if state.total is None:
         return f"{state.stage} {state.name}: not begun"
-    parts = [f"{state.done:,} of {state.total:,} samples"]
-    parts += {"score": _score_facts, "align": _align_facts}[state.stage](state.details)
+    parts = [f"{state.done:,} of {state.total:,} {state.unit}"]
+    facts = {
+        "score": _score_facts,
+        "align": _align_facts,
+        "fuse": _fuse_facts,
+        "train": _train_facts,
+        "merge": lambda details: [],
+    }
+    parts += facts[state.stage](state.details)
     parts.append(readable_size(state.bytes))
     if state.tokens_per_second:
         parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
@@ -348,6 +410,18 @@ def _align_facts(details: dict[str, Any]) -> list[str]:
         f"{shares['positions_matched']:.1%} of the pivot's positions matched",
         f"{shares['mass_kept']:.1%} of the mass kept",
     ]
+
+
+def _fuse_facts(details: dict[str, Any]) -> list[str]:
+    facts = [f"{details['held_out']:,} held out"]
+    if details.get("positions"):
+        share = details.get("positions_with_target", 0) / details["positions"]
+        facts.append(f"{share:.1%} of the positions have a distribution")
+    return facts
+
+
+def _train_facts(details: dict[str, Any]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in details.items()]
 
 
 def _seconds_left(state: StageStatus) -> float | None:

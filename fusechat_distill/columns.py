@@ -29,7 +29,8 @@ def prepare_dataset(
     Rows are cut to `args.max_length`, or packed by `args.packing_strategy`; rows that the cut
     leaves without a label are dropped; the order of things, and so every batch, is TRL's. Targets
     that the loss ignores (row 0, label −100) are set to zero, which matters when packing in
-    `wrapped` style moves a row 0 inside. The targets of a prepared row are flat, [tokens · k].
+    `wrapped` style moves a row 0 inside. Targets may be nested, k numbers for each token, or flat;
+    those of a prepared row are flat, [tokens · k].
 
     Raises:
         ValueError: lengths that differ between columns, identifiers outside [0, vocab_size),
@@ -37,8 +38,8 @@ def prepare_dataset(
     """
     if packing and args.max_length is None:
         raise ValueError("When packing is enabled, `max_length` can't be `None`.")
-    if not pa.types.is_nested(_value_type(dataset, "fusion_ids")):
-        return dataset  # prepared before
+    if "seq_lengths" in dataset.column_names:
+        return dataset  # packed before
     dataset = dataset.select_columns([*TOKENS, *TARGETS]).with_format("arrow")
     dataset = dataset.map(
         _prepare_rows,
@@ -78,16 +79,12 @@ def prepare_dataset(
     return dataset.with_format("numpy", columns=list(TARGETS), output_all_columns=True)
 
 
-def _value_type(dataset: Dataset, column: str) -> pa.DataType:
-    kind = dataset.features.arrow_schema.field(column).type
-    return getattr(kind, "value_type", pa.null())
-
-
 def _width(dataset: Dataset) -> int:
     """k: how many entries the first row's distributions have."""
-    ids = dataset[:1]["fusion_ids"]
-    widths = pc.list_value_length(pc.list_flatten(ids))
-    return widths[0].as_py() if len(widths) else 1
+    first = dataset[:1]
+    ids = pc.list_flatten(first["fusion_ids"])
+    entries = pc.list_flatten(ids) if pa.types.is_nested(ids.type) else ids
+    return max(1, len(entries) // max(1, len(pc.list_flatten(first["input_ids"]))))
 
 
 def _prepare_rows(
@@ -105,12 +102,14 @@ def _prepare_rows(
     columns = {column: _one_array(table[column]) for column in (*TOKENS, *TARGETS)}
     lengths = _lengths(columns["input_ids"])
     for column, array in columns.items():
-        different = np.flatnonzero(_lengths(array) != lengths)
+        nested = column in TOKENS or pa.types.is_nested(array.type.value_type)
+        wanted = lengths if nested else lengths * width
+        different = np.flatnonzero(_lengths(array) != wanted)
         if len(different):
             row = int(different[0])
             raise ValueError(
                 f"{name} dataset, row {indices[row]}: `{column}` has {_lengths(array)[row]} "
-                f"entries but `input_ids` has {lengths[row]}; every column has one for each token."
+                f"entries but `input_ids` has {lengths[row]}, for which {wanted[row]} are needed."
             )
     tokens = {column: _numbers(pc.list_flatten(columns[column])) for column in TOKENS}
     starts = np.cumsum(lengths) - lengths
@@ -188,6 +187,8 @@ def _numbers(values: pa.Array) -> np.ndarray:
 def _entries(lists: pa.Array, width: int, name: str, column: str) -> np.ndarray:
     """The k entries of every token, [tokens, k]."""
     rows: Any = pc.list_flatten(lists)
+    if not pa.types.is_nested(rows.type):
+        return _numbers(rows).reshape(-1, width)
     if (_lengths(rows) != width).any():
         raise ValueError(
             f"{name} dataset: `{column}` has rows of {sorted(set(_lengths(rows).tolist()))} "

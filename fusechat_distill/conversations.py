@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 Stop = Literal["special", "text", "none"]
 """What ends a response: a special token, a token of plain text, or nothing (cut, or no token)."""
-
-BLOCK = 256
-"""Conversations that are rendered and tokenised together."""
 
 TEMPLATE_DATE = datetime.datetime(2025, 1, 1)
 """What `strftime_now` says in a chat template, so that a rendering doesn't depend on the day."""
@@ -558,23 +555,3 @@ def _lead(answer: str, rendered: str) -> int | None:
         return None
     lead = answer.index(core) - rendered.index(core)
     return lead if lead >= 0 and answer.startswith(rendered, lead) else None
-
-
-def render(
-    conversations: Sequence[Conversation],
-    renderer: Renderer,
-    pivot: Renderer,
-    max_length: int,
-) -> Iterator[Rendering]:
-    """What a model scores: its renderings, cut where the pivot's are `max_length` tokens long.
-
-    Streams in blocks; for the pivot itself pass the same renderer twice.
-    """
-    for block in range(0, len(conversations), BLOCK):
-        part = conversations[block : block + BLOCK]
-        cuts = [rendering.cut_to(max_length) for rendering in pivot(part)]
-        if renderer is pivot:
-            yield from (rendering for rendering, _ in cuts)
-        else:
-            for rendering, (_, cut) in zip(renderer(part), cuts, strict=True):
-                yield rendering.cut_at(cut)

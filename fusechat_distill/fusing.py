@@ -368,7 +368,9 @@ class FuseStage:
 
     def _finish(self, shards: Shards) -> StageStatus:
         status = fuse_status(self.name, shards)
-        write_json(self.folder / "decisions.json", decisions(self.models, status.details))
+        path = self.folder / "decisions.json"
+        if not path.exists():
+            write_json(path, decisions(self.models, status.details))
         return status
 
 

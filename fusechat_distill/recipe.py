@@ -146,7 +146,9 @@ class Training(BaseModel):
     @property
     def sft(self) -> dict[str, Any]:
         """The SFTConfig fields that the recipe sets."""
-        return dict(self.model_extra or {})
+        given = self.model_extra or {}
+        # In YAML an unquoted `no`, which is what TRL calls it, is false.
+        return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
 
 
 class Merge(Section):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusechat_distill.aligning import align_stages, align_status
@@ -90,6 +91,31 @@ def target_stages(
     trained = train_stages(inputs, names, trust_remote_code=trust_remote_code)
     merged = [MergeStage(inputs.recipe)] if inputs.recipe.fusion.strategy == "pairwise" else []
     return [*(stage.fused for stage in trained), *trained, *merged]
+
+
+def run_status(recipe: Recipe) -> list[StageStatus]:
+    """How far every stage is, from what lies in its folder; opens no model and no dataset."""
+    sources = [source.title for source in recipe.sources]
+    targets = target_names(recipe)
+    folders: list[tuple[str, str, Path, Callable[[str, Shards], StageStatus]]] = [
+        *(("score", name, recipe.scores_folder / name, score_status) for name in recipe.models),
+        *(("align", name, recipe.aligned_folder / name, align_status) for name in sources),
+    ]
+    if recipe.fusion.strategy == "sft":  # needs neither
+        folders = [entry for entry in folders if entry[2].exists()]
+    folders += [("fuse", name, recipe.fused_folder / name, fuse_status) for name in targets]
+    states = [
+        state_of(name, Shards.open(folder))
+        if (folder / "manifest.json").exists()
+        else StageStatus(stage, name, 0, None)
+        for stage, name, folder, state_of in folders
+    ]
+    states += [
+        train_status(name, recipe.targets_folder / name, recipe.training_folder / name)
+        for name in targets
+    ]
+    merged = [MergeStage(recipe).status()] if recipe.fusion.strategy == "pairwise" else []
+    return [*states, *merged]
 
 
 def run_problems(inputs: Inputs) -> list[str]:

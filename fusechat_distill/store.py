@@ -199,7 +199,7 @@ class Shards:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return path
 
     def read(self, samples: SampleRange, columns: Sequence[str] | None = None) -> pa.Table:
@@ -325,7 +325,9 @@ def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
 
     def lists(name: str, dtype: Any) -> pa.Array:
         rows = [
-            np.concatenate([np.empty(0, dtype), *(getattr(r, name).reshape(-1) for r in s.responses)])
+            np.concatenate(
+                [np.empty(0, dtype), *(getattr(r, name).reshape(-1) for r in s.responses)]
+            )
             for s in samples
         ]
         flat = np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
@@ -334,7 +336,10 @@ def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
 
     responses = [
         [
-            {name: getattr(r, name) for name in ("turn", "begin", "end", "first", "pending", "stop")}
+            {
+                name: getattr(r, name)
+                for name in ("turn", "begin", "end", "first", "pending", "stop")
+            }
             | {"tokens": len(r.tokens)}
             for r in sample.responses
         ]
@@ -446,10 +451,10 @@ def write_json(path: Path, data: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

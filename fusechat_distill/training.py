@@ -113,6 +113,7 @@ class TrainStage:
                 if not self.fused.status().complete:
                     raise DistillError(f"fused {self.name}: is not complete")
                 work = Shards.create(self.work, self.manifest())
+                self.inputs.digests.save()
                 stack.enter_context(work.exclusive())
                 self._check_processes(processes)
                 return self._last_checkpoint()

@@ -33,8 +33,8 @@ def topk_logprobs(
     """The `k` most probable tokens after each hidden state, and the gold token's log-probability.
 
     The vocabulary is walked in tiles with a running top-k and logsumexp, so that what is held
-    beside the inputs and outputs is two tiles of `tile_elements` logits (default: 4M on a CPU, 32M
-    elsewhere).
+    beside the inputs and outputs is two tiles of `tile_elements` logits (default: 16M on a CPU,
+    32M elsewhere).
 
     Args:
         hidden: [N, H], in the weight's dtype.
@@ -53,10 +53,11 @@ def topk_logprobs(
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     hidden, gold = hidden.to(device), gold.to(device)
     if tile_elements is None:
-        tile_elements = 2**22 if device.type == "cpu" else 2**25
-    # As many rows as keep the tile at least about as wide as high: the weights are read once for
-    # each chunk of rows, the hidden states once for each tile.
-    rows = max(1, min(n, math.isqrt(tile_elements) // 4))
+        tile_elements = 2**24 if device.type == "cpu" else 2**25
+    # Chunks of like height, so high that the tile is at least about as wide: the weights are read
+    # once for each chunk of rows, the hidden states once for each tile.
+    chunks = -(-n // max(1, math.isqrt(tile_elements) // 4))
+    rows = max(1, -(-n // max(1, chunks)))
     width = max(BLOCK, min(tile_elements // rows, size + BLOCK - 1) // BLOCK * BLOCK)
     buffers = torch.empty(2, rows * width, dtype=dtype, device=device)
 

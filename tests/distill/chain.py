@@ -26,6 +26,7 @@ PLAIN = (
     "{{ 'A: ' + message['content'] + '</s>' }}{% else %}{{ 'Q: ' + message['content'] + '\\n' }}"
     "{% endif %}{% endfor %}"
 )
+SCORING = {"dtype": "float32", "device": "cpu", "top_k": 6}
 ANSWERS = [
     "The cat sat on the mat.",
     "Paris — and 東京 🙂.",
@@ -114,11 +115,13 @@ def recipe(
         "output": str(folder / "out"),
         "pivot": str(models / "pivot"),
         "sources": [str(models / "neox")],
-        "dataset": {"path": str(folder / "chats.jsonl"), "eval_fraction": 0.1},
         "max_length": 64,
-        "scoring": {"dtype": "float32", "device": "cpu", "top_k": 6},
+        "scoring": SCORING,
         "alignment": {"vocabulary": "bytes"},
     } | sections
+    content["dataset"] = {"path": str(folder / "chats.jsonl"), "eval_fraction": 0.1} | sections.get(
+        "dataset", {}
+    )
     content["training"] = {
         "lambda": 0.5,
         "max_steps": 4,

@@ -170,16 +170,22 @@ def test_what_is_done_is_not_done_again_and_what_is_torn_is(recipe, tmp_path, ca
     assert any("moved to" in message for message in caplog.messages)
 
 
-def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path):
+def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path, llama):
     write_rows(tmp_path / "chats.jsonl", rows(300))
-    assert run("status", recipe).stdout == "score pivot: not begun\n"
-    assert run("score", recipe).exit_code == 0
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{{model: {llama}, name: twin}}]"))
+    assert run("status", recipe).stdout.splitlines()[:3] == [
+        "score pivot: not begun",
+        "score twin: not begun",
+        "align twin: not begun",
+    ]
+    assert run("score", recipe, "--model", "pivot").exit_code == 0
     (tmp_path / "out" / "scores" / "pivot" / "00000256-00000300.parquet").unlink()
-    line = run("status", recipe).stdout
+    line, following = run("status", recipe).stdout.splitlines()[:2]
     assert line.startswith("score pivot: 256 of 300 samples; ")
     assert " response tokens; " in line
     assert " tokens/s a process; about 0:00:0" in line
-    (entry,) = json.loads(run("status", recipe, "--json").stdout)
+    assert following == "score twin: not begun"
+    entry, other = json.loads(run("status", recipe, "--json").stdout)[:2]
     assert (entry["stage"], entry["name"], entry["done"], entry["total"]) == (
         "score",
         "pivot",
@@ -189,6 +195,7 @@ def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path):
     assert entry["response_tokens"] > 0
     assert entry["seconds_left"] > 0
     assert entry["cut"] > 0, "the long answers do not fit into 96 tokens"
+    assert (other["done"], other["total"]) == (0, None)
 
 
 def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_path, mistral, llama):
@@ -417,6 +424,35 @@ def test_only_the_model_asked_for_is_scored(recipe, tmp_path, llama):
     )
     assert run("score", recipe, "--model", "other").exit_code == 0
     assert [path.name for path in (tmp_path / "out" / "scores").iterdir()] == ["other"]
+
+
+def test_align_needs_scores_and_then_shows_how_much_matches(recipe, tmp_path, llama):
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    (other / "chat_template.jinja").write_text(INSTRUCT)
+    change(recipe, ("fusion: {strategy: sft}", f"sources: [{other}]"))
+    result = run("align", recipe)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: pivot: 30 of 30 samples have no scores; run `fusechat-distill score RECIPE --model "
+        "pivot` first\n"
+    )
+    result = run("align", recipe, "--source", "pivot")
+    assert result.exit_code == 2
+    assert (
+        result.stderr == f"Error: {recipe}: --source pivot: is no source of it; there are other\n"
+    )
+    assert run("score", recipe).exit_code == 0
+    result = run("align", recipe)
+    assert result.exit_code == 0, result.stderr
+    line = re.fullmatch(
+        r"align other: 30 of 30 samples; ([\d.]+)% of the pivot's positions matched; "
+        r"([\d.]+)% of the mass kept; [\d.]+ kB\n",
+        result.stdout,
+    )
+    assert line
+    assert all(50 < float(share) <= 100 for share in line.groups())
+    assert run("status", recipe).stdout.splitlines()[2] == result.stdout.strip()
 
 
 def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monkeypatch):

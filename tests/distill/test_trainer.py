@@ -387,6 +387,29 @@ def test_the_collator_pads_and_joins():
     assert "fusion_ids" not in DataCollatorForFusion(pad_token_id=0)(plain)
 
 
+def test_flat_targets_are_cut_as_nested_ones(tmp_path):
+    def prepared(dataset: Dataset) -> Any:
+        return FusionTrainer(
+            pico.model(),
+            FusionConfig(**pico.arguments(tmp_path, max_length=6)),
+            train_dataset=dataset,
+            processing_class=pico.tokenizer(),
+        ).train_dataset
+
+    nested = pico.rows()
+    columns = nested.to_dict()
+    for column in ("fusion_ids", "fusion_probs"):
+        columns[column] = [[x for entries in row for x in entries] for row in columns[column]]
+    once = prepared(nested)
+    # Rows that were prepared before, as `evaluate(trainer.eval_dataset)` hands them in, stay.
+    for again in (prepared(Dataset.from_dict(columns)), prepared(once)):
+        assert again.with_format(None).to_dict() == once.with_format(None).to_dict()
+    assert len(once[0]["fusion_ids"]) == 18
+    columns["fusion_ids"][1].pop()
+    with pytest.raises(ValueError, match="has 14 entries but `input_ids` has 5, for which 15 are"):
+        prepared(Dataset.from_dict(columns))
+
+
 def test_prepared_by_the_user_it_trains_the_same(tmp_path):
     dataset = pico.rows()
     wanted = pico.dense_gradients(pico.model(), dataset, clm_weight=0.6)

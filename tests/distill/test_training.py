@@ -1,0 +1,363 @@
+"""The train stage: what a target is, what it was trained on, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chain
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from fusechat_distill.aligning import align_stages
+from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.inputs import Inputs, open_inputs
+from fusechat_distill.pipeline import score_stages
+from fusechat_distill.processes import Processes
+from fusechat_distill.recipe import Training, load_recipe
+from fusechat_distill.settings import determining, fusion_config
+from fusechat_distill.training import TrainStage, train_stages
+
+
+class Silent:
+    def start(self, title, total):
+        pass
+
+    def advance(self, samples, tokens):
+        pass
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    chain.save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory, models) -> Inputs:
+    """Scored, aligned and fused."""
+    path = chain.recipe(tmp_path_factory.mktemp("train"), models, count=60)
+    inputs = open_inputs(path)
+    before = [*score_stages(inputs), *align_stages(inputs)]
+    for stage in [*before, *(stage.fused for stage in train_stages(inputs))]:
+        stage.run(Processes("cpu"), Silent())
+    return inputs
+
+
+@pytest.fixture
+def make(fused, tmp_path):
+    """A train stage in folders of its own, with `training:` keys of its own."""
+
+    def made(name: str = "out", strategy: str = "pairwise", **training: Any) -> TrainStage:
+        given = {"lambda": fused.recipe.training.clm_weight} | fused.recipe.training.sft
+        recipe = fused.recipe.model_copy(
+            update={
+                "training": Training(**given | training),
+                "fusion": fused.recipe.fusion.model_copy(update={"strategy": strategy}),
+            }
+        )
+        (stage,) = train_stages(replace(fused, recipe=recipe))
+        stage.folder = tmp_path / name / "targets" / stage.name
+        stage.work = tmp_path / name / "training" / stage.name
+        return stage
+
+    return made
+
+
+def run(stage: TrainStage) -> dict[str, torch.Tensor]:
+    status = stage.run(Processes("cpu"), Silent())
+    assert status.complete
+    assert not stage.work.exists()
+    assert [path.name for path in stage.folder.parent.iterdir()] == [stage.name]
+    (file,) = stage.folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_target_is_an_ordinary_checkpoint(make, models):
+    stage = make()
+    weights = run(stage)
+    pivot = load_file(models / "pivot" / "model.safetensors")
+    assert weights.keys() == pivot.keys()
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert all(not torch.equal(weights[name], pivot[name]) for name in weights)
+
+    tokenizer = AutoTokenizer.from_pretrained(stage.folder)
+    chat = [{"role": "user", "content": "Say 1"}]
+    original = AutoTokenizer.from_pretrained(models / "pivot")
+    assert tokenizer.apply_chat_template(chat) == original.apply_chat_template(chat)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (stage.folder / name).read_bytes() == (models / "pivot" / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(stage.folder)
+    assert model.config.use_cache
+    assert model.config.eos_token_id == 0
+    assert not list(stage.folder.glob("*.bin"))
+
+    card = (stage.folder / "README.md").read_text("utf-8")
+    _, metadata, text = card.split("---\n", 2)
+    assert yaml.safe_load(metadata)["library_name"] == "transformers"
+    assert "base_model" not in yaml.safe_load(metadata), "the hub knows no folder"
+    assert "# neox\n" in text
+    assert "`pivot`" in text
+    assert "with λ = 0.5" in text
+    made_of = json.loads((stage.folder / "fusechat_distill.json").read_text("utf-8"))
+    assert made_of["sources"] == {"neox": str(models / "neox")}
+    assert made_of["decisions"]["won"].keys() == {"pivot", "neox"}
+    assert made_of["metrics"]["eval_loss"] == pytest.approx(
+        (made_of["metrics"]["eval_clm_loss"] + made_of["metrics"]["eval_fusion_loss"]) / 2, abs=1e-4
+    )
+    status = stage.status()
+    assert (status.done, status.total, status.unit) == (4, 4, "steps")
+    assert status.details["fusion_loss"] > 0
+
+
+def test_lambda_weighs_what_is_learnt(make):
+    """The less λ, the closer to the distributions and the further from the labels."""
+    plain = make("one", **{"lambda": 1.0})
+    half, none = make("half", **{"lambda": 0.5}), make("none", **{"lambda": 0.0})
+    weights = [run(stage) for stage in (plain, half, none)]
+    losses = [
+        json.loads((s.folder / "fusechat_distill.json").read_text())["metrics"]
+        for s in (plain, half, none)
+    ]
+    fusion = [entry["eval_fusion_loss"] for entry in losses]
+    assert fusion == sorted(fusion, reverse=True)
+    assert fusion[2] < fusion[0] - 1e-3
+    clm = [entry["eval_clm_loss"] for entry in losses]
+    assert clm == sorted(clm)
+    assert not torch.equal(weights[0]["lm_head.weight"], weights[1]["lm_head.weight"])
+
+
+def test_the_baseline_is_the_pivot_trained_at_lambda_one(fused, make):
+    one = run(make("one", **{"lambda": 1.0}))
+    stage = make("sft", strategy="sft", **{"lambda": 0.3})
+    assert stage.fused.run(Processes("cpu"), Silent()).complete
+    assert_same(run(stage), one)
+    made_of = json.loads((stage.folder / "fusechat_distill.json").read_text("utf-8"))
+    assert made_of["training"]["lambda"] == 1.0
+    assert "the baseline" in (stage.folder / "README.md").read_text("utf-8")
+
+
+def test_held_out_conversations_are_not_learnt_from(make, fused):
+    stage = make()
+    train, evaluation = stage._datasets()
+    keys = fused.conversations.keys
+    assert 0 < len(evaluation) == stage.fused.held_out() < 20
+    assert len(train) + len(evaluation) == len(keys)
+    assert set(train.column_names) == {"input_ids", "labels", "fusion_ids", "fusion_probs"}
+
+
+def test_an_adapter_stays_one(make, models):
+    stage = make(lora={"r": 4, "target_modules": "all-linear", "init_lora_weights": False})
+    adapter = run(stage)
+    assert all("lora_" in name for name in adapter)
+    base = AutoModelForCausalLM.from_pretrained(models / "pivot")
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    merged = PeftModel.from_pretrained(base, stage.folder).merge_and_unload()
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    delta = adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"] * (8 / 4)
+    after = merged.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(after, before + delta)
+    config = json.loads((stage.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(models / "pivot")
+    assert config["task_type"] == "CAUSAL_LM"
+    card = (stage.folder / "README.md").read_text("utf-8")
+    assert "library_name: peft" in card
+    assert AutoTokenizer.from_pretrained(stage.folder).get_chat_template() == chain.CHATML
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(stage: TrainStage, step: int, monkeypatch) -> None:
+    """Run the stage, and break it at the end of a step."""
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise StopError
+
+    original = stage._trainer
+
+    def trainer(processes):
+        made = original(processes)
+        made.add_callback(Break())
+        return made
+
+    monkeypatch.setattr(stage, "_trainer", trainer)
+    with pytest.raises(StopError):
+        stage.run(Processes("cpu"), Silent())
+    monkeypatch.undo()
+    assert not stage.folder.exists()
+
+
+@pytest.mark.parametrize("training", [{}, {"lora": {"r": 2, "target_modules": "all-linear"}}])
+def test_a_stopped_training_goes_on_to_the_same_weights(make, monkeypatch, training):
+    whole = run(make("whole", **training))
+    stage = make("stopped", **training)
+    assert stage.status().total is None
+    stopped(stage, 1, monkeypatch)
+    assert (stage.status().done, stage.status().total) == (0, 4)
+    stopped(stage, 3, monkeypatch)
+    assert (stage.status().done, stage.status().total) == (2, 4)
+    # A checkpoint that a kill left half written is removed, not gone on from.
+    torn = stage.work / "checkpoint-3"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"torn")
+    assert stage._last_checkpoint() == str(stage.work / "checkpoint-2")
+    assert not torn.exists()
+    assert_same(run(stage), whole)
+    times = {path: path.stat().st_mtime_ns for path in stage.folder.iterdir()}
+    stage.run(Processes("cpu"), Silent())
+    assert times == {path: path.stat().st_mtime_ns for path in stage.folder.iterdir()}
+
+
+def test_what_decides_about_the_weights_is_not_changed_silently(make, monkeypatch):
+    stage = make()
+    stopped(stage, 3, monkeypatch)
+    other = make(learning_rate=1e-3, logging_steps=1)
+    (problem,) = other.problems()
+    assert problem.startswith(f"training of target neox: {stage.work} was made otherwise ")
+    assert "training.learning_rate was 0.01, is 0.001" in problem
+    assert "logging" not in problem
+    with pytest.raises(RequestError, match="was made otherwise"):
+        other.run(Processes("cpu"), Silent())
+    assert make(logging_steps=1, report_to="none").problems() == []
+    run(make(logging_steps=1))
+    (problem,) = other.problems()
+    assert problem.startswith(f"target neox: {stage.folder} was made otherwise ")
+    with pytest.raises(RequestError, match="was made otherwise"):
+        other.run(Processes("cpu"), Silent())
+
+
+def test_as_many_processes_go_on_as_began(make, monkeypatch):
+    stage = make()
+    stopped(stage, 3, monkeypatch)
+    several = Processes("cpu")
+    several.count = 2
+    with pytest.raises(DistillError, match="was begun by 1 processes, this run has 2; start as"):
+        stage.run(several, Silent())
+
+
+def test_nothing_is_trained_on_half_a_dataset(make, fused, tmp_path):
+    stage = make()
+    stage.fused.folder = tmp_path / "copy"
+    shutil.copytree(fused.recipe.fused_folder / "neox", stage.fused.folder)
+    next(stage.fused.folder.glob("*.parquet")).unlink()
+    with pytest.raises(DistillError, match="fused neox: is not complete"):
+        stage.run(Processes("cpu"), Silent())
+    assert not stage.work.exists()
+
+
+def test_settings_are_trls_own_but_for_what_the_recipe_owns(tmp_path, models):
+    path = chain.recipe(
+        tmp_path,
+        models,
+        pivot={"model": str(models / "pivot"), "revision": "v1", "dtype": "float16"},
+        training={"weight_decay": 0.25, "packing": True, "model_init_kwargs": {"dtype": "auto"}},
+    )
+    recipe = load_recipe(path)
+    config = fusion_config(recipe, tmp_path / "work")
+    assert (config.weight_decay, config.packing, config.max_length) == (0.25, True, 64)
+    assert (config.clm_weight, config.output_dir) == (0.5, str(tmp_path / "work"))
+    assert config.model_init_kwargs["dtype"] == "auto"
+    assert config.model_init_kwargs["revision"] == "v1"
+    assert config.model_init_kwargs["use_safetensors"] is True
+    assert config.use_cpu, "scoring.device: cpu"
+    assert not config.bf16
+    plain = fusion_config(load_recipe(chain.recipe(tmp_path, models)), tmp_path)
+    assert plain.model_init_kwargs["dtype"] == "float32"
+    assert plain.save_total_limit == 1
+    free = chain.recipe(tmp_path, models, training={"padding_free": True})
+    assert fusion_config(load_recipe(free), tmp_path).max_length is None
+    unquoted = chain.recipe(tmp_path, models, training={"save_strategy": False})
+    assert fusion_config(load_recipe(unquoted), tmp_path).save_strategy == "no"
+
+
+def test_what_decides(tmp_path, models):
+    training = {"logging_steps": 7, "save_steps": 3, "eval_strategy": "steps", "seed": 3}
+    recipe = load_recipe(chain.recipe(tmp_path, models, training=training))
+    decides = determining(recipe)
+    assert "seed" in decides
+    assert not {"logging_steps", "save_steps", "eval_strategy"} & set(decides)
+    best = training | {"load_best_model_at_end": True}
+    recipe = load_recipe(chain.recipe(tmp_path, models, training=best))
+    assert {"save_steps", "eval_strategy"} <= set(determining(recipe))
+
+
+def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_path, models):
+    path = chain.recipe(
+        tmp_path,
+        models,
+        training={
+            "label_smoothing_factor": 0.1,
+            "loss_type": "dft",
+            "lora": {"target_modules": ["q_proj", "lm_head"]},
+        },
+        merge={"merge_method": "varmm", "parameters": {}, "dtype": "int4"},
+    )
+    with pytest.raises(RequestError) as caught:
+        open_inputs(path)
+    starts = [problem.split(";")[0][:60] for problem in caught.value.problems]
+    assert [start.split(" ")[0] for start in starts] == [
+        "training:",
+        "training:",
+        "training.lora:",
+        "merge.dtype:",
+        "merge.merge_method:",
+    ]
+    assert "did you mean `varm`" in caught.value.problems[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"lora": {"target_modules": ["q_prj"]}}}, "training.lora: Target modules"),
+        ({"training": {"learning_rat": 1.0}}, "did you mean `learning_rate`"),
+        ({"training": {"optim": "adamx"}}, "is not a valid OptimizerNames"),
+        ({"training": {"trust_remote_code": True}}, "training.trust_remote_code: remove it"),
+        ({"training": {"save_only_model": True}}, "training.save_only_model: remove it"),
+        ({"merge": {"parameters": {"granularty": "layer"}}}, "did you mean `granularity`"),
+        ({"merge": {"merge_method": "slerp"}}, "merge.parameters: slerp needs `t`"),
+    ],
+)
+def test_settings_that_nobody_knows(tmp_path, models, sections, message):
+    with pytest.raises(RequestError) as caught:
+        open_inputs(chain.recipe(tmp_path, models, **sections))
+    assert any(message in problem for problem in caught.value.problems)
+
+
+def test_there_must_be_something_to_learn_from_and_to_evaluate_on(tmp_path, models):
+    dataset = {"path": str(tmp_path / "chats.jsonl"), "eval_fraction": 0.0}
+    path = chain.recipe(
+        tmp_path, models, count=3, dataset=dataset, training={"eval_strategy": "epoch"}
+    )
+    (stage,) = train_stages(open_inputs(path))
+    assert stage.problems() == [
+        "training.eval_strategy: no conversation is held out to evaluate on; raise "
+        "dataset.eval_fraction"
+    ]
+    dataset["eval_fraction"] = 0.999999
+    (stage,) = train_stages(open_inputs(chain.recipe(tmp_path, models, count=3, dataset=dataset)))
+    assert stage.fused.problems() == [
+        "dataset.eval_fraction: holds out all 3 conversations; lower it, or add some"
+    ]
+    assert np.isfinite(stage.fused.width)
