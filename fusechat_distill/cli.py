@@ -218,36 +218,6 @@ def status(recipe: str, as_json: bool) -> None:
         click.echo(_line(state))
 
 
-@command
-@recipe_argument
-@trust_option
-@json_option
-def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
-    """Show how well each source's distributions arrive, and which model predicts better.
-
-    Over what `align` has made so far. Writes `report/report.json` and a page, `report/report.png`.
-    """
-    from fusechat_distill.inputs import open_inputs
-    from fusechat_distill.report import report as read_report
-    from fusechat_distill.report import write_report
-    from fusechat_distill.report_page import require_matplotlib, tables
-
-    _quieten()
-    require_matplotlib()
-    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
-    found = read_report(inputs)
-    paths = write_report(found, inputs.recipe.output_folder / "report")
-    if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for shown in tables(found):
-        console.print(shown)
-    click.echo("written: " + ", ".join(map(str, paths)))
-
-
 def _run(
     recipe: str,
     stages: Callable[[Inputs], list[Stage]],
@@ -261,7 +231,8 @@ def _run(
     from fusechat_distill.recipe import PIVOT, read_recipe
 
     def further(inputs: Inputs) -> list[str]:
-        problems = [problem for stage in stages(inputs) for problem in stage.problems()]
+        found = stages(inputs)
+        problems = [problem for stage in found for problem in stage.problems()]
         for option, names in asked.items():
             known = [n for n in inputs.models if option == "--model" or n != PIVOT]
             problems += [
@@ -269,6 +240,9 @@ def _run(
                 for name in names
                 if name not in known
             ]
+        if not problems and not found and any(asked.values()):
+            strategy = inputs.recipe.fusion.strategy
+            problems.append(f"--source: fusion.strategy: {strategy} has no sources; leave it out")
         return problems
 
     def check() -> Inputs:
