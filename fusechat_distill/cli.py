@@ -218,6 +218,36 @@ def status(recipe: str, as_json: bool) -> None:
         click.echo(_line(state))
 
 
+@command
+@recipe_argument
+@trust_option
+@json_option
+def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show how well each source's distributions arrive, and which model predicts better.
+
+    Over what `align` has made so far. Writes `report/report.json` and a page, `report/report.png`.
+    """
+    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.report import report as read_report
+    from fusechat_distill.report import write_report
+    from fusechat_distill.report_page import require_matplotlib, tables
+
+    _quieten()
+    require_matplotlib()
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
+    found = read_report(inputs)
+    paths = write_report(found, inputs.recipe.output_folder / "report")
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for shown in tables(found):
+        console.print(shown)
+    click.echo("written: " + ", ".join(map(str, paths)))
+
+
 def _run(
     recipe: str,
     stages: Callable[[Inputs], list[Stage]],
