@@ -63,16 +63,15 @@ def _lines(made_of: Mapping[str, Any]) -> Iterator[str]:
 def _origin(made_of: Mapping[str, Any], pivot: str, sources: Mapping[str, str]) -> Iterator[str]:
     name = _name(pivot)
     if not sources:
-        yield f"{name}, fine-tuned without any source: the baseline that fusion is compared with."
+        yield f"{name}, fine-tuned on a dataset's answers alone: the baseline for fusion."
         return
     others = ", ".join(_name(source) for source in sources.values())
     method = {"min_ce": "MinCE", "avg_ce": "AvgCE"}[made_of["fusion"]["function"]]
     weight = made_of["training"]["lambda"]
     yield (
-        f"{name}, fine-tuned to take over what {others} know"
-        f"{'s' if len(sources) == 1 else ''}: the models' distributions over the same answers "
-        f"were aligned to the pivot's tokens and fused ({method}), and the pivot was trained on "
-        f"λ·L_CLM + (1 − λ)·L_Fusion with λ = {weight:g}."
+        f"{name}, fine-tuned on a dataset's answers and on fused distributions over them: those of "
+        f"{name} itself and of {others}, aligned to its tokens and fused by {method}. The loss is "
+        f"λ·L_CLM + (1 - λ)·L_Fusion with λ = {weight:g}."
     )
 
 

@@ -261,7 +261,8 @@ def _run(
     from fusechat_distill.recipe import PIVOT, read_recipe
 
     def further(inputs: Inputs) -> list[str]:
-        problems = [problem for stage in stages(inputs) for problem in stage.problems()]
+        found = stages(inputs)
+        problems = [problem for stage in found for problem in stage.problems()]
         for option, names in asked.items():
             known = [n for n in inputs.models if option == "--model" or n != PIVOT]
             problems += [
@@ -269,6 +270,9 @@ def _run(
                 for name in names
                 if name not in known
             ]
+        if not problems and not found and any(asked.values()):
+            strategy = inputs.recipe.fusion.strategy
+            problems.append(f"--source: fusion.strategy: {strategy} has no sources; leave it out")
         return problems
 
     def check() -> Inputs:

@@ -102,14 +102,18 @@ def join_sample(
             f"scores of {PIVOT}, key {conversation.key}: {len(own)} positions where the "
             f"conversation has {positions}; delete the shard that holds it"
         )
-    present = [entry is not None and bool(np.isin(own, _turns(entry[1])).any()) for entry in sources]
+    # A source that has no answer in common with the pivot is as good as absent.
+    sources = [
+        entry if entry is not None and np.isin(own, _turns(entry[1])).any() else None
+        for entry in sources
+    ]
     shared = set(own.tolist())
-    for entry, there in zip(sources, present, strict=True):
-        if entry is not None and there:
+    for entry in sources:
+        if entry is not None:
             shared &= set(_turns(entry[1]).tolist())
     scores = [_scores(np.arange(positions), pivot, _ids(pivot), _logprobs(pivot), shared)]
-    for entry, there in zip(sources, present, strict=True):
-        if entry is None or not there:
+    for entry in sources:
+        if entry is None:
             scores.append(Scores.absent(positions))
         else:
             aligned, source = entry
@@ -189,9 +193,9 @@ class FuseStage:
     @property
     def width(self) -> int:
         """Entries of a fused distribution."""
-        recipe = self.inputs.recipe
-        models = min(len(self.models), 1) if recipe.fusion.function == "min_ce" else len(self.models)
-        return recipe.scoring.top_k * models
+        recipe, models = self.inputs.recipe, len(self.models)
+        # MinCE takes one model's entries, AvgCE mixes those of all.
+        return recipe.scoring.top_k * (models if recipe.fusion.function == "avg_ce" else models > 0)
 
     def manifest(self) -> Manifest:
         """What determines the dataset."""
@@ -317,7 +321,8 @@ class FuseStage:
             "positions": sum(len(sample.num_bytes) for sample in joined),
         }
         if self.models:
-            won = [self._won(block, f) for block, f in zip(self._blocks(joined), fused, strict=True)]
+            blocks = zip(self._blocks(joined), fused, strict=True)
+            won = [self._won(block, decided) for block, decided in blocks]
             summary |= {
                 "positions_with_target": int((probs.sum(axis=1) > 0).sum()),
                 **{name: _add(entry[name] for entry in won) for name in (won[0] if won else ())},
@@ -337,8 +342,9 @@ class FuseStage:
 
     def _fused(self, block: Sequence[Sample]) -> Fused:
         fusion = self.inputs.recipe.fusion
+        scores = zip(*(sample.scores for sample in block), strict=True)
         fused = fuse(
-            [Scores.joined([sample.scores[j] for sample in block]) for j in range(len(self.models))],
+            [Scores.joined(of_model) for of_model in scores],
             np.cumsum([0, *(len(sample.num_bytes) for sample in block)]),
             np.concatenate([sample.num_bytes for sample in block]),
             function=fusion.function,

@@ -220,7 +220,7 @@ def _section_problems(
 
 
 def _output_problems(recipe: Recipe) -> list[str]:
-    folder = _existing(recipe.output_folder)
+    folder = existing(recipe.output_folder)
     if not folder.is_dir():
         return [f"output: {folder} is a file; set `output` to a folder"]
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -274,7 +274,7 @@ def _store_problems(inputs: Inputs) -> list[str]:
             problem = stale(folder, inputs.scores_manifest(model))
             if problem:
                 problems.append(f"scores of {name}: {folder} {problem}")
-    free = shutil.disk_usage(_existing(inputs.recipe.output_folder)).free
+    free = shutil.disk_usage(existing(inputs.recipe.output_folder)).free
     if needed > free:
         problems.append(
             f"output: the scores will take about {readable_size(needed)}, but only "
@@ -284,7 +284,8 @@ def _store_problems(inputs: Inputs) -> list[str]:
     return problems
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
     path = path.resolve()
     while not path.exists():
         path = path.parent

@@ -12,6 +12,9 @@ import yaml
 
 from fusechat_distill.recipe import Recipe, unknown_key
 
+OWN_METHODS = ("varm", "fusechat_sce")
+"""What this project's other half adds to mergekit; importing mergekit takes seconds."""
+
 HEADING = """\
 # The targets of this folder, merged into one:
 #   fusechat-merge run merge.yml OUT    or    mergekit-yaml merge.yml OUT
@@ -20,7 +23,11 @@ HEADING = """\
 
 
 def merge_configuration(recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
-    """mergekit's configuration: the pivot as base, the targets (or pivot + adapter) as models."""
+    """mergekit's configuration: the pivot as base, the targets (or pivot + adapter) as models.
+
+    Where the method has no base (`linear`), mergekit would merge the pivot in as one more model, so
+    it is left out; the targets have its configuration and tokenizer.
+    """
     base = _reference(recipe.pivot.model, recipe.pivot.revision)
     models = []
     for target in targets:
@@ -32,11 +39,21 @@ def merge_configuration(recipe: Recipe, targets: Sequence[str]) -> dict[str, Any
     section = recipe.merge
     return {
         "merge_method": section.merge_method,
-        "base_model": _joined(base),
+        **({"base_model": _joined(base)} if _has_base(section.merge_method) else {}),
         "models": models,
         **({"parameters": section.parameters} if section.parameters else {}),
         "dtype": section.dtype,
     }
+
+
+def _has_base(merge_method: str) -> bool:
+    if merge_method in OWN_METHODS:
+        return True
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import BasePolicy
+
+    policy = registry.get(merge_method).spec.contract.base
+    return policy not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
 
 
 def _reference(model: str, revision: str | None = None) -> dict[str, str]:
@@ -83,10 +100,6 @@ def merge_problems(recipe: Recipe) -> list[str]:
         problems.append(
             f"merge.dtype: {section.dtype!r} is none of bfloat16, float16, float32, float64"
         )
-    try:
-        MergeConfiguration.model_validate(merge_configuration(recipe, ["target"]))
-    except Exception as error:  # pydantic's, and what mergekit's own validators raise
-        problems.append(f"merge: {' '.join(str(error).split())}")
     methods = {method.spec.name: method.spec for method in registry.registered_methods()}
     method = methods.get(section.merge_method)
     if method is None:
@@ -94,6 +107,10 @@ def merge_problems(recipe: Recipe) -> list[str]:
             f"merge.merge_method: {unknown_key(section.merge_method, methods, 'a merge method')}"
         )
         return problems
+    try:
+        MergeConfiguration.model_validate(merge_configuration(recipe, ["target"]))
+    except Exception as error:  # pydantic's, and what mergekit's own validators raise
+        problems.append(f"merge: {' '.join(str(error).split())}")
     known = {parameter.name: parameter for parameter in method.parameters}
     problems += [
         f"merge.parameters.{name}: {unknown_key(name, known, f'a parameter of {method.name}')}"

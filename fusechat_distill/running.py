@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from fusechat_distill.aligning import align_stages, align_status
 from fusechat_distill.errors import RequestError
-from fusechat_distill.fusing import fuse_stages, fuse_status
+from fusechat_distill.fusing import fuse_status
 from fusechat_distill.fusion import target_models
 from fusechat_distill.merging import edited, merge_yaml, write_merge_yaml
 from fusechat_distill.pipeline import Progress, Stage, StageStatus, score_stages, score_status
 from fusechat_distill.recipe import Recipe
 from fusechat_distill.store import Shards
-from fusechat_distill.training import TrainStage, train_stages, train_status
+from fusechat_distill.training import train_stages, train_status
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs import Inputs

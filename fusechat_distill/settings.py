@@ -37,9 +37,7 @@ def clm_weight(recipe: Recipe) -> float:
     return 1.0 if recipe.fusion.strategy == "sft" else recipe.training.clm_weight
 
 
-def fusion_config(
-    recipe: Recipe, folder: Path, *, trust_remote_code: bool = False
-) -> FusionConfig:
+def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = False) -> FusionConfig:
     """TRL's settings: the recipe's, and where it says nothing TRL's own defaults.
 
     What differs from these: weights are float32 (`pivot.dtype` is for scoring), under autocast to
@@ -88,6 +86,31 @@ def determining(recipe: Recipe) -> dict[str, Any]:
     return given | {"lambda": clm_weight(recipe), "lora": recipe.training.lora}
 
 
+def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = False) -> int:
+    """About how much disk one target takes while it is trained; 0 for an adapter.
+
+    Weights in float32, once for the target and once for each checkpoint, and the two moments that
+    AdamW keeps of each; an optimizer of another kind may keep less, so none is counted for it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if recipe.training.lora is not None:
+        return 0
+    given = recipe.training.sft
+    # The new checkpoint is written before the oldest one is removed.
+    kept = (given.get("save_total_limit") or 1) + 1 if _saves(given) else 0
+    moments = 2 if str(given.get("optim", "adamw_torch")).startswith("adamw_torch") else 0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 4 * parameters * (1 + kept * (1 + moments))
+
+
+def _saves(given: dict[str, Any]) -> bool:
+    return given.get("save_strategy", "steps") != "no"
+
+
 def settings_problems(
     recipe: Recipe, config: Any = None, *, trust_remote_code: bool = False
 ) -> list[str]:
@@ -106,18 +129,13 @@ def settings_problems(
     except Exception as error:
         problems.append(f"training.lora: {_reason(error)}")
     if arguments is not None:
-        problems += [f"training: {problem}" for problem in _trainer_problems(arguments)]
+        from fusechat_distill.trainer import argument_problems
+
+        problems += [f"training: {problem}" for problem in argument_problems(arguments)]
     if lora is not None and config is not None:
-        problems += [
-            f"training.lora: {problem}" for problem in _lora_problems(lora, config, trust_remote_code)
-        ]
+        found = _lora_problems(lora, config, trust_remote_code)
+        problems += [f"training.lora: {problem}" for problem in found]
     return problems
-
-
-def _trainer_problems(arguments: FusionConfig) -> Iterator[str]:
-    from fusechat_distill.trainer import argument_problems
-
-    yield from argument_problems(arguments)
 
 
 def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> Iterator[str]:

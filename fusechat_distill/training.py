@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 from fusechat_distill.card import model_card
 from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.fusing import FuseStage, fuse_stages
+from fusechat_distill.inputs import existing, readable_size
 from fusechat_distill.models import ModelFiles
 from fusechat_distill.pipeline import Progress, StageStatus
-from fusechat_distill.settings import determining, fusion_config, lora_config
+from fusechat_distill.settings import (
+    checkpoint_bytes,
+    determining,
+    fusion_config,
+    lora_config,
+)
 from fusechat_distill.store import Manifest, Shards, stale, sync_folder, write_json
 
 if TYPE_CHECKING:
@@ -83,6 +89,7 @@ class TrainStage:
         for what, folder in (("target", self.folder), ("training of target", self.work)):
             if manifest and (problem := stale(folder, manifest)):
                 problems.append(f"{what} {self.name}: {folder} {problem}")
+        problems += self._disk_problems()
         evaluates = self.inputs.recipe.training.sft.get("eval_strategy", "no") != "no"
         if evaluates and not self.fused.held_out():
             problems.append(
@@ -90,6 +97,23 @@ class TrainStage:
                 "dataset.eval_fraction"
             )
         return problems
+
+    def _disk_problems(self) -> list[str]:
+        recipe = self.inputs.recipe
+        if self.status().complete:
+            return []
+        needed = checkpoint_bytes(
+            recipe, self.inputs.pivot.files.config, trust_remote_code=self._trust_remote_code
+        )
+        there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        free = shutil.disk_usage(existing(recipe.output_folder)).free
+        if needed - there <= free:
+            return []
+        return [
+            f"target {self.name}: its weights and checkpoints will take about "
+            f"{readable_size(needed)}, but only {readable_size(free)} are free; free some, set "
+            "training.lora, or set `output` to another disk"
+        ]
 
     def status(self) -> StageStatus:
         return train_status(self.name, self.folder, self.work)
@@ -103,26 +127,26 @@ class TrainStage:
         """
         with contextlib.ExitStack() as stack:
 
-            def prepare() -> str | None | bool:
-                """The checkpoint to go on from, None to begin; False where all is done."""
+            def prepare() -> tuple[bool, str | None]:
+                """Whether there is something to do, and the checkpoint to go on from."""
                 if problem := stale(self.folder, self.manifest()):
                     raise RequestError(str(self.folder), [problem])
                 if (self.folder / "manifest.json").exists():
                     shutil.rmtree(self.work, ignore_errors=True)
-                    return False
+                    return False, None
                 if not self.fused.status().complete:
                     raise DistillError(f"fused {self.name}: is not complete")
                 work = Shards.create(self.work, self.manifest())
                 self.inputs.digests.save()
                 stack.enter_context(work.exclusive())
                 self._check_processes(processes)
-                return self._last_checkpoint()
+                return True, self._last_checkpoint()
 
-            checkpoint = processes.first(prepare)
-            if checkpoint is not False:
+            missing, checkpoint = processes.first(prepare)
+            if missing:
                 # What TRL prints goes where progress goes; stdout is for results.
                 with contextlib.redirect_stdout(sys.stderr):
-                    self._train(processes, checkpoint or None)
+                    self._train(processes, checkpoint)
             return processes.first(self.status)
 
     def _check_processes(self, processes: Processes) -> None:

@@ -227,7 +227,7 @@ def test_the_dataset_is_the_reference(aligned, tmp_path, settings):
         compared = 0
         for row in table:
             key = row["key"].hex()
-            decided, targets = expected[key]
+            _, targets = expected[key]
             live = [i for i, label in enumerate(row["labels"]) if label != -100]
             assert [row["labels"][i] for i in live] == [row["input_ids"][i] for i in live]
             assert len(live) == len(targets)
@@ -282,9 +282,7 @@ def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_pat
     own = (response(1, 2, [1.0, 1.0, 1.0]), response(3, 8, [50.0, 50.0]))
     pivot = ScoredSample("00" * 16, 0, own)
     source = ScoredSample("00" * 16, 0, (response(1, 2, [2.0, 0.5, 2.0]),))
-    conversation = Conversation(
-        "00" * 16, 0, tuple(Message("assistant", "ab") for _ in range(4))
-    )
+    conversation = Conversation("00" * 16, 0, tuple(Message("assistant", "ab") for _ in range(4)))
     rendering = Rendering(np.arange(10), tuple(rendered(r) for r in own))
     matches = AlignedSample(
         "00" * 16,

@@ -345,6 +345,22 @@ def test_settings_that_nobody_knows(tmp_path, models, sections, message):
     assert any(message in problem for problem in caught.value.problems)
 
 
+def test_too_little_disk_for_a_checkpoint_is_found_first(tmp_path, models, monkeypatch):
+    (stage,) = train_stages(open_inputs(chain.recipe(tmp_path, models)))
+    parameters = sum(w.numel() for w in load_file(models / "pivot" / "model.safetensors").values())
+    # The target, and two checkpoints of weights and both moments, in float32.
+    needed = 4 * parameters * (1 + 2 * 3)
+    for free, found in ((needed, 0), (needed - 1, 1)):
+        usage = shutil._ntuple_diskusage(10 * needed, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        problems = stage.problems()
+        assert len(problems) == found
+    assert problems[0].startswith("target neox: its weights and checkpoints will take about ")
+    lora = chain.recipe(tmp_path, models, training={"lora": {"target_modules": "all-linear"}})
+    (stage,) = train_stages(open_inputs(lora))
+    assert stage.problems() == []
+
+
 def test_there_must_be_something_to_learn_from_and_to_evaluate_on(tmp_path, models):
     dataset = {"path": str(tmp_path / "chats.jsonl"), "eval_fraction": 0.0}
     path = chain.recipe(

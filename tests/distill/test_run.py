@@ -1,0 +1,395 @@
+"""The whole chain from the command line: killed and resumed, changed, extended, merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import chain
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusechat_distill.cli import commands
+from fusechat_distill.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+TIMED = ("trainer_state.json", "log.jsonl")
+"""Files that say how long something took."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    chain.save_models(folder)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything a run makes that must not depend on how it went."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in TIMED and not path.name.startswith(".")
+    }
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".lock", "digests.json")
+    }
+
+
+def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
+    """`work` in a forked process with one thread: its exit status, or minus the signal."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            before()
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_at(part: str, number: int) -> Callable[[], None]:
+    """End without any clean-up when the n-th file below `part` is about to be written."""
+
+    def arm() -> None:
+        left = number
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal left
+            written = event in ("os.rename", "os.mkdir") or (
+                event == "open" and str(arguments[1]).startswith(("w", "a", "x"))
+            )
+            if written and any(part in str(a) for a in arguments[:2]):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    return arm
+
+
+def recipe(
+    folder: Path, models: Path, name: str = "out", output: Path | None = None, **sections
+) -> Path:
+    output = output or folder / name
+    return chain.recipe(folder, models, name, count=270, output=str(output), **sections)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, models) -> Path:
+    """A recipe with one source, run once from beginning to end."""
+    path = recipe(tmp_path_factory.mktemp("chain"), models)
+    result = run("run", path)
+    assert result.exit_code == 0, result.output
+    stages = [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert stages == [
+        "score pivot",
+        "score neox",
+        "align neox",
+        "fuse neox",
+        "train neox",
+        "merge merge.yml",
+    ]
+    return path
+
+
+def test_the_whole_chain_makes_a_target(whole):
+    out = load_recipe(whole).output_folder
+    target = out / "targets" / "neox"
+    AutoModelForCausalLM.from_pretrained(target)
+    AutoTokenizer.from_pretrained(target)
+    assert not list((out / "training").iterdir())
+    assert yaml.safe_load((out / "merge.yml").read_text()) == {
+        "merge_method": "varm",
+        "base_model": str(load_recipe(whole).pivot.model),
+        "models": [{"model": str(target)}],
+        "dtype": "bfloat16",
+    }
+
+
+def test_what_is_done_is_not_done_again(whole):
+    out = load_recipe(whole).output_folder
+    before = times(out / "targets") | times(out / "fused")
+    result = run("run", whole)
+    assert result.exit_code == 0, result.output
+    assert times(out / "targets") | times(out / "fused") == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_in_every_stage_the_result_is_the_same(whole, models):
+    path = recipe(whole.parent, models, "killed")
+    out = load_recipe(path).output_folder
+    moments = [
+        ("scores/pivot/", 4),
+        ("scores/neox/", 6),
+        ("aligned/", 3),
+        ("aligned/neox/0", 2),
+        ("fused/neox/", 4),
+        ("fused/neox/.decisions", 1),
+        ("training/neox/", 2),
+        ("checkpoint-2/trainer_state", 1),
+        ("checkpoint-4", 1),
+        ("targets/.neox.part/README", 1),
+        ("targets/neox", 1),
+        (".merge.yml", 1),
+    ]
+    for part, number in moments:
+        status = in_child(lambda: command(path), kill_at(part, number))
+        assert status == -signal.SIGKILL, f"{part}: nothing was written there"
+    assert in_child(lambda: command(path)) == 0
+    expected = files(load_recipe(whole).output_folder)
+    found = files(out)
+    texts = {"merge.yml"}
+    assert found.keys() == expected.keys()
+    differing = {name for name in found if found[name] != expected[name]} - {"digests.json"}
+    assert differing <= texts
+    merged = [yaml.safe_load(made["merge.yml"]) for made in (found, expected)]
+    assert merged[0]["models"] == [{"model": str(out / "targets" / "neox")}]
+    assert merged[0]["base_model"] == merged[1]["base_model"]
+    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("quarantine"))
+    assert not list((out / "training").iterdir())
+
+
+def command(path: Path) -> None:
+    commands.main(["run", str(path)], standalone_mode=False)
+
+
+def test_a_source_that_is_added_leaves_the_others_files_untouched(whole, models):
+    out = load_recipe(whole).output_folder
+    both = [str(models / "neox"), {"model": str(models / "twin"), "name": "other"}]
+    path = recipe(whole.parent, models, "more", out, sources=both)
+    before = times(out)
+    merge_before = (out / "merge.yml").read_text()
+    lines = run("status", path).stdout.splitlines()
+    assert [line for line in lines if line.endswith(": not begun")] == [
+        "score other: not begun",
+        "align other: not begun",
+        "fuse other: not begun",
+        "train other: not begun",
+        "merge merge.yml: not begun",
+    ]
+    result = run("run", path)
+    assert result.exit_code == 0, result.output
+    after = times(out)
+    changed = {file for file in before if after.get(file) != before[file]}
+    assert changed == {out / "merge.yml"}
+    models_now = yaml.safe_load((out / "merge.yml").read_text())["models"]
+    assert models_now == [{"model": str(out / "targets" / name)} for name in ("neox", "other")]
+    (out / "merge.yml").write_text(merge_before)
+    assert run("run", whole).exit_code == 0
+
+
+TIES = {"merge_method": "ties", "parameters": {"weight": 1.0}}
+
+
+def test_a_merge_yml_that_was_edited_is_not_overwritten(whole, models):
+    out = load_recipe(whole).output_folder
+    text = (out / "merge.yml").read_text()
+    changed = recipe(whole.parent, models, "ties", out, merge=TIES)
+    (out / "merge.yml").write_text(text.replace("bfloat16", "float32"))
+    result = run("run", changed)
+    assert result.exit_code == 2
+    assert (
+        "merge.yml: was changed by hand, and would be written anew; move it away" in result.stderr
+    )
+    assert "float32" in (out / "merge.yml").read_text()
+    (out / "merge.yml").write_text(text)
+    assert run("run", changed).exit_code == 0
+    assert yaml.safe_load((out / "merge.yml").read_text())["merge_method"] == "ties"
+    (out / "merge.yml").write_text(text)
+
+
+def test_status_shows_the_whole_chain(whole, models, tmp_path):
+    lines = run("status", whole).stdout.splitlines()
+    assert lines[3].startswith("fuse neox: 270 of 270 samples; ")
+    assert " held out; " in lines[3]
+    assert lines[4].startswith("train neox: 4 of 4 steps; loss ")
+    assert lines[5].startswith("merge merge.yml: 1 of 1 targets; ")
+    entries = json.loads(run("status", whole, "--json").stdout)
+    assert [e["stage"] for e in entries] == ["score", "score", "align", "fuse", "train", "merge"]
+    assert entries[4]["done"] == entries[4]["total"] == 4
+    assert entries[3]["positions_with_target"] > 0
+    fresh = recipe(tmp_path, models)
+    assert all(line.endswith(": not begun") for line in run("status", fresh).stdout.splitlines())
+    sft = recipe(tmp_path, models, "sft", fusion={"strategy": "sft"})
+    assert run("status", sft).stdout == "fuse sft: not begun\ntrain sft: not begun\n"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"fusion": {"temperature": 2.0}}, "fused neox: {out}/fused/neox was made otherwise "),
+        ({"training": {"lambda": 0.9}}, "(training.lambda was 0.5, is 0.9)"),
+        ({"alignment": {"vocabulary": "em"}}, "(vocabulary was 'bytes', is 'em')"),
+        ({"dataset": {"eval_fraction": 0.2}}, "(eval_fraction was 0.1, is 0.2)"),
+    ],
+)
+def test_a_changed_recipe_is_refused_before_anything_is_done(whole, models, sections, message):
+    out = load_recipe(whole).output_folder
+    path = recipe(whole.parent, models, "changed", out, **sections)
+    before = times(out)
+    for name in ("validate", "run", "train"):
+        result = run(name, path)
+        assert result.exit_code == 2, result.output
+        if not ("alignment" in sections and name == "train"):
+            assert message.format(out=out) in result.stderr
+        assert "move it away or delete it to make it anew" in result.stderr
+    assert times(out) == before
+
+
+def test_train_takes_the_targets_that_are_asked_for(whole, models, tmp_path):
+    result = run("train", whole, "--source", "nobody")
+    assert result.exit_code == 2
+    assert "--source nobody: is no source of it; there are neox" in result.stderr
+    result = run("train", whole, "--source", "neox")
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
+        "fuse neox",
+        "train neox",
+        "merge merge.yml",
+    ]
+    sft = recipe(tmp_path, models, "sft", fusion={"strategy": "sft"})
+    result = run("train", sft, "--source", "neox")
+    assert result.exit_code == 2
+    assert "--source: fusion.strategy: sft has no sources; leave it out" in result.stderr
+    fresh = recipe(tmp_path, models)
+    result = run("train", fresh)
+    assert result.exit_code == 1
+    assert "run `fusechat-distill align RECIPE --source neox` first" in result.stderr
+
+
+def test_several_sources_make_one_target(models, tmp_path):
+    path = recipe(
+        tmp_path,
+        models,
+        sources=[str(models / "neox"), str(models / "twin")],
+        fusion={"strategy": "multi", "function": "avg_ce", "level": "token"},
+        training={"packing": True},
+    )
+    result = run("run", path)
+    assert result.exit_code == 0, result.output
+    out = load_recipe(path).output_folder
+    assert [path.name for path in (out / "targets").iterdir()] == ["multi"]
+    assert not (out / "merge.yml").exists(), "there is nothing to merge"
+    made_of = json.loads((out / "targets" / "multi" / "fusechat_distill.json").read_text())
+    assert made_of["decisions"]["won"].keys() == {"pivot", "neox", "twin"}
+
+
+def mergekit(config: Path, out: Path) -> dict[str, torch.Tensor]:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+    options = MergeOptions(quiet=True, lora_merge_cache=str(out / "cache"))
+    run_merge(parsed, str(out), options)
+    return load_file(next(out.glob("*.safetensors")))
+
+
+def test_mergekit_merges_what_merge_yml_says(whole, models, tmp_path):
+    out = load_recipe(whole).output_folder
+    text = (out / "merge.yml").read_text()
+    (tmp_path / "merge.yml").write_text(text.replace("bfloat16", "float32"))
+    merged = mergekit(tmp_path / "merge.yml", tmp_path / "merged")
+    target = load_file(out / "targets" / "neox" / "model.safetensors")
+    # Of one target VaRM makes that target.
+    for name, weight in target.items():
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-6)
+
+
+def test_mergekit_merges_adapters(models, tmp_path):
+    path = recipe(
+        tmp_path,
+        models,
+        training={"lora": {"r": 2, "target_modules": "all-linear"}, "learning_rate": 0.1},
+        merge={"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
+    )
+    result = run("run", path)
+    assert result.exit_code == 0, result.output
+    out = load_recipe(path).output_folder
+    target = out / "targets" / "neox"
+    written = yaml.safe_load((out / "merge.yml").read_text())
+    assert written["models"] == [{"model": f"{models / 'pivot'}+{target}"}]
+    assert "base_model" not in written, "mergekit would average the pivot in"
+    merged = mergekit(out / "merge.yml", tmp_path / "merged")
+    pivot = load_file(models / "pivot" / "model.safetensors")
+    adapter = load_file(target / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    factors = [adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA"]
+    expected = pivot[f"{name}.weight"] + 8 / 2 * factors[0] @ factors[1]
+    assert not torch.equal(expected, pivot[f"{name}.weight"])
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+
+
+def test_two_processes_train_one_target(whole, models):
+    """Each takes half of a step's batch; everything else of the chain is as with one."""
+    path = recipe(
+        whole.parent,
+        models,
+        "two",
+        training={"per_device_train_batch_size": 2, "max_steps": 2},
+    )
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", "0"),
+        *("-m", "fusechat_distill", "run", str(path)),
+    ]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 6, "only the first process speaks"
+    one = recipe(whole.parent, models, "one", training={"max_steps": 2})
+    assert run("run", one).exit_code == 0
+    made = [
+        load_file(load_recipe(p).output_folder / "targets" / "neox" / "model.safetensors")
+        for p in (path, one)
+    ]
+    for name, weight in made[0].items():
+        torch.testing.assert_close(weight, made[1][name], rtol=1e-4, atol=1e-5)
+
+
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_papers_recipes_are_recipes(path):
+    read = load_recipe(path)
+    assert isinstance(read, Recipe)
+    assert all("/" in model.model for model in read.models.values())
+
+
+def test_there_are_the_papers_recipes():
+    assert {"fusechat", "fusechat-baseline", "fusellm", "fusionchat"} <= {p.stem for p in RECIPES}
