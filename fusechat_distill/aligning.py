@@ -227,8 +227,11 @@ def _summary(
         sums["matched"] += len(rows)
         sums["mass_before"] += float(before.sum())
         sums["mass_after"] += float(after.sum())
-        sums["gold_first_before"] += int((ids[:, 0] == own_gold).sum()) if len(rows) else 0
-        sums["gold_first_after"] += int((aligned.ids[:, 0] == gold).sum()) if len(rows) else 0
+        if len(rows):
+            # An entry that was dropped has the id 0 and no probability.
+            found = aligned.logprobs[:, 0] > -np.inf
+            sums["gold_first_before"] += int((ids[:, 0] == own_gold).sum())
+            sums["gold_first_after"] += int(((aligned.ids[:, 0] == gold) & found).sum())
         sums["pivot_nll"] += losses[0]
         sums["source_nll"] += losses[1]
         sums["pivot_bytes"] += sizes[0]

@@ -109,9 +109,7 @@ def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     from fusechat_distill.running import run_problems
 
     _quieten()
-    facts = _facts(
-        open_inputs(recipe, trust_remote_code=trust_remote_code, further=run_problems)
-    )
+    facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code, further=run_problems))
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
