@@ -228,7 +228,7 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
     summary = planned.summary() | {"peak_memory_bytes": peak_memory(planned, memory, threads)}
     if as_json:
         click.echo(json.dumps(summary, indent=1))
-    else:
+    elif planned.outputs:
         _print_plan(summary)
     if planned.problems:
         raise ConfigError(planned.problems)
