@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusechat_distill.trainer import FusionConfig, FusionTrainer
+    from fusechat_distill.trainer import DataCollatorForFusion, FusionConfig, FusionTrainer
 
-__all__ = ["FusionConfig", "FusionTrainer"]
+__all__ = ["DataCollatorForFusion", "FusionConfig", "FusionTrainer"]
 
 
 def __getattr__(name: str) -> Any:
