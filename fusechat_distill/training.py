@@ -50,7 +50,7 @@ TOKENIZER_FILES = (
 STATE = "trainer_state.json"
 """The trainer's own account of itself: steps, and all that it logged."""
 
-PACKAGES = ("fusechat", "trl", "transformers", "peft", "torch")
+PACKAGES = ("fusechat", "trl", "transformers", "torch")
 
 
 class TrainStage:
@@ -251,6 +251,7 @@ class TrainStage:
         """What the target was made from, and how; JSON values."""
         recipe = self.inputs.recipe
         decided = self.fused.folder / "decisions.json"
+        packages = PACKAGES if recipe.training.lora is None else (*PACKAGES, "peft")
         return {
             "target": self.name,
             "strategy": recipe.fusion.strategy,
@@ -271,7 +272,7 @@ class TrainStage:
                 for key, value in sorted(metrics.items())
                 if key.endswith(("loss", "share", "entropy"))
             },
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
         }
 
 
