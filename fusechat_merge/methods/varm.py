@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fusechat_merge.granularity import check_granularity
 from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sums, scratch
 
 Statistic = Literal["square", "absolute"]
@@ -218,8 +219,6 @@ def varm(
             statistic, a negative or all-zero weight.
         NonFiniteError: an input holds NaN or Inf.
     """
-    from fusechat_merge.granularity import check_granularity
-
     check_granularity(granularity)
     prior = _checked(targets, statistic, weight)
     passes = InMemory(base, targets)
