@@ -146,6 +146,9 @@ def _load(path: str, name: str | None, split: str) -> Any:
             known = ", ".join(_BUILDERS)
             raise ValueError(f"unknown file type {local.suffix!r}; known are {known}")
         return datasets.load_dataset(kind, data_files=path, split=split)
+    if not local.exists() and (local.suffix in _BUILDERS or path.startswith(("/", ".", "~"))):
+        # Else the hub would be asked for it, again and again.
+        raise ValueError(f"there is no such file or folder here ({Path.cwd()})")
     return datasets.load_dataset(path, name, split=split)
 
 

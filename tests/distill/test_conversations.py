@@ -377,3 +377,13 @@ def test_rendering_many_is_rendering_one_by_one(qwen):
     for chat, rendering in zip(chats, renderer(chats), strict=True):
         (alone,) = renderer([chat])
         assert np.array_equal(rendering.input_ids, alone.input_ids)
+
+
+@pytest.mark.parametrize("path", ["chats.jsonl", "./chats", "/chats/train.parquet"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(path, monkeypatch):
+    def asked(*_args, **_options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("datasets.load_dataset", asked)
+    with pytest.raises(RequestError, match="there is no such file or folder here"):
+        open_conversations(path)
