@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from fusechat_merge.errors import ConfigError
@@ -40,7 +39,7 @@ def analyze(
     if not problems:
         problems += _not_ours(planned, outputs, len(targets))
     try:
-        ring = divide(outputs, memory, threads or len(os.sched_getaffinity(0)))
+        ring = divide(outputs, memory, threads)
     except ValueError as error:
         problems.append(str(error))
     if problems:

@@ -53,13 +53,14 @@ class LowRank:
 
 
 class Factors:
-    """Both factors in memory, float32; the weight's update is scale · left @ right."""
+    """Both factors in a device's memory, float32; the weight's update is scale · left @ right."""
 
-    def __init__(self, low_rank: LowRank, a: Tensor, b: Tensor) -> None:
+    def __init__(
+        self, low_rank: LowRank, a: Tensor, b: Tensor, device: torch.device | str = "cpu"
+    ) -> None:
         a, b = a.to(torch.float32), b.to(torch.float32)
-        self._left, self._right = (
-            (a.T.contiguous(), b.T.contiguous()) if low_rank.transposed else (b, a)
-        )
+        left, right = (a.T.contiguous(), b.T.contiguous()) if low_rank.transposed else (b, a)
+        self._left, self._right = left.to(device), right.to(device)
         self._scale = low_rank.scale
 
     def add_to(self, flat: Tensor, start: int) -> None:

@@ -1,9 +1,8 @@
-"""Makes a plan's outputs: a few tensors under way, their segments computed by a pool of threads."""
+"""Makes a plan's outputs: finds their units' weights, then reads, merges and writes each."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -12,16 +11,18 @@ from typing import Any, Protocol
 
 import torch
 
+from fusechat_merge.crew import Crew
 from fusechat_merge.errors import TensorError
 from fusechat_merge.journal import Done
 from fusechat_merge.merge_plan import Output, Plan
 from fusechat_merge.mergekit_plugin import non_finite
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
-from fusechat_merge.passes import LANES, Buffers, FilePasses, Ring, SourceFiles
+from fusechat_merge.passes import Desk, FilePasses, Ring, SourceFiles
 from fusechat_merge.tasks import run_tasks
 from fusechat_merge.units import Unit
 
+varm.compiled_loops()  # half a second, spent with the other imports
 _AHEAD = 128 << 20
 
 Progress = Callable[[str, int], None]
@@ -54,12 +55,9 @@ class Merger:
         self._plan, self._sources, self._sink = planned, sources, sink
         self._ring, self._progress = ring, progress
         self._by_name = {output.name: output for output in planned.outputs}
-        self._lock = threading.Lock()
-        self._units: dict[str, threading.Lock] = {key: threading.Lock() for key in planned.units}
-        self._error: BaseException | None = None
 
     def run(self, outputs: Sequence[Output]) -> None:
-        """Make them, two at a time."""
+        """Make them, a few at a time."""
         self._each(outputs, self._make)
 
     def measure(self, outputs: Sequence[Output]) -> None:
@@ -69,66 +67,35 @@ class Merger:
         """
         self._each(outputs, self._measure)
 
-    def _each(self, outputs: Sequence[Output], work: Callable[[Output, int], object]) -> None:
-        self._buffers = Buffers(self._ring, self._sources)
+    def _each(self, outputs: Sequence[Output], work: Callable[[Output], object]) -> None:
         todo = []
         for output in outputs:
             done = self._sink.done.elements.get(output.name, 0)
             self._progress(output.name, min(done, output.numel) * output.dtype.itemsize)
             if done < max(output.numel, 1):
                 todo.append(output)
-        queue = iter(list(enumerate(todo)))
+        if not todo:
+            return
         reading = _ReadAhead(self._sources, todo)
-        threads = [
-            threading.Thread(target=self._lane, args=(lane, queue, reading, work))
-            for lane in range(LANES)
-        ]
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # a segment is one thread's; many segments go on at once
+
+        def begin(numbered: tuple[int, Output]) -> None:
+            number, output = numbered
+            reading.reached(number)
+            work(output)
+
+        self._crew = Crew([Desk(self._ring) for _ in range(self._ring.threads)])
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            self._crew.run(enumerate(todo), begin)
         finally:
-            self._buffers.stopped.set()
-            for thread in threads:
-                thread.join()
-            self._buffers.close()
-            del self._buffers
+            del self._crew
             reading.close()
-            torch.set_num_threads(before)
-        if self._error is not None:
-            raise self._error
 
-    def _lane(
-        self,
-        lane: int,
-        queue: Iterator[tuple[int, Output]],
-        reading: _ReadAhead,
-        work: Callable[[Output, int], object],
-    ) -> None:
-        torch.set_num_threads(1)
-        while self._error is None and not self._buffers.stopped.is_set():
-            with self._lock:
-                number, output = next(queue, (0, None))
-            if output is None:
-                return
-            try:
-                reading.reached(number)
-                work(output, lane)
-            except BaseException as error:
-                with self._lock:
-                    if self._error is None or isinstance(self._error, InterruptedError):
-                        self._error = error
-                self._buffers.stopped.set()
-
-    def _make(self, output: Output, lane: int) -> None:
+    def _make(self, output: Output) -> None:
         how, parameters = output.how, output.parameters
         shares = None
         if how == "varm" and parameters["granularity"] != "element":
-            shares = self._shares(output, lane)
-        passes = self._passes(output, lane)
+            shares = self._shares(output)
+        passes = self._writing(output)
         with _naming(output):
             if how == "copy":
                 passes.write(lambda block, out: out.copy_(block.base))
@@ -144,25 +111,28 @@ class Merger:
         if not output.numel:
             self._sink.note("elements", output.name, 1)
 
-    def _measure(self, output: Output, lane: int) -> None:
+    def _measure(self, output: Output) -> None:
         if output.how == "varm":
-            self._shares(output, lane)
+            self._shares(output)
         elif output.how == "fusechat_sce":
-            self._tensor_sums(output, "square", lane)
+            self._tensor_sums(output, "square")
             parameters = output.parameters
             with _naming(output):
-                passes = FilePasses(output, self._buffers, lane)
+                passes = self._reading(output)
                 eta, _ = sce.shares(passes, parameters["select_topk"], parameters["variant"])
             self._sink.note("weights", output.name, eta)
         self._progress(output.name, output.nbytes)
 
-    def _shares(self, output: Output, lane: int) -> list[float]:
+    def _shares(self, output: Output) -> list[float]:
         """W_j of the output's unit."""
-        shares = varm.weights(self._sums(output, lane), output.parameters["weight"])
+        shares = varm.weights(self._sums(output), output.parameters["weight"])
         self._sink.note("weights", output.name, shares)
         return shares
 
-    def _passes(self, output: Output, lane: int) -> FilePasses:
+    def _reading(self, output: Output) -> FilePasses:
+        return FilePasses(output, self._sources, self._ring, self._crew)
+
+    def _writing(self, output: Output) -> FilePasses:
         itemsize = output.dtype.itemsize
         begin = self._sink.done.elements.get(output.name, 0)
         written = begin
@@ -177,29 +147,31 @@ class Merger:
             self._sink.note("elements", output.name, element, nbytes)
             self._progress(output.name, nbytes)
 
-        return FilePasses(output, self._buffers, lane, write, begin, finished)
+        return FilePasses(output, self._sources, self._ring, self._crew, write, begin, finished)
 
-    def _sums(self, output: Output, lane: int) -> list[float]:
+    def _sums(self, output: Output) -> list[float]:
         """Σ over the output's unit of δ² (or |δ|), one a target."""
         statistic = output.parameters["statistic"]
         if output.unit is None:
-            return self._tensor_sums(output, statistic, lane)
+            return self._tensor_sums(output, statistic)
+        members = self._plan.units[output.unit].members
+        by_key = {f"{statistic} {name}": self._by_name[name] for name in members}
+        self._crew.once(list(by_key), lambda key: self._tensor_sums(by_key[key], statistic))
         found: dict[str, list[float]] = {}
-        with self._units[output.unit]:
-            for name in self._plan.units[output.unit].members:
-                member = self._by_name[name]
-                sums = self._tensor_sums(member, statistic, lane)
-                for source, value in zip(member.sources[1:], sums, strict=True):
-                    found.setdefault(source.model, []).append(value)
+        for key, member in by_key.items():
+            sums = self._sink.done.statistics[key]
+            for source, value in zip(member.sources[1:], sums, strict=True):
+                found.setdefault(source.model, []).append(value)
         return [math.fsum(found.get(source.model, ())) for source in output.sources[1:]]
 
-    def _tensor_sums(self, output: Output, statistic: str, lane: int) -> list[float]:
+    def _tensor_sums(self, output: Output, statistic: str) -> list[float]:
         key = f"{statistic} {output.name}"
         known = self._sink.done.statistics.get(key)
         if known is None:
             with _naming(output):
-                known = varm.statistics(FilePasses(output, self._buffers, lane), statistic)
+                known = varm.statistics(self._reading(output), statistic)
             self._sink.note("statistics", key, known)
+            self._progress(output.name, 0)
         return known
 
     def units(self) -> list[Unit]:

@@ -1,32 +1,33 @@
 """One tensor of every model, read from files a segment at a time as often as a method asks.
 
-All memory is allocated once: every worker thread has room for one segment, and each of the few
-tensors under way has a lane, where a tensor that fits is kept from its first pass to its last.
+All memory is allocated once: every thread has a desk with room for one segment. Nothing is kept
+from pass to pass: what was read a moment ago comes from the system's cache, at less cost than
+writing a tensor to memory of our own and reading it again.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fusechat_merge.crew import Crew
 from fusechat_merge.lora import TILE, Factors
 from fusechat_merge.merge_plan import Output, Source
 from fusechat_merge.mergekit_loader import DTYPES
-from fusechat_merge.methods.blocks import BLOCK, Block
+from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 
-LANES = 2
-"""Tensors under way at once: while the last segments of one are written, the next is read."""
-_BLOCKS = 8  # as many as a method works on at once
+_BLOCKS = 16
+_ACCELERATOR_BLOCKS = 128  # few, long copies
 _ALIGN = 64
 
 T = TypeVar("T")
@@ -37,56 +38,60 @@ class Ring:
     """How the memory is divided.
 
     Attributes:
-        threads: worker threads.
+        threads: threads, and so segments under way.
         blocks: grid cells in a segment, at most.
-        segment: bytes of each worker's buffer.
-        scratch: bytes that the methods' own buffers take in each worker, at most.
-        lane: bytes of each lane.
-        factors: bytes of adapters' factors in each lane, at most.
+        segment: bytes of each thread's buffer.
+        scratch: bytes that the methods' own buffers take in each thread, at most; an accelerator
+            has them in its own memory.
+        factors: bytes of adapters' factors in each thread, at most.
+        device: where to compute.
     """
 
     threads: int
     blocks: int
     segment: int
     scratch: int
-    lane: int
-    factors: int = 0
+    factors: int
+    device: torch.device
 
     @property
     def total(self) -> int:
-        return self.threads * (self.segment + self.scratch) + LANES * (self.lane + self.factors)
+        return self.threads * (self.segment + self.scratch + self.factors)
 
 
-def divide(outputs: Sequence[Output], memory: int, threads: int) -> Ring:
-    """Divide ``memory`` bytes for passes over the outputs' sources.
-
-    Half goes to the workers, as much of it as makes them fast; the rest to the lanes.
+def divide(
+    outputs: Sequence[Output], memory: int, threads: int | None = None, device: str = "cpu"
+) -> Ring:
+    """Divide ``memory`` bytes between threads, one a processor by default.
 
     Raises:
-        ValueError: it is too little for one worker to hold one block of every model.
+        ValueError: it is too little for one thread to hold one block of every model.
     """
-    shapes = {(_element_bytes(o), _kept_bytes(o), len(o.sources)) for o in outputs}
-    block = BLOCK * max((element for element, _, _ in shapes), default=0)
-    largest = max((kept for _, kept, _ in shapes), default=0)
+    shapes = {(_element_bytes(output), len(output.sources)) for output in outputs}
+    block = BLOCK * max((element for element, _ in shapes), default=0)
+    sources = max((count for _, count in shapes), default=0)
+    on_cpu = device == "cpu"
     # float64 for every input and some ten intermediate results
-    scratch = 8 * BLOCK * (10 + max((count for _, _, count in shapes), default=0))
-    gaps = _ALIGN * (2 + 2 * max((count for _, _, count in shapes), default=0))
-    each = block + scratch + gaps
+    scratch = 8 * BLOCK * (10 + sources) if on_cpu else 0
+    gaps = _ALIGN * (2 + 2 * sources) + 2 * PAGESIZE
     factors = max((_factor_bytes(output) for output in outputs), default=0)
     if factors:
-        memory -= LANES * factors
-        each += 8 * TILE
-        scratch += 8 * TILE
-    if each > memory:
-        needed = each + LANES * factors
-        raise ValueError(f"--memory: at least {-(-needed >> 20)}MiB is needed here")
+        factors += 8 * TILE
+    least = block + scratch + gaps + factors
+    if least > memory:
+        raise ValueError(f"--memory: at least {-(-least >> 20)}MiB is needed here")
+    threads = threads or len(os.sched_getaffinity(0))
     # Fewer threads with longer segments: short ones wait for the interpreter's lock.
-    threads = max(1, min(threads, memory // 2 // (4 * each)))
-    blocks = max(1, min(_BLOCKS, memory // 2 // threads // each))
-    segment = blocks * block + gaps
-    left = memory - threads * (segment + blocks * scratch)
+    threads = max(1, min(threads, memory // (4 * (block + scratch) + gaps + factors)))
+    room = memory // threads - gaps - factors
+    blocks = max(1, min(_BLOCKS if on_cpu else _ACCELERATOR_BLOCKS, room // (block + scratch)))
     return Ring(
-        threads, blocks, segment, blocks * scratch, max(0, min(left // LANES, largest)), factors
+        threads,
+        blocks,
+        blocks * block + gaps,
+        min(blocks, STRIP) * scratch,
+        factors,
+        torch.device(device),
     )
 
 
@@ -116,10 +121,6 @@ def _output_bytes(output: Output) -> int:
     return output.merged_dtype.itemsize + cast
 
 
-def _kept_bytes(output: Output) -> int:
-    return sum(_round_up(source.numel * _held(source).itemsize) for source in output.sources)
-
-
 def _round_up(n: int) -> int:
     return -(-n // _ALIGN) * _ALIGN
 
@@ -133,6 +134,7 @@ class SourceFiles:
         self._lock = threading.Lock()
 
     def descriptor(self, source: Source) -> int:
+        """Of the source's file, opened by the first who asks."""
         key = (source.model, source.location.file)
         with self._lock:
             if key not in self._descriptors:
@@ -140,30 +142,19 @@ class SourceFiles:
                 self._descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[key]
 
-    def read(self, source: Source, first: int, into: memoryview) -> None:
-        """Fill ``into`` from byte ``first`` of the source's tensor on.
-
-        Raises:
-            OSError: the file can't be read, or ends too early.
-        """
-        descriptor, offset = self.descriptor(source), source.location.offset + first
-        while into.nbytes:
-            count = os.preadv(descriptor, [into], offset)
-            if count == 0:
-                raise OSError(f"{source.location.file} of {source.model} has become shorter")
-            into, offset = into[count:], offset + count
-
-    def factors(self, source: Source) -> Factors | None:
+    def factors(self, source: Source, device: torch.device) -> Factors | None:
         """What an adapter adds to the source, read whole."""
         low_rank = source.low_rank
         if low_rank is None:
             return None
-        tensors = []
-        for at in (low_rank.a, low_rank.b):
-            raw = torch.empty(at.nbytes, dtype=torch.uint8)
-            self.read(replace(source, location=at), 0, raw.numpy().data)
-            tensors.append(raw.view(DTYPES[at.dtype]).reshape(at.shape))
-        return Factors(low_rank, *tensors)
+        a, b = (self._whole(replace(source, location=at)) for at in (low_rank.a, low_rank.b))
+        return Factors(low_rank, a, b, device)
+
+    def _whole(self, source: Source) -> Tensor:
+        at = source.location
+        raw = torch.empty(at.nbytes, dtype=torch.uint8)
+        _Reader(self, source).read(0, raw.numpy().data)
+        return raw.view(DTYPES[at.dtype]).reshape(at.shape)
 
     def announce(self, source: Source) -> None:
         """Let the system begin to read the whole tensor."""
@@ -177,47 +168,73 @@ class SourceFiles:
             self._descriptors.clear()
 
 
-class Buffers:
-    """The memory of a ring and the threads that work in it."""
+class _Reader:
+    """One source of an output: where to read it and in which dtype to hand it on."""
 
-    def __init__(self, ring: Ring, files: SourceFiles) -> None:
-        self.files = files
-        self.threads = ring.threads
-        self.step = BLOCK * ring.blocks
-        self.lanes = [_Buffer(ring.lane) for _ in range(LANES)]
-        self.stopped = threading.Event()
-        self._free = deque(_Buffer(ring.segment) for _ in range(ring.threads))
-        self._pool = ThreadPoolExecutor(ring.threads, "merge")
+    def __init__(self, files: SourceFiles, source: Source) -> None:
+        self._source, self._descriptor = source, files.descriptor(source)
+        self._offset = source.location.offset
+        self.stored, self.held = DTYPES[source.location.dtype], _held(source)
+        self.itemsize = self.stored.itemsize
 
-    def submit(self, work: Callable[[_Buffer], T]) -> Future[T]:
-        return self._pool.submit(self._work, work)
+    def read(self, first: int, into: memoryview) -> None:
+        """Fill ``into`` from element ``first`` on.
 
-    def _work(self, work: Callable[[_Buffer], T]) -> T:
-        if self.stopped.is_set():
-            raise InterruptedError("stopped")
-        buffer = self._free.pop()
-        try:
-            return work(buffer)
-        finally:
-            self._free.append(buffer)
-
-    def close(self) -> None:
-        self.stopped.set()
-        self._pool.shutdown(cancel_futures=True)
+        Raises:
+            OSError: the file can't be read, or ends too early.
+        """
+        offset = self._offset + first * self.itemsize
+        while (count := os.preadv(self._descriptor, [into], offset)) < into.nbytes:
+            if count == 0:
+                at = self._source.location.file
+                raise OSError(f"{at} of {self._source.model} has become shorter")
+            into, offset = into[count:], offset + count
 
 
-class _Buffer:
-    """Plain memory from which typed tensors are cut."""
+class Desk(AbstractContextManager[None]):
+    """What one thread works with: room for a segment and, on an accelerator, a stream of its own.
 
-    def __init__(self, size: int) -> None:
-        self._bytes = torch.empty(size, dtype=torch.uint8)
-        self._view = self._bytes.numpy().data
-        self.size = size
+    The streams of several threads let copies in both directions overlap with computing.
+    """
 
-    def cut(self, start: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
-        """[numel] of ``dtype`` from byte ``start`` on, and the same memory as bytes."""
-        end = start + numel * dtype.itemsize
-        return self._bytes[start:end].view(dtype), self._view[start:end]
+    def __init__(self, ring: Ring) -> None:
+        on_cpu = ring.device.type == "cpu"
+        room = torch.empty(ring.segment, dtype=torch.uint8, pin_memory=not on_cpu)
+        self._host = room[-room.data_ptr() % PAGESIZE :]
+        self._view = self._host.numpy().data
+        self._there = self._host if on_cpu else torch.empty_like(self._host, device=ring.device)
+        self._stream = None if on_cpu else torch.cuda.Stream(ring.device)
+        self.cut = lru_cache(256)(self._cut)  # segment after segment lies in the same places
+        self._entered: AbstractContextManager[object] = nullcontext()
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._entered = torch.cuda.stream(self._stream)
+        self._entered.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.__exit__(*error)  # type: ignore[arg-type]
+
+    def bytes(self, start: int, size: int) -> memoryview:
+        """Bytes on the host."""
+        return self._view[start : start + size]
+
+    def _cut(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """[numel] of ``dtype`` from byte ``start`` on, where computing happens."""
+        return self._there[start : start + numel * dtype.itemsize].view(dtype)
+
+    def upload(self, size: int) -> None:
+        """Let the first ``size`` bytes of the host's memory be where computing happens."""
+        if self._stream is not None:
+            self._there[:size].copy_(self._host[:size], non_blocking=True)
+
+    def download(self, start: int, size: int) -> memoryview:
+        """Bytes from where computing happens, once all of it has happened."""
+        if self._stream is not None:
+            piece = slice(start, start + size)
+            self._host[piece].copy_(self._there[piece], non_blocking=True)
+            self._stream.synchronize()
+        return self.bytes(start, size)
 
 
 class FilePasses:
@@ -225,8 +242,9 @@ class FilePasses:
 
     Args:
         output: what is made from the sources.
-        buffers: memory and threads.
-        lane: number of the lane that this tensor may fill.
+        files: where they are read.
+        ring: how long a segment is.
+        crew: the threads that share the segments.
         writer: (first element, bytes) -> None, called for every segment of the output.
         begin: element from which on to write, a multiple of ``BLOCK``.
         finished: told the element up to which everything is written, from time to time.
@@ -235,82 +253,72 @@ class FilePasses:
     def __init__(
         self,
         output: Output,
-        buffers: Buffers,
-        lane: int,
+        files: SourceFiles,
+        ring: Ring,
+        crew: Crew[Desk],
         writer: Callable[[int, memoryview], None] | None = None,
         begin: int = 0,
         finished: Callable[[int], None] = lambda element: None,
     ) -> None:
         self.count = len(output.sources) - 1
-        self._output, self._buffers, self._writer = output, buffers, writer
+        self._output, self._crew, self._writer = output, crew, writer
         self._begin, self._finished = begin, finished
-        self._step = buffers.step
+        self._step = BLOCK * ring.blocks
         self._numel = output.numel
-        room = buffers.lanes[lane]
-        self._kept = room if _kept_bytes(output) <= room.size else None
-        self._read: set[int] = set()
-        self._factors = [buffers.files.factors(source) for source in output.sources]
+        self._inputs = [
+            (_Reader(files, source), files.factors(source, ring.device))
+            for source in output.sources
+        ]
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
-        return self._in_order(lambda start, buffer: fn(self._block(start, buffer)[0]), 0)
+        return self._segments(0, lambda start, desk: fn(self._block(start, desk)[0]))
 
     def write(self, fn: Callable[[Block, Tensor], object]) -> None:
-        writer = self._writer
+        writer, output = self._writer, self._output
         assert writer is not None, "these passes only read"
 
-        def merge(start: int, buffer: _Buffer) -> int:
-            block, used = self._block(start, buffer)
+        def merge(start: int, desk: Desk) -> int:
+            block, used = self._block(start, desk)
             n = block.base.numel()
-            merged, raw = buffer.cut(used, n, self._output.merged_dtype)
+            # As far into a page as in the file: so it can go to the disk without being copied.
+            written = output.offset + start * output.dtype.itemsize
+            place = used + (written - used) % PAGESIZE
+            merged = result = desk.cut(place, n, output.dtype)
+            if output.dtype != output.merged_dtype:
+                merged = desk.cut(_round_up(place + result.nbytes), n, output.merged_dtype)
             fn(block, merged)
-            if self._output.dtype != self._output.merged_dtype:
-                used += _round_up(raw.nbytes)
-                cast, raw = buffer.cut(used, n, self._output.dtype)
-                cast.copy_(merged)
-            writer(start, raw)
+            if merged is not result:
+                result.copy_(merged)
+            writer(start, desk.download(place, result.nbytes))
             return start + n
 
-        for element in self._in_order(merge, self._begin):
+        for element in self._segments(self._begin, merge):
             self._finished(element)
 
-    def _in_order(self, work: Callable[[int, _Buffer], T], begin: int) -> Iterator[T]:
-        """``work`` of every segment, results in order; a few segments ahead of the reader."""
-        waiting: deque[Future[T]] = deque()
-        try:
-            for start in range(begin, self._numel, self._step):
-                waiting.append(self._buffers.submit(partial(work, start)))
-                if len(waiting) > 4 * self._buffers.threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def _segments(self, begin: int, work: Callable[[int, Desk], T]) -> Iterator[T]:
+        """``work`` of every segment from element ``begin`` on, results in order."""
+        count = -(-(self._numel - begin) // self._step)
+        return self._crew.pieces(
+            count, lambda number, desk: work(begin + number * self._step, desk)
+        )
 
-    def _block(self, start: int, buffer: _Buffer) -> tuple[Block, int]:
-        """The segment from element ``start`` on and how many bytes of ``buffer`` it takes."""
+    def _block(self, start: int, desk: Desk) -> tuple[Block, int]:
+        """The segment from element ``start`` on and how many bytes of the desk it takes."""
         n = min(self._step, self._numel - start)
-        kept, known, used, place = self._kept, start in self._read, 0, 0
+        used, places = 0, []
+        for reader, _ in self._inputs:
+            size = n * reader.itemsize
+            reader.read(start, desk.bytes(used, size))
+            places.append(used)
+            used += _round_up(size)
+        desk.upload(used)
         tensors = []
-        for source, factors in zip(self._output.sources, self._factors, strict=True):
-            stored, held = DTYPES[source.location.dtype], _held(source)
-            if kept is not None:
-                loaded, raw = kept.cut(place + start * held.itemsize, n, held)
-                place += _round_up(source.numel * held.itemsize)
-            else:
-                loaded, raw = buffer.cut(used, n, held)
-                used += _round_up(raw.nbytes)
-            if not known:
-                if stored == held:
-                    self._buffers.files.read(source, start * stored.itemsize, raw)
-                else:
-                    as_stored, raw = buffer.cut(used, n, stored)
-                    used += _round_up(raw.nbytes)
-                    self._buffers.files.read(source, start * stored.itemsize, raw)
-                    loaded.copy_(as_stored)
-                if factors is not None:
-                    factors.add_to(loaded, start)
-            tensors.append(loaded)
-        if kept is not None:
-            self._read.add(start)
+        for (reader, factors), place in zip(self._inputs, places, strict=True):
+            tensor = desk.cut(place, n, reader.stored)
+            if reader.stored != reader.held:
+                tensor = desk.cut(used, n, reader.held).copy_(tensor)
+                used += _round_up(tensor.nbytes)
+            if factors is not None:
+                factors.add_to(tensor, start)
+            tensors.append(tensor)
         return Block(start, tensors[0], tuple(tensors[1:])), used

@@ -43,6 +43,8 @@ from fusechat_merge.mergekit_units import with_units
 from fusechat_merge.outputs import LayerPlanner, OutputMaker, plan_unknown
 from fusechat_merge.parameters import weightless
 
+_PAGE = 4096
+
 
 def plan(
     config: str | Path | Mapping[str, Any] | MergeConfiguration,
@@ -234,7 +236,8 @@ def _place(planned: Plan) -> None:
             }
             position += output.nbytes
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
+        raw += b" " * (-(8 + len(raw)) % _PAGE)  # so that most tensors begin on a page
+        raw += b" " * (-(8 + len(raw)) % _PAGE)  # most tensors begin on a page then
         first = 8 + len(raw)
         planned.shards.append(Shard(name, len(raw).to_bytes(8, "little") + raw, first + position))
         position = first

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def carry_out(
     tasks = [output for output in planned.outputs if output.how == "task"]
     problems = planned.problems + _out_problems(planned, out, work, overwrite)
     try:
-        ring = divide(native, memory, threads or len(os.sched_getaffinity(0)))
+        ring = divide(native, memory, threads)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -143,7 +143,7 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
     """
     native = [output for output in planned.outputs if output.how != "task"]
     try:
-        ring = divide(native, memory, threads or len(os.sched_getaffinity(0))).total
+        ring = divide(native, memory, threads).total
     except ValueError:
         ring = memory
     tasks = 0
@@ -173,8 +173,16 @@ def identity(planned: Plan) -> dict[str, Any]:
             "fusechat": __version__,
             "mergekit": version("mergekit"),
             "torch": torch.__version__,
+            "numba": _version("numba"),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def digest(planned: Plan) -> str:

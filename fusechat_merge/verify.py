@@ -70,7 +70,7 @@ def verify(
     native = [output for output in chosen if output.how != "task"]
     everything = [output for output in planned.outputs if output.how != "task"]
     try:
-        ring = divide(everything, memory, threads or len(os.sched_getaffinity(0)))
+        ring = divide(everything, memory, threads)
         merger = Merger(planned, sources, comparison, ring, progress)
         merger.run(native)
         make_tasks(planned, [o for o in chosen if o.how == "task"], comparison, progress)

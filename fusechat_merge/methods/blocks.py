@@ -1,15 +1,17 @@
 """The fixed grid on which every merge method computes, whatever feeds it.
 
-A tensor's elements, counted from its first, fall into cells of ``BLOCK``. Sums are handed on as one
-float64 a cell, so neither the size of a caller's buffers nor the number of threads can change a bit
-of a result. Work goes in strips of some cells: few enough that scratch stays in the processor's
-cache, enough that the threads, which run a strip each, seldom wait for the interpreter's lock.
+A tensor's elements, counted from its first, fall into cells of ``BLOCK``. Sums are handed on as
+one float64 per half cell, so neither the size of a caller's buffers nor the number of threads can
+change a bit of a result. Work goes in strips of some cells: few enough that scratch stays in the
+processor's cache, enough that the threads, which run a strip each, seldom wait for the
+interpreter's lock.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 15
-_STRIP = {"cpu": 8 * BLOCK}
+HALF = BLOCK // 2
+STRIP = 8
+"""Cells in a strip."""
 _ACCELERATOR_STRIP = 1 << 22
 _TASK = 64 * BLOCK
 
@@ -51,7 +55,8 @@ class Block:
 
     def strips(self) -> Iterator[Block]:
         """The block cut into strips of whole cells (but for the tensor's last)."""
-        return self.split(_STRIP.get(self.base.device.type, _ACCELERATOR_STRIP))
+        size = BLOCK * STRIP if self.base.device.type == "cpu" else _ACCELERATOR_STRIP
+        return self.split(size) if self.base.numel() > size else iter((self,))
 
     def split(self, size: int) -> Iterator[Block]:
         """The block cut after every ``size`` elements, a multiple of ``BLOCK``."""
@@ -59,6 +64,13 @@ class Block:
         for i in range(0, n, size):
             j = min(i + size, n)
             yield Block(self.start + i, self.base[i:j], tuple(t[i:j] for t in self.targets))
+
+    def part(self, out: Tensor, strip: Block) -> Tensor:
+        """The strip's elements of ``out``, which has the block's."""
+        if strip.base.numel() == out.numel():
+            return out
+        first = strip.start - self.start
+        return out[first : first + strip.base.numel()]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -157,26 +169,40 @@ class _Scratch(threading.local):
         """An uninitialised [n] of ``dtype``, n as in ``like``, on its device."""
         key = (slot, dtype, like.device)
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < like.numel():
-            size = max(like.numel(), BLOCK)
+        n = like.numel()
+        if buffer is None or buffer.numel() < n:
+            size = max(n, BLOCK)
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
-        return buffer[: like.numel()]
+        return buffer if buffer.numel() == n else buffer[:n]
 
 
 scratch = _Scratch()
 
 
-def cell_sums(values: Tensor) -> list[float]:
-    """Σ of a strip's float64 ``values`` [n] per cell, the same at every thread count.
+def half_cell_sums(columns: Iterable[Tensor]) -> list[list[float]]:
+    """Σ of float64 values per half cell, the same at every thread count: one list a column.
 
-    torch splits a sum of ``BLOCK`` elements or more between its threads, unless there are several
-    sums to hand out; hence the halves, which make several of one cell.
+    torch splits one sum of ``BLOCK`` elements or more between its threads, hence the halves.
+
+    Args:
+        columns: float64 [n] each, which may share their memory: each is summed when it comes.
     """
-    whole = values.numel() // BLOCK * BLOCK
     sums = []
-    if whole:
-        halves = values[:whole].view(-1, BLOCK // 2).sum(1).tolist()
-        sums = [first + second for first, second in zip(halves[::2], halves[1::2], strict=True)]
-    if whole < values.numel():
-        sums.append(float(values[whole:].sum()))
-    return sums
+    for values in columns:
+        n = values.numel()
+        if n % HALF == 0:
+            sums.append(values.view(-1, HALF).sum(1))
+        else:
+            whole = n // HALF * HALF
+            last = values[whole:].sum().view(1)
+            sums.append(torch.cat((values[:whole].view(-1, HALF).sum(1), last)))
+    return torch.stack(sums).tolist() if sums else []
+
+
+def add_up(blocks: Iterable[Sequence[Sequence[float]]], count: int) -> list[float]:
+    """The ``count`` columns' sums over all blocks, correctly rounded and so free of any order."""
+    columns: list[list[float]] = [[] for _ in range(count)]
+    for block in blocks:
+        for column, values in zip(columns, block, strict=True):
+            column += values
+    return [math.fsum(column) for column in columns]

@@ -8,15 +8,22 @@ All arithmetic is in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sums, scratch
-from fusechat_merge.methods.varm import total, weights
+from fusechat_merge.methods.blocks import (
+    Block,
+    InMemory,
+    Passes,
+    add_up,
+    half_cell_sums,
+    scratch,
+)
+from fusechat_merge.methods.varm import weights
 
 VARIANTS: tuple[str, ...] = ("paper", "fork")
 _DIGIT = 16
@@ -77,10 +84,8 @@ def shares(
 ) -> tuple[list[float], Selection | None]:
     """η_j (K floats) and the selection it was calculated over (None: everything)."""
     selection = select(passes, select_topk) if select_topk < 1.0 else None
-    rows = [
-        row for rows in passes.map(lambda block: _selected_sums(block, selection)) for row in rows
-    ]
-    eta = weights(total(rows, passes.count), [1.0] * passes.count)
+    sums = add_up(passes.map(lambda block: _selected_sums(block, selection)), passes.count)
+    eta = weights(sums, [1.0] * passes.count)
     if variant == "fork" and not any(eta):
         eta = [1.0 / passes.count] * passes.count
     return eta, selection
@@ -227,21 +232,24 @@ def _tied(block: Block, key: int) -> list[tuple[int, int]]:
     ]
 
 
-def _selected_sums(block: Block, selection: Selection | None) -> list[tuple[float, ...]]:
-    """Σ δ̂_j² per grid cell: a list of cells, each of K floats."""
-    sums: list[tuple[float, ...]] = []
+def _selected_sums(block: Block, selection: Selection | None) -> list[list[float]]:
+    """Σ δ̂_j² per half grid cell: K lists."""
+    columns: list[list[float]] = [[] for _ in block.targets]
     for strip in block.strips():
-        deltas = _deltas(strip)
-        mask = None if selection is None else selection.mask(strip, deltas)
-        columns = []
-        for delta in deltas:
-            square = delta.mul_(delta)
-            columns.append(cell_sums(square if mask is None else square.mul_(mask)))
-        rows = list(zip(*columns, strict=True))
-        if not all(math.isfinite(value) for row in rows for value in row):
+        sums = half_cell_sums(_selected_squares(strip, selection))
+        if not math.isfinite(sum(map(sum, sums))):
             strip.raise_if_not_finite()
-        sums += rows
-    return sums
+        for column, values in zip(columns, sums, strict=True):
+            column += values
+    return columns
+
+
+def _selected_squares(strip: Block, selection: Selection | None) -> Iterator[Tensor]:
+    deltas = _deltas(strip)
+    mask = None if selection is None else selection.mask(strip, deltas)
+    for delta in deltas:
+        square = delta.mul_(delta)
+        yield square if mask is None else square.mul_(mask)
 
 
 _Update = Callable[[Block, list[Tensor]], Tensor]
@@ -280,8 +288,7 @@ def _write(block: Block, out: Tensor, update: _Update) -> None:
     """base + update, the base's own bits where the update is 0."""
     for strip in block.strips():
         change = update(strip, _deltas(strip))
-        first = strip.start - block.start
-        merged = out[first : first + change.numel()]
+        merged = block.part(out, strip)
         merged.copy_(strip.base)
         still = change == 0
         base = scratch.take("base", strip.base, torch.float64)  # as _deltas left it

@@ -7,64 +7,87 @@ W_j = weight_j · s_j / Σ weight · s, where s_j is the sum over the unit of δ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fusechat_merge.granularity import check_granularity
-from fusechat_merge.methods.blocks import Block, InMemory, Passes, cell_sums, scratch
+from fusechat_merge.methods.blocks import (
+    HALF,
+    Block,
+    InMemory,
+    Passes,
+    add_up,
+    half_cell_sums,
+    scratch,
+)
 
 Statistic = Literal["square", "absolute"]
 STATISTICS: tuple[str, ...] = ("square", "absolute")
 
 
-def delta_sums(block: Block, statistic: str) -> list[tuple[float, ...]]:
-    """Σ δ_j² or Σ |δ_j| per grid cell: a list of cells, each of K floats.
+@lru_cache(maxsize=1)
+def compiled_loops() -> ModuleType | None:
+    """``methods.compiled`` where numba is there; imported late, for it takes half a second."""
+    try:
+        from fusechat_merge.methods import compiled
+    except ImportError:
+        return None
+    return compiled
+
+
+def _loops_for(*tensors: Tensor) -> ModuleType | None:
+    """The compiled loops if these tensors are what they take: bfloat16 on the CPU."""
+    if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in tensors):
+        return None
+    return compiled_loops()
+
+
+def delta_sums(block: Block, statistic: str) -> list[list[float]]:
+    """Σ δ_j² or Σ |δ_j| per half grid cell: K lists.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
-    sums: list[tuple[float, ...]] = []
-    for strip in block.strips():
-        rows = _strip_sums(strip, statistic, strip.compute_dtype)
-        if not all(math.isfinite(value) for row in rows for value in row):
-            strip.raise_if_not_finite()
-            # Two finite ends of float32's range.
-            rows = _strip_sums(strip, statistic, torch.float64)
-            if not all(math.isfinite(value) for row in rows for value in row):
-                raise OverflowError(
-                    "a target differs from the base by more than float64 can square"
-                )
-        sums += rows
+    loops = _loops_for(block.base, *block.targets)
+    if loops is not None:
+        squared = statistic == "square"
+        sums = loops.delta_sums(block.base, block.targets, HALF, squared)
+    else:
+        sums = [[] for _ in block.targets]
+        for strip in block.strips():
+            found = half_cell_sums(_squares(strip, statistic))
+            for column, values in zip(sums, found, strict=True):
+                column += values
+    if not math.isfinite(sum(map(sum, sums))):
+        block.raise_if_not_finite()
+        raise OverflowError("a target differs from the base by more than float64 can square")
     return sums
 
 
-def _strip_sums(strip: Block, statistic: str, dtype: torch.dtype) -> list[tuple[float, ...]]:
-    base = scratch.take("base", strip.base, dtype).copy_(strip.base)
-    delta = scratch.take("delta", strip.base, dtype)
-    # Squared in float64: in float32 a delta of 1e-23 would count as unmoved.
-    wide = scratch.take("wide", strip.base, torch.float64)
-    columns = []
+def _squares(strip: Block, statistic: str) -> Iterator[Tensor]:
+    """δ_j² or |δ_j|, float64 [n], one target after the other in the same memory.
+
+    In float32 a delta of 1e-23 would count as unmoved.
+    """
+    base = scratch.take("base", strip.base, torch.float64).copy_(strip.base)
+    delta = scratch.take("delta", strip.base, torch.float64)
     for target in strip.targets:
         delta.copy_(target).sub_(base)
-        if statistic == "absolute":
-            wide.copy_(delta).abs_()
-        else:
-            wide.copy_(delta).mul_(wide)
-        columns.append(cell_sums(wide))
-    return list(zip(*columns, strict=True))
+        yield delta.abs_() if statistic == "absolute" else delta.mul_(delta)
 
 
 def statistics(passes: Passes, statistic: str = "square") -> list[float]:
-    """Σ over one tensor of δ_j² or |δ_j|: K floats, exact sums of the cells' float64 sums.
+    """Σ over one tensor of δ_j² or |δ_j|: K floats, exact sums of the half cells' float64 sums.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
-    rows = [row for rows in passes.map(lambda block: delta_sums(block, statistic)) for row in rows]
-    return total(rows, passes.count)
+    return add_up(passes.map(lambda block: delta_sums(block, statistic)), passes.count)
 
 
 def total(rows: Sequence[Sequence[float]], count: int) -> list[float]:
@@ -99,19 +122,19 @@ def write(passes: Passes, weights: Sequence[float], lam: float = 1.0) -> None:
 
 
 def _write_block(block: Block, out: Tensor, coefficients: Sequence[float], of_base: float) -> None:
-    for strip in block.strips():
-        dtype = strip.compute_dtype
-        merged = scratch.take("merged", strip.base, dtype)
-        term = scratch.take("delta", strip.base, dtype)
-        if of_base:
-            merged.copy_(strip.base).mul_(of_base)
-        else:
-            merged.zero_()
-        for target, coefficient in zip(strip.targets, coefficients, strict=True):
-            if coefficient:
-                merged.add_(term.copy_(target), alpha=coefficient)
-        first = strip.start - block.start
-        out[first : first + merged.numel()].copy_(merged)
+    terms = zip((block.base, *block.targets), (of_base, *coefficients), strict=True)
+    tensors, factors = zip(*((tensor, factor) for tensor, factor in terms if factor), strict=True)
+    loops = _loops_for(out, *tensors)
+    if loops is not None:
+        loops.combine(tensors, factors, out)
+        return
+    for strip in Block(block.start, tensors[0], tensors[1:]).strips():
+        merged = scratch.take("merged", strip.base, block.compute_dtype)
+        term = scratch.take("delta", strip.base, block.compute_dtype)
+        merged.copy_(strip.base).mul_(factors[0])
+        for tensor, factor in zip(strip.targets, factors[1:], strict=True):
+            merged.add_(term.copy_(tensor), alpha=factor)
+        block.part(out, strip).copy_(merged)
 
 
 def write_elements(
@@ -130,8 +153,7 @@ def _write_elements_block(
 ) -> None:
     for strip in block.strips():
         strip.raise_if_not_finite()
-        first = strip.start - block.start
-        merged = out[first : first + strip.base.numel()]
+        merged = block.part(out, strip)
         merged.copy_(strip.base)
         if not lam:
             continue

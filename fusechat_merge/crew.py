@@ -1,0 +1,178 @@
+"""Threads that make a tensor each and, once there are no more, help the others with theirs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Job = TypeVar("Job")
+Desk = TypeVar("Desk", bound=AbstractContextManager[Any])
+
+
+class Crew(Generic[Desk]):
+    """One thread a desk; torch's operations use no further threads in them.
+
+    Args:
+        desks: what each thread works with, entered by it for as long as it works.
+    """
+
+    def __init__(self, desks: Sequence[Desk]) -> None:
+        self._desks = desks
+        self._changed = threading.Condition()
+        self._shared: list[_Shared[Any]] = []
+        self._begun: set[str] = set()
+        self._known: set[str] = set()
+        self._working = 0
+        self._error: BaseException | None = None
+        self._own = threading.local()
+
+    def run(self, jobs: Iterable[Job], work: Callable[[Job], object]) -> None:
+        """``work`` on every job, begun in their order; raises what the first failure raised."""
+        todo = iter(jobs)
+        self._working = len(self._desks)
+        threads = [
+            threading.Thread(target=self._member, args=(desk, todo, work), name="merge")
+            for desk in self._desks
+        ]
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C reaches this thread only
+            self._fail(error)
+        finally:
+            for thread in threads:
+                thread.join()
+            torch.set_num_threads(before)
+        if self._error is not None:
+            raise self._error
+
+    def pieces(self, count: int, work: Callable[[int, Desk], T]) -> Iterator[T]:
+        """``work`` on the numbers below ``count``, by this thread and idle ones; results in order.
+
+        Only a few results wait at a time. For use inside a job.
+        """
+        if count < 2:
+            for number in range(count):
+                yield work(number, self._own.desk)
+            return
+        shared = _Shared(count, work, ahead=4 * len(self._desks))
+        with self._changed:
+            self._shared.append(shared)
+            self._changed.notify_all()
+        try:
+            for number in range(count):
+                self._help_until(lambda n=number: n in shared.results, shared)  # type: ignore[misc]
+                with self._changed:
+                    result = shared.results.pop(number)
+                    shared.taken += 1
+                    self._changed.notify_all()
+                yield result
+        finally:
+            with self._changed:
+                self._shared.remove(shared)
+                shared.next = shared.count
+                while shared.under_way:
+                    self._changed.wait()
+
+    def once(self, keys: Sequence[str], work: Callable[[str], object]) -> None:
+        """Return when ``work`` has been done once for each of ``keys``, whoever did it."""
+        for key in keys:
+            with self._changed:
+                if key in self._begun:
+                    continue
+                self._begun.add(key)
+            work(key)
+            with self._changed:
+                self._known.add(key)
+                self._changed.notify_all()
+        self._help_until(lambda: self._known.issuperset(keys))
+
+    def _member(self, desk: Desk, todo: Iterator[Job], work: Callable[[Job], object]) -> None:
+        torch.set_num_threads(1)
+        self._own.desk = desk
+        try:
+            with desk:
+                while self._error is None:
+                    with self._changed:
+                        job = next(todo, self)
+                    if job is self:
+                        break
+                    work(job)  # type: ignore[arg-type]
+                with self._changed:
+                    self._working -= 1
+                    self._changed.notify_all()
+                self._help_until(lambda: not self._working)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def _help_until(self, reached: Callable[[], bool], first: _Shared[Any] | None = None) -> None:
+        """Work on shared pieces, ``first``'s before others, until ``reached``.
+
+        Raises:
+            InterruptedError: another thread has failed.
+        """
+        while True:
+            with self._changed:
+                while True:
+                    if self._error is not None:
+                        raise InterruptedError("another thread has failed")
+                    if reached():
+                        return
+                    shared = first if first is not None else self._next_open()
+                    if shared is not None and shared.open:
+                        number = shared.begin()
+                        break
+                    self._changed.wait()
+            try:
+                result = shared.work(number, self._own.desk)
+            except BaseException:
+                with self._changed:
+                    shared.under_way -= 1
+                    self._changed.notify_all()
+                raise
+            with self._changed:
+                shared.end(number, result)
+                self._changed.notify_all()
+
+    def _next_open(self) -> _Shared[Any] | None:
+        return next((shared for shared in self._shared if shared.open), None)
+
+
+class _Shared(Generic[T]):
+    """Pieces of one job; every method is called with the crew's lock held."""
+
+    def __init__(self, count: int, work: Callable[[int, Any], T], ahead: int) -> None:
+        self.count, self.work, self.ahead = count, work, ahead
+        self.next = 0  # not begun yet
+        self.taken = 0  # results handed on
+        self.under_way = 0
+        self.results: dict[int, T] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether a piece can be begun."""
+        return self.next < min(self.count, self.taken + self.ahead)
+
+    def begin(self) -> int:
+        self.under_way += 1
+        self.next += 1
+        return self.next - 1
+
+    def end(self, number: int, result: T) -> None:
+        self.under_way -= 1
+        self.results[number] = result
