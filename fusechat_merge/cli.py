@@ -130,10 +130,10 @@ def _bytes_options(command: _F) -> _F:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu"]),
+    type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to compute.",
+    help="Where to compute; auto: on a CUDA device if there is one.",
 )
 @_engine_options
 @_bytes_options
@@ -172,18 +172,19 @@ def run(
     Example: fusechat-merge run merge.yml merged --memory 512MiB
     """
     from fusechat_merge.planning import plan as make_plan
-    from fusechat_merge.stream import carry_out, is_finished
+    from fusechat_merge.stream import carry_out, chosen_device, is_finished
 
     planned = _planned(config, make_plan, options)
     if resume and is_finished(planned, out):
         _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
         return
-    where = "" if device == "cpu" else " on the processor (no other device is supported yet)"
+    device = chosen_device(device)
     _say(
         as_json,
-        f"merging {len(planned.models)} models{where}: {planned.input_bytes / 1e9:.2f} GB in,"
+        f"merging {len(planned.models)} models on {device}: {planned.input_bytes / 1e9:.2f} GB in,"
         f" {planned.output_bytes / 1e9:.2f} GB out",
         event="plan",
+        device=device,
         tensors=len(planned.outputs),
         input_bytes=planned.input_bytes,
         output_bytes=planned.output_bytes,
@@ -194,6 +195,7 @@ def run(
             out,
             memory=memory,
             threads=threads,
+            device=device,
             resume=resume,
             overwrite=overwrite,
             report=report,

@@ -208,7 +208,13 @@ class Merger:
         return list(units.values())
 
 
-def make_tasks(planned: Plan, outputs: Sequence[Output], sink: Sink, progress: Progress) -> None:
+def make_tasks(
+    planned: Plan,
+    outputs: Sequence[Output],
+    sink: Sink,
+    progress: Progress,
+    device: torch.device,
+) -> None:
     """Make the outputs that are mergekit's own tasks."""
     todo = []
     for output in outputs:
@@ -216,7 +222,7 @@ def make_tasks(planned: Plan, outputs: Sequence[Output], sink: Sink, progress: P
             progress(output.name, output.nbytes)
         else:
             todo.append(output)
-    for output, tensor in run_tasks(planned, todo):
+    for output, tensor in run_tasks(planned, todo, device):
         sink.write(output, 0, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         sink.note("elements", output.name, max(output.numel, 1), output.nbytes)
         progress(output.name, output.nbytes)

@@ -30,13 +30,14 @@ _TOKENIZER = {
 
 
 def write_side_files(
-    planned: Plan, units: Sequence[Unit], identity: str, folder: Path, report: bool
+    planned: Plan, units: Sequence[Unit], identity: str, device: str, folder: Path, report: bool
 ) -> None:
     """Put every file but the weights into ``folder``; what is there is replaced.
 
     Args:
         units: statistics and weights that the merge found.
         identity: digest by which the finished merge is known.
+        device: where it was computed.
         report: whether ``README.md`` and ``mergekit_config.yml`` are wanted.
     """
     donor = planned.models[planned.donor].folder
@@ -56,7 +57,7 @@ def write_side_files(
     _write(folder / "config.json", merged_config(original, planned))
     if len(planned.shards) > 1:
         _write(folder / "model.safetensors.index.json", index(planned))
-    _write(folder / "fusechat_merge.json", _as_json(_record(planned, units, identity)))
+    _write(folder / "fusechat_merge.json", _as_json(_record(planned, units, identity, device)))
     if report:
         _write(folder / "README.md", model_card(planned, units))
         _write(folder / "mergekit_config.yml", planned.source)
@@ -167,7 +168,7 @@ def _copy_without_chat_template(donor: Path, folder: Path) -> None:
             _write(folder / path.name, _as_json(settings))
 
 
-def _record(planned: Plan, units: Sequence[Unit], identity: str) -> dict[str, Any]:
+def _record(planned: Plan, units: Sequence[Unit], identity: str, device: str) -> dict[str, Any]:
     config = planned.config
     granularities = sorted({unit.granularity for unit in units})
     return {
@@ -181,6 +182,7 @@ def _record(planned: Plan, units: Sequence[Unit], identity: str) -> dict[str, An
         "copied_from_base": planned.copied,
         "left_out": [asdict(left) for left in planned.left_out],
         "identity": identity,
+        "device": device,
     }
 
 

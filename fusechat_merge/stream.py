@@ -49,6 +49,7 @@ def merge(
     *,
     memory: int = MEMORY,
     threads: int | None = None,
+    device: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
     report: bool = True,
@@ -62,6 +63,7 @@ def merge(
         out: the folder to be made.
         memory: bytes of all buffers together, for ``varm`` and ``fusechat_sce``.
         threads: worker threads; as many as processors by default.
+        device: where to compute: ``cpu``, ``cuda``, or ``auto``: cuda if there is one.
         resume: go on where an interrupted merge of the same configuration was.
         overwrite: replace what is in ``out``, once the new model is complete.
         report: write ``README.md`` and ``mergekit_config.yml`` too.
@@ -83,11 +85,19 @@ def merge(
         Path(out),
         memory=memory,
         threads=threads,
+        device=device,
         resume=resume,
         overwrite=overwrite,
         report=report,
         progress=progress,
     )
+
+
+def chosen_device(device: str) -> str:
+    """``cpu`` or ``cuda``, whichever ``auto`` means here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def carry_out(
@@ -96,13 +106,14 @@ def carry_out(
     *,
     memory: int = MEMORY,
     threads: int | None = None,
+    device: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
     report: bool = True,
     progress: Progress = lambda tensor, nbytes: None,
 ) -> Path:
     """Carry a plan out; see ``merge``."""
-    out = Path(os.path.abspath(out))
+    out, device = Path(os.path.abspath(out)), chosen_device(device)
     work = out.parent / f".{out.name}.partial"
     if not planned.problems and resume and is_finished(planned, out):
         shutil.rmtree(work, ignore_errors=True)
@@ -111,24 +122,28 @@ def carry_out(
     tasks = [output for output in planned.outputs if output.how == "task"]
     problems = planned.problems + _out_problems(planned, out, work, overwrite)
     try:
-        ring = divide(native, memory, threads)
+        ring = divide(native, memory, threads, device)
     except ValueError as error:
         problems.append(str(error))
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            f"--device cuda: PyTorch {torch.__version__} sees no CUDA device; use --device cpu"
+        )
     if problems:
         raise ConfigError(problems)
 
     with ExitStack() as stack, _explained(out):
         journal = stack.enter_context(closing(Journal(work / "journal")))
-        _begin(journal, identity(planned), work, resume)
+        _begin(journal, identity(planned) | {"device": device}, work, resume)
         files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
         folders = {name: m.folder for name, m in planned.models.items() if m.folder}
         sources = stack.enter_context(closing(SourceFiles(folders)))
         with Saver(files, journal) as saver:
             merger = Merger(planned, sources, saver, ring, progress)
             merger.run(native)
-            make_tasks(planned, tasks, saver, progress)
+            make_tasks(planned, tasks, saver, progress, ring.device)
             saver.save()
-        write_side_files(planned, merger.units(), digest(planned), work / "model", report)
+        write_side_files(planned, merger.units(), digest(planned), device, work / "model", report)
         _raise_if_changed(planned)
         publish(work, out)
         shutil.rmtree(work, ignore_errors=True)

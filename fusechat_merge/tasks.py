@@ -19,13 +19,15 @@ from fusechat_merge.mergekit_loader import CheckpointLoader, loading
 from fusechat_merge.mergekit_units import UnitStatistics
 
 
-def run_tasks(planned: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Output, Tensor]]:
+def run_tasks(
+    planned: Plan, outputs: Sequence[Output], device: torch.device
+) -> Iterator[tuple[Output, Tensor]]:
     """Compute outputs by mergekit's tasks; the next one's inputs are read meanwhile.
 
     Random numbers depend on the plan's ``random_seed`` and the tensor's name only.
 
     Yields:
-        Each output with its tensor: contiguous, of the output's shape and dtype.
+        Each output with its tensor: contiguous, on the CPU, of the output's shape and dtype.
 
     Raises:
         TensorError: mergekit refuses the tensors, such as whole-number buffers that differ.
@@ -35,7 +37,7 @@ def run_tasks(planned: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Output
     with (
         loading(models, planned.options.of_mergekit()) as loaders,
         ThreadPoolExecutor(1, "read ahead") as reader,
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         by_name = {str(reference): loader for reference, loader in loaders.items()}
         coming = _read(reader, by_name, outputs[0]) if outputs else None
@@ -46,7 +48,7 @@ def run_tasks(planned: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Output
             coming = _read(reader, by_name, following[0]) if following else None
             torch.manual_seed(_seed(planned.options.random_seed, output.name))
             try:
-                value = _value(planned.tasks[output.name], planned, shared)
+                value = _value(planned.tasks[output.name], planned, shared, device)
             except (ValueError, RuntimeError, TypeError, AssertionError) as error:
                 raise TensorError(f"{output.name}: {error}") from error
             yield output, _as_planned(value, output)
@@ -62,16 +64,30 @@ def _read(
     return reader.submit(read)
 
 
-def _value(task: Task, planned: Plan, shared: dict[int, Any]) -> Any:
+def _value(task: Task, planned: Plan, shared: dict[int, Any], device: torch.device) -> Any:
     if isinstance(task, BuildTokenizer):
         return planned.tokenizer
     if id(task) in shared:
         return shared[id(task)]
-    value = task.execute(
-        **{key: _value(needed, planned, shared) for key, needed in task.arguments().items()}
-    )
+    arguments = {
+        key: _value(needed, planned, shared, device) for key, needed in task.arguments().items()
+    }
+    if task.uses_accelerator():
+        arguments = _moved(arguments, device)
+    value = task.execute(**arguments)
     if isinstance(task, UnitStatistics):
         shared[id(task)] = value
+    return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
     return value
 
 
@@ -82,7 +98,7 @@ def _as_planned(value: Tensor | None, output: Output) -> Tensor:
             f"{output.name}: the method returned {got}, not {output.merged_dtype}"
             f" {list(output.shape)}: please report this configuration"
         )
-    return value.to(output.dtype).contiguous()
+    return value.to(device="cpu", dtype=output.dtype).contiguous()
 
 
 def _seed(seed: int, name: str) -> int:

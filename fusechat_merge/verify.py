@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusechat_merge.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Done
@@ -49,9 +51,14 @@ def verify(
     planned = plan(config, **options)
     if not planned.problems and any(c.folder is None for c in planned.models.values()):
         planned = plan(config, download=True, **options)
+    out = Path(out)
+    device = _device(out)
+    if device == "cuda" and not torch.cuda.is_available():
+        planned.problems.append(
+            f"{out}: was computed on a CUDA device, which rounds differently, and none is here"
+        )
     if planned.problems:
         raise ConfigError(planned.problems)
-    out = Path(out)
     try:
         made = read_checkpoint(Folder(out), str(out))
     except CheckpointError as error:
@@ -70,10 +77,12 @@ def verify(
     native = [output for output in chosen if output.how != "task"]
     everything = [output for output in planned.outputs if output.how != "task"]
     try:
-        ring = divide(everything, memory, threads)
+        ring = divide(everything, memory, threads, device)
         merger = Merger(planned, sources, comparison, ring, progress)
         merger.run(native)
-        make_tasks(planned, [o for o in chosen if o.how == "task"], comparison, progress)
+        make_tasks(
+            planned, [o for o in chosen if o.how == "task"], comparison, progress, ring.device
+        )
     finally:
         sources.close()
         comparison.close()
@@ -81,6 +90,15 @@ def verify(
         f"{name}: differs from what its sources give, first in element {element}"
         for name, element in sorted(comparison.differing.items())
     ]
+
+
+def _device(out: Path) -> str:
+    """Where the merged model was computed, going by its report."""
+    try:
+        report = json.loads((out / "fusechat_merge.json").read_text(encoding="utf-8"))
+        return "cuda" if report["device"] == "cuda" else "cpu"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "cpu"
 
 
 def _structure_problems(planned: Plan, made: Checkpoint) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from fusechat_merge.errors import TensorError
+from fusechat_merge import passes, saving
+from fusechat_merge.errors import ConfigError, TensorError
 from fusechat_merge.stream import merge
+from fusechat_merge.verify import verify
 
 Family = Callable[..., list[Path]]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -422,3 +426,85 @@ def test_nan_is_named(tmp_path: Path, llama_family: Family, method: str) -> None
         merge(configuration(paths, method), tmp_path / "out")
     assert f"tensor model.layers.1.mlp.up_proj.weight of model {paths[2]}" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def paths(tmp_path: Path, llama_family: Family) -> list[Path]:
+    return llama_family(tmp_path / "in", (BF16,) * 3)
+
+
+class _Stream:
+    """Stands in for a CUDA stream: what it is told to copy is there at once."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
+def test_what_is_computed_elsewhere_goes_there_and_comes_back(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The staging of an accelerator, with memory of its own and no accelerator."""
+    config = configuration(paths, method)
+    expected = read(merge(config, tmp_path / "plain"))
+    plain = passes.Desk.__init__
+
+    def staged(self: passes.Desk, ring: passes.Ring) -> None:
+        plain(self, ring)
+        self._there, self._stream = torch.full_like(self._host, 255), _Stream()
+        self._host.fill_(255)
+
+    monkeypatch.setattr(passes.Desk, "__init__", staged)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    assert_same(read(merge(config, tmp_path / "staged")), expected)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, paths: list[Path]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="--device cuda: PyTorch .* sees no CUDA device"):
+        merge(configuration(paths), tmp_path / "out", device="cuda")
+    out = merge(configuration(paths), tmp_path / "out")
+    record = json.loads((out / "fusechat_merge.json").read_text())
+    assert record["device"] == "cpu"
+    (out / "fusechat_merge.json").write_text(json.dumps(record | {"device": "cuda"}))
+    with pytest.raises(ConfigError, match="was computed on a CUDA device"):
+        verify(configuration(paths), out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce", "task_arithmetic"])
+def test_cuda_agrees_with_the_processor(tmp_path: Path, paths: list[Path], method: str) -> None:
+    config = configuration(
+        paths, method, parameters={} if method != "task_arithmetic" else {"weight": 0.5}
+    )
+    ours = read(merge(config, tmp_path / "cuda", device="cuda"))
+    for name, tensor in read(merge(config, tmp_path / "cpu", device="cpu")).items():
+        apart = (tensor.view(torch.int16).int() - ours[name].view(torch.int16).int()).abs()
+        assert apart.max() <= 1, name
+    weights = [
+        [
+            unit["weights"]
+            for unit in json.loads((tmp_path / d / "fusechat_merge.json").read_text())["units"]
+        ]
+        for d in ("cuda", "cpu")
+    ]
+    torch.testing.assert_close(
+        torch.tensor(weights[0]), torch.tensor(weights[1]), atol=1e-6, rtol=0
+    )
+    assert verify(config, tmp_path / "cuda") == []
+
+
+def test_pages_that_cannot_go_directly(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that takes no direct writes, and one that refuses each of them."""
+    config = configuration(paths)
+    monkeypatch.setattr(saving, "_DIRECT", 1)
+    expected = read(merge(config, tmp_path / "direct"))
+    with monkeypatch.context() as patched:
+        patched.setattr(saving.ShardFiles, "_write_pages", lambda *_: False)
+        assert_same(read(merge(config, tmp_path / "refused")), expected)
+    monkeypatch.delattr(os, "O_DIRECT")
+    assert_same(read(merge(config, tmp_path / "unknown")), expected)
+    assert verify(config, tmp_path / "direct") == []

@@ -1,0 +1,76 @@
+"""Threads that help one another: nothing lost, nothing twice, no failure swallowed."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+
+from fusechat_merge.crew import Crew
+
+
+def crew(threads: int) -> Crew[nullcontext[None]]:
+    return Crew([nullcontext() for _ in range(threads)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_come_in_order_and_once(threads: int) -> None:
+    working, found = crew(threads), {}
+
+    def job(count: int) -> None:
+        found[count] = list(working.pieces(count, lambda number, _: number * number))
+
+    working.run(range(12), job)
+    assert found == {count: [n * n for n in range(count)] for count in range(12)}
+
+
+def test_an_idle_thread_helps() -> None:
+    working, met = crew(2), threading.Barrier(2, timeout=30)
+
+    def job(_: int) -> None:
+        # Both pieces wait for each other: one thread alone would never end.
+        assert list(working.pieces(2, lambda number, _: (met.wait(), number)[1])) == [0, 1]
+
+    working.run([0], job)
+
+
+def test_few_results_wait_for_a_slow_taker() -> None:
+    working, begun, most = crew(2), set(), []
+
+    def piece(number: int, _: object) -> None:
+        begun.add(number)
+
+    def job(_: int) -> None:
+        for number, _ in enumerate(working.pieces(200, piece)):
+            most.append(len(begun) - number)
+
+    working.run([0], job)
+    assert max(most) <= 9  # 4 a thread, and the one at hand
+
+
+def test_what_several_need_is_done_once() -> None:
+    working, done, seen = crew(4), [], []
+    keys = [f"k{number}" for number in range(20)]
+
+    def job(_: int) -> None:
+        working.once(keys, lambda key: done.append(list(working.pieces(3, lambda n, _: (key, n)))))
+        seen.append(len(done))
+
+    working.run(range(9), job)
+    assert sorted(done) == [[(key, n) for n in range(3)] for key in sorted(keys)]
+    assert seen == [20] * 9
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_failure_stops_all_and_is_raised(threads: int) -> None:
+    working, begun = crew(threads), []
+
+    def piece(number: int, _: object) -> None:
+        begun.append(number)
+        if len(begun) == 50:
+            raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        working.run(range(100), lambda _: list(working.pieces(40, piece)))
+    assert len(begun) <= 50 + threads
