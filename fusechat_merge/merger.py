@@ -241,14 +241,14 @@ class _ReadAhead:
         self._thread.submit(self._announce, number)
 
     def _announce(self, number: int) -> None:
-        self._next = max(self._next, number)
-        ahead = sum(read_bytes(o) for o in self._outputs[number + 1 : self._next])
-        while self._next < len(self._outputs) and ahead < _AHEAD:
+        self._ahead -= read_bytes(self._outputs[number])
+        while self._next < len(self._outputs) and self._ahead < _AHEAD:
             output = self._outputs[self._next]
-            for source in output.sources:
-                with suppress(OSError):  # the read itself will say so
-                    self._files.announce(source)
-            ahead += read_bytes(output)
+            if self._next > number:  # else it is being read already
+                for source in output.sources:
+                    with suppress(OSError):  # the read itself will say so
+                        self._files.announce(source)
+            self._ahead += read_bytes(output)
             self._next += 1
 
     def close(self) -> None:
