@@ -16,10 +16,12 @@ import torch
 import yaml
 from chain import in_child, kill_at
 from click.testing import CliRunner, Result
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_distill.bootstrap import Losses, bootstrap, holm
 from fusechat_distill.cli import commands
+from fusechat_distill.conversations import Conversations
 from fusechat_distill.evaluation import Evaluated, compared
 from fusechat_distill.fusing import held_out
 from fusechat_distill.inputs import open_inputs
@@ -115,7 +117,8 @@ def test_bits_per_byte_are_those_of_a_dense_forward(made, found):
     two = found["models"]["two"]
     assert two["role"] == "model"
     assert len(two["paths"]) == 2
-    assert two["groups"]["all"]["seeds"][1] == found["models"]["pivot"]["groups"]["all"]["value"]
+    pivot = found["models"]["pivot"]["groups"]["all"]["value"]
+    assert two["groups"]["all"]["seeds"][1] == pytest.approx(pivot, rel=1e-12)
 
 
 def test_rows_and_groups_are_the_held_out_ones(made, found):
@@ -132,6 +135,37 @@ def test_rows_and_groups_are_the_held_out_ones(made, found):
         count = sum(written[i]["domain"] == domain for i in kept.values())
         assert found["groups"][domain]["conversations"] == count > 0
     assert found["groups"]["all"]["conversations"] == len(kept)
+
+
+def test_what_is_a_group():
+    features = Features(
+        {
+            "messages": [{"role": Value("string"), "content": Value("string")}],
+            "group": ClassLabel(names=["red", "blue"]),
+            "source": Value("string"),
+            "domain": [Value("string")],
+        }
+    )
+    rows = [
+        row | {"group": i % 2, "source": None, "domain": []} for i, row in enumerate(chain.rows(4))
+    ]
+    rows[1]["messages"] = []
+    conversations = Conversations(Dataset.from_list(rows, features=features))
+    assert conversations.labels("group") == ["red", "red", "blue"]
+    assert conversations.labels("source") == ["(none)"] * 3
+    assert conversations.labels("domain") is conversations.labels("topic") is None
+
+
+def test_addresses_are_no_groups(tmp_path, made, caplog):
+    path = chain.recipe(
+        tmp_path, made.parent / "models", count=200, max_length=128, dataset={"eval_fraction": 0.3}
+    )
+    rows = [row | {"source": f"https://{i}"} for i, row in enumerate(chain.rows(200))]
+    chain.write_rows(tmp_path / "chats.jsonl", rows)
+    result = run(path, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert list(json.loads(result.stdout)["groups"]) == ["all"]
+    assert "too many for groups" in caplog.text
 
 
 def test_differences_and_p_values(made, found):
