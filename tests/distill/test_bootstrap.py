@@ -44,10 +44,10 @@ def coverage(seeds: tuple[int, int], spread: tuple[float, float, float], **optio
     """How often the 95 % interval holds the true difference; it and the relative one agree."""
     rng = np.random.default_rng(11)
     hits = agree = 0
-    runs = 1000
+    runs = 600
     for run in range(runs):
         models = simulated(rng, seeds, spread, **options)
-        _, found = bootstrap(models, [("a", "b")], resamples=500, seed=run)
+        _, found = bootstrap(models, [("a", "b")], resamples=300, seed=run)
         interval, p = found["a", "b"].absolute, found["a", "b"].p
         hit = interval.low <= MEAN <= interval.high
         hits += hit
