@@ -30,7 +30,7 @@ squares of normal effects at n = 200 (tests/distill/test_bootstrap.py simulates 
 So it holds 95 % where seeds or samples dominate, and is too wide rather than too narrow in between,
 most so at two seeds. Satterthwaite's degrees of freedom for the sum kept closer to 95 % in between,
 but fell to 92 % at 3 seeds (87 % at 2). Of lengths that vary
-much (log-normal, σ = 1), an interval over samples alone covers 93 to 94 % at 10 to 50 samples and
+much (log-normal, σ = 1), an interval over samples alone covers 92 to 94 % at 10 to 50 samples and
 95 % at 200; where the differences are skewed too (exponential), 89 to 90 % and 94 %. Under some 50
 conversations an interval says little.
 """
