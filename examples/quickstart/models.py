@@ -76,7 +76,7 @@ DESIGNS = {
         "gpt_neox", CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), False, 4096, 160, 2
     ),
     "code": Design(
-        "mistral", TURNS, ("<|end|>", "<unk>", "<|user|>", "<|assistant|>"), True, 3072, 160, 1
+        "phi3", TURNS, ("<|end|>", "<unk>", "<|user|>", "<|assistant|>"), True, 3072, 160, 1
     ),
 }
 
