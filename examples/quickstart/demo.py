@@ -8,7 +8,6 @@ the next run, and made anew once what it was made from has changed.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import corpus
 import torch
 import yaml
-from parts import Parts, command, digest, together
+from parts import Parts, command, digest, export, together
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -53,7 +52,7 @@ def run(out: Path, settings: Settings) -> None:
     """Make what isn't there yet below `out`, then print the result."""
     # Everywhere the same number, since another one would change the last digits; and threads that
     # wait sleep, since two commands run at a time.
-    os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    export(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
     make = Parts(out).make
 
     made_from: list[object] = [sys.version, digest([HERE / "corpus.py", HERE / "models.py"])]

@@ -92,7 +92,8 @@ def test_what_is_merged_is_varm(demo: Demo) -> None:
 
 def test_every_command_is_printed_to_be_repeated(demo: Demo) -> None:
     out, done = demo
-    lines = [line[2:] for line in done.stderr.splitlines() if line.startswith("$ ")]
+    export, *lines = [line[2:] for line in done.stderr.splitlines() if line.startswith("$ ")]
+    assert export == "export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"
     commands = []
     for line in lines:
         program, *words = shlex.split(line)
