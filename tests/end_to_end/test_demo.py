@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The folder of a finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     done = run_demo(folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "quickstart", done
 
 
@@ -145,7 +145,7 @@ def test_killed_in_every_stage_it_ends_the_same(demo: Demo, tmp_path: Path) -> N
         copy = shutil.copytree if (out / kept).is_dir() else shutil.copy2
         copy(out / kept, killed / kept)
     done = run_demo(tmp_path, *MOMENTS)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == whole.stdout
     weights = sorted(path.relative_to(out) for path in out.rglob("*.safetensors"))
     assert weights == sorted(path.relative_to(killed) for path in killed.rglob("*.safetensors"))
