@@ -20,6 +20,7 @@ from pathlib import Path
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
+os.environ["OMP_NUM_THREADS"] = "2"  # as the demo's commands have it, and forks from here
 
 import demo  # noqa: E402
 import parts  # noqa: E402
@@ -37,7 +38,6 @@ def main() -> None:
     if not moments:
         demo.run(OUT, SETTINGS)
         return
-    os.environ["OMP_NUM_THREADS"] = "2"  # as the demo has it for its commands
     import accelerate  # noqa: F401
     import mergekit.scripts.run_yaml  # noqa: F401
     import trl  # noqa: F401
