@@ -237,12 +237,12 @@ def _sampled(
         ]
         for chat in sample
     ]
-    cut = [min(1.0, recipe.max_length / max(1.0, tokens)) for tokens, _ in sizes]
-    average, response = (
+    cut = [min(1.0, recipe.max_length / max(1.0, size)) for size, _ in sizes]
+    average, answered = (
         sum(size[i] * share for size, share in zip(sizes, cut, strict=True)) / len(sample)
         for i in (0, 1)
     )
-    return Text(count, average, response), [
+    return Text(count, average, answered), [
         f"the pivot's tokenizer isn't here: {BYTES_PER_TOKEN} bytes a token"
     ]
 
