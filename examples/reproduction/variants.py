@@ -1,0 +1,172 @@
+"""What is compared: recipes that differ in one factor, ways to merge, and sizes to do it in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SOURCES = ("documentation", "code")
+"""Two models of other families than the pivot's, each named for what it is good at."""
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe by what it has otherwise than the first one."""
+
+    name: str
+    factor: str
+    """What it varies; variants of one factor are compared with the default."""
+    level: str
+    default_level: str = ""
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    template: str = "native"
+
+    @property
+    def top_k(self) -> int:
+        return int(self.sections.get("scoring", {}).get("top_k", TOP_K))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        strategy = self.sections.get("fusion", {}).get("strategy", "pairwise")
+        return SOURCES if strategy == "pairwise" else (strategy,)
+
+
+TOP_K = 64
+LAMBDA = 0.5
+
+BASELINES = (
+    Variant("sft", "strategy", "sft", "pairwise", {"fusion": {"strategy": "sft"}}),
+    Variant("multi", "strategy", "multi", "pairwise", {"fusion": {"strategy": "multi"}}),
+)
+
+CORE = (Variant(DEFAULT, "", ""), *BASELINES)
+"""The ladder itself; these are trained with more seeds."""
+
+_K10 = {"scoring": {"top_k": 10}}
+_GOLD = {"fusion": {"tail": "gold"}}
+_L9 = {"training": {"lambda": 0.9}}
+
+FACTORS = (
+    Variant("lambda-0.9", "λ", "0.9", "0.5", _L9),
+    Variant("k-10", "k", "10", "64", _K10),
+    Variant("lambda-0.9-k-10", "λ and k", "0.9 and 10 (the papers')", "0.5 and 64", _K10 | _L9),
+    Variant("gold", "tail", "gold", "renormalize", _GOLD),
+    Variant("gold-k-10", "tail and k", "gold and 10", "renormalize and 64", _GOLD | _K10),
+    Variant("mined", "vocabulary", "mined", "ms", {"alignment": {"vocabulary": "mined"}}),
+    Variant("em", "vocabulary", "em", "ms", {"alignment": {"vocabulary": "em"}}),
+    Variant("bytes", "vocabulary", "bytes", "ms", {"alignment": {"vocabulary": "bytes"}}),
+    Variant("dtw", "positions", "dtw", "bytes", {"alignment": {"positions": "dtw"}}),
+    Variant("pivot-template", "template", "pivot", "native", template="pivot"),
+)
+
+VARIANTS = CORE + FACTORS
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A way to merge two checkpoints, as mergekit is told it."""
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of each model."""
+    paper: float | None = None
+    """MT-Bench average in FusionChat, where there is one."""
+
+    def configuration(self, pivot: str, models: tuple[str, str]) -> dict[str, Any]:
+        # SLERP goes from one of the two to the other, and linear has no base.
+        base = {"slerp": models[0], "linear": None}.get(self.method, pivot)
+        own = {"parameters": dict(self.each)} if self.each else {}
+        return {
+            "merge_method": self.method,
+            **({"base_model": base} if base else {}),
+            "models": [{"model": model} | own for model in models],
+            **({"parameters": dict(self.parameters)} if self.parameters else {}),
+            "dtype": "float32",  # so that methods are compared, not roundings
+        }
+
+
+GRANULARITIES = ("matrix", "module", "layer", "model", "element")
+VARM = "varm matrix"
+
+MERGES = (
+    Merge("linear", "linear", each={"weight": 0.5}, paper=8.05),
+    Merge("slerp", "slerp", {"t": 0.5}, paper=8.19),
+    Merge("task arithmetic", "task_arithmetic", each={"weight": 0.7}, paper=8.20),
+    Merge("ties", "ties", each={"weight": 1.0, "density": 0.5}, paper=8.18),
+    Merge("dare", "dare_linear", {"normalize": True}, {"weight": 1.0, "density": 0.5}, 8.14),
+    Merge("sce (mergekit)", "sce", {"select_topk": 1.0}),
+    Merge("sce", "fusechat_sce", {"select_topk": 1.0}),
+    Merge("sce 0.1", "fusechat_sce", {"select_topk": 0.1}),
+    *(
+        Merge(f"varm {granularity}", "varm", {"granularity": granularity}, paper=figure)
+        for granularity, figure in zip(GRANULARITIES, (8.22, None, 8.15, 8.10, 1.00), strict=True)
+    ),
+)
+
+CONTROL = "two sft seeds"
+"""A linear merge of two SFT checkpoints: what averaging gains by itself."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    seeds: int
+    """Of the ladder itself."""
+    factor_seeds: int
+    """Of the other factors."""
+    corpus: Mapping[str, int]
+    """Bytes of answers, as the quickstart's `corpus.split` takes them."""
+    designs: Mapping[str, Mapping[str, Any]]
+    """What is otherwise than in the quickstart's designs, by model."""
+    training: Mapping[str, Any]
+    eval_fraction: float = 0.5
+    max_length: int = 512
+    variants: tuple[Variant, ...] = VARIANTS
+    device: str = "cpu"
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+    """Real tokenizers by model, instead of those trained on the spot."""
+
+
+_TRAINING = {
+    "lambda": LAMBDA,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 16,
+    "train_sampling_strategy": "group_by_length",
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 50,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+SCALES = {
+    # 110 KB of answers to learn from and as much held out; the pivot has 1.0M parameters.
+    "cpu": Scale(
+        seeds=5,
+        factor_seeds=3,
+        corpus={"target_bytes": 220_000},
+        designs={},
+        training=_TRAINING | {"num_train_epochs": 6},
+    ),
+    # Nothing that means anything: the whole ladder in half a minute, for the tests.
+    "pico": Scale(
+        seeds=2,
+        factor_seeds=1,
+        corpus={"target_bytes": 16_000, "pivot_bytes": 16_000, "source_bytes": 16_000},
+        designs={
+            name: {"vocabulary": 768, "hidden": 32, "layers": 1, "heads": 2, "epochs": 1}
+            for name in ("pivot", *SOURCES)
+        },
+        training=_TRAINING | {"max_steps": 2},
+        variants=(*CORE, FACTORS[1], FACTORS[-1]),
+    ),
+}
