@@ -269,6 +269,49 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     click.echo("written: " + ", ".join(map(str, paths)))
 
 
+@command
+@recipe_argument
+@click.option(
+    "--model",
+    "further",
+    metavar="NAME=PATH",
+    multiple=True,
+    help="A further checkpoint; the same NAME again: another training seed of it.",
+)
+@trust_option
+@json_option
+def evaluate(recipe: str, further: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
+    """Compare models by the bits per byte that they need for held-out answers.
+
+    The pivot, the sources, all finished targets and what --model names, each under its own
+    template and tokenizer, on the rows that `dataset.eval_fraction` keeps from training. Writes
+    `evaluation.json`; a model that was measured before is not measured again.
+    """
+    from fusechat_distill.evaluation import Opening
+    from fusechat_distill.evaluation import evaluate as measure
+    from fusechat_distill.evaluation_page import tables
+    from fusechat_distill.inputs import open_inputs
+    from fusechat_distill.processes import Processes
+    from fusechat_distill.store import write_json
+
+    _quieten()
+    opening = Opening(further, trust_remote_code=trust_remote_code)
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=opening)
+    processes = Processes(inputs.recipe.scoring.device)
+    found = measure(opening.evaluation(inputs), processes, Bar(processes))
+    path = inputs.recipe.output_folder / "evaluation.json"
+    write_json(path, found)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for shown in tables(found):
+        console.print(shown)
+    click.echo(f"written: {path}")
+
+
 def _run(
     recipe: str,
     stages: Callable[[Inputs], list[Stage]],

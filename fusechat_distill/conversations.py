@@ -63,6 +63,7 @@ class Conversations(Sequence[Conversation]):
         """`dataset`: a `datasets.Dataset`."""
         self.layout, self._columns = _layout(dataset.column_names, column)
         self._dataset = dataset.select_columns(self._columns)
+        self._all = dataset
         self._rows: list[int] = []
         self.keys: list[str] = []
         rejected = []
@@ -91,6 +92,22 @@ class Conversations(Sequence[Conversation]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
         return Conversation(self.keys[index], row, self._read(row))
+
+    def labels(self, columns: Sequence[str]) -> tuple[str, list[str]] | None:
+        """The first of these columns that holds text or integers: its name, and each usable row's.
+
+        A row without a value has `(none)`.
+        """
+        for name in columns:
+            feature = self._all.features.get(name)
+            kind = getattr(feature, "dtype", "")
+            if kind in ("string", "large_string") or kind.startswith(("int", "uint")):
+                spelt = getattr(feature, "int2str", str)  # a ClassLabel's names
+                values = self._all[name][:] if len(self._all) else []
+                return name, [
+                    "(none)" if values[row] is None else spelt(values[row]) for row in self._rows
+                ]
+        return None
 
     def _read(self, row: int) -> tuple[Message, ...]:
         return _messages(_turns(self._dataset[row], self._columns))

@@ -111,7 +111,7 @@ def open_inputs(
         inputs = Inputs(
             recipe, conversations, models, Digests(recipe.output_folder / "digests.json")
         )
-        problems += _rendering_problems(inputs)
+        problems += rendering_problems(inputs)
         if len(models) == len(recipe.models):
             problems += _store_problems(inputs) + further(inputs)
         if not problems:
@@ -149,7 +149,7 @@ def _open_models(
         except RequestError as error:
             problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
             continue
-        problems += [f"{name} ({spec.model}): {p}" for p in _limits(recipe, files)]
+        problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
         borrows = spec.template == "pivot" and name != PIVOT
         if borrows and pivot_template is None:
             continue  # what is wrong with the pivot is in the list already
@@ -165,7 +165,8 @@ def _open_models(
     return models
 
 
-def _limits(recipe: Recipe, files: ModelFiles) -> list[str]:
+def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
+    """What the recipe asks of a model that its configuration doesn't give."""
     config = files.config.get_text_config()
     problems = []
     longest = getattr(config, "max_position_embeddings", None)
@@ -229,7 +230,8 @@ def _output_problems(recipe: Recipe) -> list[str]:
     return []
 
 
-def _rendering_problems(inputs: Inputs) -> list[str]:
+def rendering_problems(inputs: Inputs) -> list[str]:
+    """What is wrong with what the models see of the first conversations."""
     problems = []
     part = inputs.conversations[: min(PROBED, len(inputs.conversations))]
     for name, model in inputs.models.items():

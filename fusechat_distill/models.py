@@ -18,6 +18,11 @@ from fusechat_distill.recipe import Model
 PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
 """Keys of `load` that say where a model lies, not what it computes."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""Of these a tokenizer has at least one."""
+
 
 @dataclass(eq=False)
 class ModelFiles:
@@ -26,6 +31,8 @@ class ModelFiles:
     spec: Model
     config: Any
     tokenizer: Any
+    base: ModelFiles | None = None
+    """What an adapter was trained on."""
 
     @cached_property
     def token_ids(self) -> list[int]:
@@ -36,10 +43,11 @@ class ModelFiles:
         """What tells this model from any other: a hub name and commit, or a hash of its files."""
         folder = Path(self.spec.model)
         if folder.is_dir():
+            config = ADAPTER_CONFIG if self.base else "config.json"
             return {
-                "config": digests.of([folder / "config.json"]),
+                "config": digests.of([folder / config]),
                 "weights": digests.of(sorted(folder.glob("*.safetensors"))),
-            }
+            } | ({"base": self.base.identity(digests)} if self.base else {})
         return {"name": self.spec.model, "commit": self.config._commit_hash}
 
 
@@ -79,6 +87,48 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
+    """Read what there is beside the weights of a model, or of an adapter, in a local folder.
+
+    Raises:
+        RequestError: with every reason why it can't be used.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(spec.model)
+    problems = []
+    if not folder.is_dir():
+        raise RequestError(spec.model, ["there is no such folder"])
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        problems.append("holds no tokenizer; copy the tokenizer's files of its base model there")
+    adapter = folder / ADAPTER_CONFIG
+    if not adapter.is_file() or (folder / "config.json").is_file():
+        try:
+            files = open_model(spec, trust_remote_code=trust_remote_code)
+        except RequestError as error:
+            problems += [p for p in error.problems if not (problems and "tokenizer" in p)]
+            raise RequestError(spec.model, problems) from error
+        if problems:
+            raise RequestError(spec.model, problems)
+        return files
+    if not (folder / "adapter_model.safetensors").is_file():
+        problems.append(f"has {ADAPTER_CONFIG}, but no adapter_model.safetensors")
+    base = None
+    try:
+        found = json.loads(adapter.read_text("utf-8"))
+        of = spec.model_copy(
+            update={"model": found["base_model_name_or_path"], "revision": found.get("revision")}
+        )
+        base = open_model(of, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"its {ADAPTER_CONFIG} can't be read: {first_line(error)}")
+    except RequestError as error:
+        problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
+    if problems or base is None:
+        raise RequestError(spec.model, problems)
+    return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
 
 
 def _config_problem(spec: Model, error: Exception) -> str:

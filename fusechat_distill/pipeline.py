@@ -170,7 +170,7 @@ class ScoreStage:
         return TransformersScorer.load(
             spec.model,
             self.model.files.token_ids,
-            device=_device(scoring.device, processes),
+            device=placement(scoring.device, processes),
             batch_tokens=scoring.batch_tokens,
             **options,
         )
@@ -320,7 +320,7 @@ def score_stages(
     ]
 
 
-def _device(device: str, processes: Processes) -> str:
+def placement(device: str, processes: Processes) -> str:
     """A torch device, or "spread" for one process with several devices."""
     if device not in ("auto", "cuda"):
         return device

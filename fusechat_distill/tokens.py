@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import re
@@ -61,6 +62,18 @@ class Vocabulary:
             if (token := self.by_bytes.get(text[:length])) is not None:
                 return token
         return -1
+
+    @cached_property
+    def _in_order(self) -> list[tuple[bytes, int]]:
+        return sorted((self.tokens[i], i) for i in np.flatnonzero(self.text).tolist())
+
+    def beginning_with(self, text: bytes) -> NDArray[np.int64]:
+        """Ids of the tokens whose bytes begin with these, ascending."""
+        tokens = self._in_order
+        start = bisect.bisect_left(tokens, (text, -1))
+        # No UTF-8 has a byte 0xff; a byte-level token may be that byte alone.
+        stop = bisect.bisect_right(tokens, (text + b"\xff" * (self._longest + 1), -1), start)
+        return np.sort(np.array([i for _, i in tokens[start:stop]], dtype=np.int64))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,128 +1,197 @@
-"""Text that lies on every machine: the standard library's docstrings, in three domains."""
+"""Chats about the standard library, whose source lies on every machine.
 
+    python examples/quickstart/corpus.py OUT
+
+writes datasets of chats, with columns `domain` and `messages`, into the folder OUT: `target.jsonl`
+to fuse on, and for training `pivot.jsonl`, `documentation.jsonl` and `code.jsonl`, one a model.
+
+From Python: `split(chats(), seed=1, target_bytes=500_000)`, then `chat.row()` for each chat of it.
+"""
+
+import argparse
 import ast
-import hashlib
 import json
 import sysconfig
+import textwrap
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
-
-# The top-level modules of each domain; one that this Python doesn't have is left out.
-DOMAINS = {
-    "networking": """
-        asynchat asyncio asyncore concurrent ftplib http imaplib ipaddress multiprocessing nntplib
-        poplib queue sched select selectors signal smtpd smtplib socket socketserver ssl subprocess
-        telnetlib threading urllib wsgiref xmlrpc
-    """,
-    "formats": """
-        _markupbase base64 binhex cgi codecs configparser csv difflib email encodings html json
-        mailbox mimetypes pickle pickletools plistlib quopri re shelve string stringprep textwrap
-        tokenize tomllib uu uuid wave xdrlib xml
-    """,
-    "numbers_and_files": """
-        _pydatetime _pydecimal _pylong _strptime bisect calendar colorsys datetime decimal fractions
-        heapq numbers random secrets statistics timeit zoneinfo
-        _pyio bz2 filecmp fileinput fnmatch genericpath glob gzip io lzma ntpath os pathlib
-        posixpath shutil stat tarfile tempfile zipfile
-    """,
-}
-GENERAL = "general"  # every other module, and the language topics of `help()`
+DOMAINS = ("documentation", "code")
+SHORTEST, LONGEST = 60, 900  # characters of an answer
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip"}
-_Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = ast.Module | ast.ClassDef | _Function
 
 
-def write(vocabulary: int, every: int, folder: Path) -> None:
-    """Write every `every`-th document into train.json and held_out.json, and a tokenizer beside.
+class Chat(NamedTuple):
+    """A question about `name`, such as `json.dumps`, and its answer."""
 
-    The files hold {domain: [text, ...]}. About one document in eight is held out, chosen by the
-    text alone.
-    """
-    train: dict[str, list[str]] = {domain: [] for domain in (*DOMAINS, GENERAL)}
-    held_out: dict[str, list[str]] = {domain: [] for domain in (*DOMAINS, GENERAL)}
-    for domain, text in islice(documents(), 0, None, every):
-        part = held_out if hashlib.sha256(text.encode()).digest()[0] < 32 else train
-        part[domain].append(text)
-    if not all([*train.values(), *held_out.values()]):
-        raise SystemExit(
-            f"Error: too few docstrings in {_library()}; this Python seems to come without the "
-            "source of its standard library, so use another one"
-        )
-    (folder / "train.json").write_text(json.dumps(train), encoding="utf-8")
-    (folder / "held_out.json").write_text(json.dumps(held_out), encoding="utf-8")
-    every_text = (text for texts in train.values() for text in texts)
-    train_tokenizer(every_text, vocabulary).save_pretrained(folder / "tokenizer")
+    domain: str
+    name: str
+    question: str
+    answer: str
+
+    def row(self) -> dict[str, Any]:
+        """The chat as a row of a dataset."""
+        turns = (("user", self.question), ("assistant", self.answer))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"domain": self.domain, "messages": messages}
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """Yield (domain, text) of every docstring of the standard library, in the order of its files.
+class Split(NamedTuple):
+    """Who sees which chats; those of `target` are in no other part."""
 
-    A text is the signature and the docstring below it; of equal docstrings the first counts.
+    target: list[Chat]
+    pivot: list[Chat]
+    sources: dict[str, list[Chat]]  # by the domain that the source is good at
+
+
+def chats() -> Iterator[Chat]:
+    """Yield a chat for every docstring and every short function of the standard library.
+
+    In the order of its files; of equal answers the first counts.
     """
     seen = set()
-    domain_of = {
-        module: domain for domain, modules in DOMAINS.items() for module in modules.split()
-    }
-    for module, name, node in _definitions():
-        docstring = ast.get_docstring(node)
-        if docstring and docstring not in seen:
-            seen.add(docstring)
-            arguments = "" if isinstance(node, (ast.Module, ast.ClassDef)) else _arguments(node)
-            yield domain_of.get(module, GENERAL), f"{name}{arguments}\n\n{docstring}\n"
-    for topic in _topics():
-        yield GENERAL, topic
+    for name, node, lines in _definitions():
+        for chat in _about(name, node, lines):
+            if len(chat.answer) >= SHORTEST and chat.answer not in seen:
+                seen.add(chat.answer)
+                yield chat
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; `</s>` ends a document."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocabulary, special_tokens=["</s>"], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="</s>", pad_token="</s>"
-    )
+def split(
+    chats: Iterable[Chat],
+    *,
+    seed: int = 0,
+    target_bytes: int = 260_000,
+    pivot_bytes: int = 300_000,
+    source_bytes: int = 1_500_000,
+) -> Split:
+    """Deal the chats out by a hash of the seed and their names.
+
+    First `target` gets `target_bytes` of answers, each domain the same share. Of the others the
+    source of a domain gets at most `source_bytes`, and the pivot `pivot_bytes` of what the sources
+    get. Definitions of the same name stay together: in another module they are often copies.
+    """
+    left = sorted(chats, key=lambda chat: (_hash(seed, _leaf(chat)), _hash(seed, chat.name)))
+    target: list[Chat] = []
+    for domain in DOMAINS:
+        target += _first(left, domain, target_bytes // len(DOMAINS))
+    taken = {_leaf(chat) for chat in target}
+    left = [chat for chat in left if _leaf(chat) not in taken]
+    sources = {domain: _first(left, domain, source_bytes) for domain in DOMAINS}
+    pivot = [
+        chat
+        for domain in DOMAINS
+        for chat in _first(sources[domain], domain, pivot_bytes // len(DOMAINS))
+    ]
+    return Split(target, pivot, sources)
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def write(folder: Path, parts: Split) -> None:
+    """Write each part as JSON Lines: target.jsonl, pivot.jsonl, and <domain>.jsonl for sources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in {"target": parts.target, "pivot": parts.pivot, **parts.sources}.items():
+        rows = (json.dumps(chat.row()) + "\n" for chat in part)
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def _definitions() -> Iterator[tuple[str, str, _Definition]]:
-    """Yield (top-level module, dotted name, node) of every module, class and function."""
-    for path in sorted(_library().rglob("*.py")):
-        parts = path.relative_to(_library()).with_suffix("").parts
+def _first(chats: Iterable[Chat], domain: str, size: int) -> list[Chat]:
+    """The first chats of a domain, until their answers have so many bytes."""
+    found = []
+    for chat in chats:
+        if size <= 0:
+            break
+        if chat.domain == domain:
+            size -= len(chat.answer.encode())
+            found.append(chat)
+    return found
+
+
+def _leaf(chat: Chat) -> str:
+    """The last part of a name; the whole of one like `__init__`, which nearly every class has."""
+    leaf = chat.name.rpartition(".")[2]
+    return chat.name if leaf.startswith("__") else leaf
+
+
+def _hash(seed: int, text: str) -> bytes:
+    return sha256(f"{seed} {text}".encode()).digest()
+
+
+def _about(name: str, node: _Definition, lines: list[str]) -> Iterator[Chat]:
+    asked = f"{name}({ast.unparse(node.args)})" if isinstance(node, _Function) else name
+    if docstring := ast.get_docstring(node):
+        yield Chat("documentation", name, f"What is {asked}?", _shortened(docstring.strip()))
+    if isinstance(node, _Function) and len(code := _code(node, lines)) <= LONGEST:
+        yield Chat("code", name, f"Write {name}.", code)
+
+
+def _shortened(text: str) -> str:
+    """The first paragraphs of a long text, or its first lines."""
+    if len(text) <= LONGEST:
+        return text
+    ends = (text.rfind(end, SHORTEST, LONGEST) for end in ("\n\n", "\n", " "))
+    return text[: next((end for end in ends if end > 0), LONGEST)].rstrip()
+
+
+def _code(node: _Function, lines: list[str]) -> str:
+    """The function without its docstring and decorators; none if it has no more than these."""
+    code = lines[node.lineno - 1 : node.end_lineno]
+    if ast.get_docstring(node):
+        first = node.body[0]
+        del code[first.lineno - node.lineno : (first.end_lineno or first.lineno) - node.lineno + 1]
+        if len(node.body) == 1:
+            return ""
+    return textwrap.dedent("".join(code)).strip()
+
+
+def _definitions() -> Iterator[tuple[str, _Definition, list[str]]]:
+    """Yield (dotted name, node, the file's lines) of every module, class, function and method."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
         if _LEFT_OUT.intersection(parts):
             continue
         try:
             with tokenize.open(path) as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in old code
-                tree = ast.parse(file.read())
+                text = file.read()
+                tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError):  # templates and samples, not modules
             continue
-        dotted = ".".join(parts).removesuffix(".__init__")
-        for name, node in _inside(dotted, tree):
-            yield parts[0], name, node
+        for name, node in _inside(".".join(parts).removesuffix(".__init__"), tree):
+            yield name, node, text.splitlines(keepends=True)
 
 
 def _inside(name: str, node: _Definition) -> Iterator[tuple[str, _Definition]]:
     yield name, node
-    for child in node.body:
-        if isinstance(child, _Definition):
-            yield from _inside(f"{name}.{child.name}", child)
+    if not isinstance(node, _Function):  # what is inside a function is part of its code
+        for child in node.body:
+            if isinstance(child, _Definition):
+                yield from _inside(f"{name}.{child.name}", child)
 
 
-def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    return f"({ast.unparse(node.args)})"
+def main() -> None:
+    """Read the command line and write the datasets."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", metavar="OUT", type=Path)
+    for option, value in (split.__kwdefaults__ or {}).items():
+        parser.add_argument(f"--{option.replace('_', '-')}", metavar="N", type=int, default=value)
+    options = vars(parser.parse_args())
+    out = options.pop("out")
+    parts = split(chats(), **options)
+    if not all([parts.target, parts.pivot, *parts.sources.values()]):
+        parser.error(
+            f"too little text in {sysconfig.get_path('stdlib')}; this Python seems to come "
+            "without the source of its standard library, so use another one"
+        )
+    write(out, parts)
 
 
-def _topics() -> list[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        return []
-    return [topics[name] for name in sorted(topics)]
+if __name__ == "__main__":
+    main()

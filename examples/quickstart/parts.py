@@ -1,4 +1,4 @@
-"""A part of the demo is a folder that appears complete or not at all, and is made once."""
+"""A part of the demo is a folder that a command makes, once for everything that it is made from."""
 
 import os
 import shlex
@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,42 +29,70 @@ class Parts:
             return self.out.exists()
         return any(self.out.iterdir()) and not (self.out / ".made").is_dir()
 
-    def make(self, name: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
-        """Have `build` fill the folder `name`, unless it is there and was made from the same."""
-        folder, partial = self.out / name, self.out / ".made" / "partial" / name
-        key_file = self.out / ".made" / f"{name}.key"
-        key = sha256(repr(list(made_from)).encode()).hexdigest()
-        if folder.exists() and key_file.exists() and key_file.read_text() == key:
+    def make(
+        self, name: str, made_from: Iterable[object], *words: str | Path, resumes: bool = False
+    ) -> Path:
+        """Have a command make the folder `name`, unless it did so before, from the same.
+
+        What a command that was stopped left there is removed first, or with `resumes` gone on from.
+        """
+        folder, key_file = self.out / name, self.out / ".made" / f"{name}.key"
+        key = sha256(repr([*made_from, *map(str, words)]).encode()).hexdigest()
+        found = key_file.read_text() if key_file.exists() else ""
+        if folder.exists() and found == key:
             _log.print(f"{folder}: there already")
             return folder
-        _log.print(f"{folder}: {'what it is made from has changed' if folder.exists() else 'new'}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        build(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
+        unfinished = f"{key} unfinished"
+        if not (resumes and found == unfinished):
+            shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         key_file.parent.mkdir(parents=True, exist_ok=True)
-        key_file.write_text(key)
-        partial.rename(folder)  # the last step: a folder with its key beside it is finished
-        _log.print(f"{folder}: finished")
+        key_file.write_text(unfinished)
+        begun = time.monotonic()
+        command(name, *words)
+        key_file.write_text(key)  # the last step: a folder with its key is finished
+        _log.print(f"{folder}: finished in {time.monotonic() - begun:.0f} s")
         return folder
 
 
-def command(name: str, *arguments: str | Path) -> None:
-    """Print and run an installed console command; what it prints goes to stderr."""
-    scripts = Path(sysconfig.get_path("scripts"))
-    program = shutil.which(name, path=scripts)
-    if program is None:
-        raise SystemExit(f"Error: {name} is not in {scripts}; install fusechat there first")
-    line = [os.path.relpath(program) if scripts.is_relative_to(Path.cwd()) else program]
-    line += map(str, arguments)
+def together(*jobs: Callable[[], Path]) -> list[Path]:
+    """Run jobs at the same time, two at most, and return their results in order."""
+    with ThreadPoolExecutor(2) as pool:
+        return [running.result() for running in [pool.submit(job) for job in jobs]]
+
+
+def command(label: str, *words: str | Path) -> None:
+    """Print and run a console command that is installed, or a Python script.
+
+    What it prints goes to stderr, each line behind the label.
+    """
+    line = [*_program(str(words[0])), *map(str, words[1:])]
     _log.print(f"$ {shlex.join(line)}", style="bold")
-    status = subprocess.run(line, stdout=sys.__stderr__).returncode
-    if status:
-        raise SystemExit(f"Error: {name} ended with status {status}")
+    running = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    assert running.stdout is not None
+    for said in running.stdout:
+        if said.strip():
+            _log.print(f"{label} | {said.rstrip()}")
+    if status := running.wait():
+        raise SystemExit(f"Error: {words[0]} ended with status {status}")
 
 
 def digest(files: Iterable[Path]) -> str:
     """A digest of the files' bytes, to tell whether code has changed."""
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _program(name: str) -> list[str]:
+    """How a command is called in a shell, from the working directory."""
+    if name.endswith(".py"):
+        return [_here(sys.executable), _here(name)]
+    scripts = sysconfig.get_path("scripts")
+    if (program := shutil.which(name, path=scripts)) is None:
+        raise SystemExit(f"Error: {name} is not in {scripts}; install fusechat there first")
+    return [_here(program)]
+
+
+def _here(path: str) -> str:
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

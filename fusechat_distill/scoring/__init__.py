@@ -22,6 +22,8 @@ class Request:
     positions: NDArray[np.integer[Any]]
     """[R] indices into `input_ids`, ascending, each below L - 1: the gold token of position p is
     `input_ids[p + 1]`."""
+    sets: tuple[tuple[int, NDArray[np.integer[Any]]], ...] = ()
+    """(row, token ids): tokens whose probability together is asked for at that row."""
 
     @property
     def gold(self) -> NDArray[np.integer[Any]]:
@@ -39,6 +41,9 @@ class Scores:
     """[R, k]"""
     gold_logprobs: NDArray[np.float32]
     """[R] log-probability of the gold token."""
+    set_logprobs: NDArray[np.float32] | None = None
+    """[number of sets] log-probability of each of the request's sets, -inf for an empty one; None
+    from an engine that doesn't have whole distributions (vLLM)."""
 
     @property
     def finite(self) -> bool:

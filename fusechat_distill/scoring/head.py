@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ def topk_logprobs(
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     hidden, gold = hidden.to(device), gold.to(device)
     if tile_elements is None:
-        tile_elements = 2**24 if device.type == "cpu" else 2**25
+        tile_elements = _tile_elements(device)
     # Chunks of like height, so high that the tile is at least about as wide: the weights are read
     # once for each chunk of rows, the hidden states once for each tile.
     chunks = -(-n // max(1, math.isqrt(tile_elements) // 4))
@@ -70,6 +71,41 @@ def topk_logprobs(
             hidden[chunk], head, gold[chunk], k, width, buffers
         )
     return ids, values, gold_values
+
+
+def set_logprobs(
+    hidden: Tensor, head: Head, sets: Sequence[Tensor], *, tile_elements: int | None = None
+) -> Tensor:
+    """The log-probability that tokens of a set have together, one set for each hidden state.
+
+    For few states: all logits of a chunk of states are held, `tile_elements` at most (as in
+    `topk_logprobs`), or those of one state.
+
+    Args:
+        hidden: [N, H], in the weight's dtype.
+        sets: N int64 tensors of ids of tokens that exist.
+
+    Returns:
+        [N], dtype as in `topk_logprobs`; -inf for an empty set, NaN for logits with NaN or +Inf.
+    """
+    device, size = head.weight.device, head.vocabulary_size
+    dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+    hidden = hidden.to(device)
+    rows = max(1, (tile_elements or _tile_elements(device)) // size)
+    found = torch.empty(len(sets), dtype=dtype, device=device)
+    for start in range(0, len(sets), rows):
+        part = hidden[start : start + rows]
+        logits = torch.empty(len(part), size, dtype=dtype, device=device)
+        _logits(part, head, 0, size, out=logits)
+        totals = logits.logsumexp(-1)
+        for i, total in enumerate(totals):
+            of_set = logits[i, sets[start + i].to(device)].logsumexp(-1)
+            found[start + i] = torch.minimum(of_set - total, torch.zeros_like(total))
+    return found
+
+
+def _tile_elements(device: torch.device) -> int:
+    return 2**24 if device.type == "cpu" else 2**25
 
 
 def _chunk(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusechat_distill.errors import DistillError
 from fusechat_distill.scoring import Request, Scores
-from fusechat_distill.scoring.head import Head, topk_logprobs
+from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -161,17 +161,24 @@ class TransformersScorer:
         flat = np.concatenate([row * longest + r.positions for row, r in enumerate(batch)])
         hidden = self._hidden(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(flat))
         gold = torch.from_numpy(np.concatenate([r.gold for r in batch]).astype(np.int64))
+        bounds = [0, *itertools.accumulate(len(r.positions) for r in batch)]
+        rows = [start + row for start, r in zip(bounds, batch, strict=False) for row, _ in r.sets]
+        sets = [torch.from_numpy(ids.astype(np.int64)) for r in batch for _, ids in r.sets]
         with self._head() as head:
             found = topk_logprobs(hidden, head, gold, self.top_k)
+            of_sets = set_logprobs(hidden[rows], head, sets).cpu().numpy().astype(np.float32)
         token_ids, logprobs, gold_logprobs = (tensor.cpu().numpy() for tensor in found)
-        bounds = [0, *itertools.accumulate(len(r.positions) for r in batch)]
+        set_bounds = [0, *itertools.accumulate(len(r.sets) for r in batch)]
         return [
             Scores(
                 token_ids[start:stop].astype(np.uint32),
                 logprobs[start:stop].astype(np.float32),
                 gold_logprobs[start:stop].astype(np.float32),
+                of_sets[first:last],
             )
-            for start, stop in itertools.pairwise(bounds)
+            for (start, stop), (first, last) in zip(
+                itertools.pairwise(bounds), itertools.pairwise(set_bounds), strict=True
+            )
         ]
 
     def _hidden(self, ids: Tensor, mask: Tensor, flat: Tensor) -> Tensor:
