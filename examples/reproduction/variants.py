@@ -129,6 +129,7 @@ class Scale:
     max_length: int = 512
     variants: tuple[Variant, ...] = VARIANTS
     device: str = "cpu"
+    dtype: str = "float32"
     vocabularies: Mapping[str, str] = field(default_factory=dict)
     """Real tokenizers by model, instead of those trained on the spot."""
 
