@@ -10,17 +10,18 @@ the next run, and made anew once what it was made from has changed.
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import corpus
+import torch
 import yaml
 from parts import Parts, command, digest, together
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 SOURCES = corpus.DOMAINS
@@ -59,7 +60,12 @@ def run(out: Path, settings: Settings) -> None:
     text = make("text", made_from, HERE / "corpus.py", out / "text", *settings.text)
 
     def train_model(name: str) -> Path:
-        words = [HERE / "models.py", name, text / f"{name}.jsonl", out / "models" / name]
+        words: tuple[str | Path, ...] = (
+            HERE / "models.py",
+            name,
+            text / f"{name}.jsonl",
+            out / "models" / name,
+        )
         return make(f"models/{name}", [*made_from, settings.text], *words, *settings.models)
 
     *sources, pivot = together(*(partial(train_model, name) for name in (*SOURCES, "pivot")))
@@ -67,7 +73,9 @@ def run(out: Path, settings: Settings) -> None:
     made_from += [settings, *installed("fusechat_distill", "trl", "accelerate")]
 
     def train_targets(name: str, strategy: str) -> Path:
-        content = yaml.safe_dump(recipe(out / name, strategy, text, pivot, sources, settings), sort_keys=False)
+        content = yaml.safe_dump(
+            recipe(out / name, strategy, text, pivot, sources, settings), sort_keys=False
+        )
         file = out / f"{name}.yaml"
         file.write_text(content, encoding="utf-8")
         return make(name, [*made_from, content], "fusechat-distill", "run", file, resumes=True)
@@ -78,11 +86,78 @@ def run(out: Path, settings: Settings) -> None:
 
     config = fusion / "merge.yml"
     made_from += [config.read_text(encoding="utf-8"), *installed("fusechat_merge", "mergekit")]
-    merge = [
-        ("merged-by-mergekit", "mergekit-yaml", config, out / "merged-by-mergekit"),
-        ("merged", "fusechat-merge", "run", config, out / "merged", "--overwrite"),
+    merge: list[tuple[str | Path, ...]] = [
+        ("mergekit-yaml", config, out / "merged-by-mergekit"),
+        ("fusechat-merge", "run", config, out / "merged", "--overwrite"),
     ]
-    by_mergekit, merged = together(*(partial(make, name, made_from, *words) for name, *words in merge))
-    same = same_tensors(merged, by_mergekit)
+    by_mergekit, merged = together(
+        lambda: make("merged-by-mergekit", made_from, *merge[0]),
+        lambda: make("merged", made_from, *merge[1], resumes=True),
+    )
+    if not same_bits(merged, by_mergekit):
+        raise SystemExit(f"Error: {merged} and {by_mergekit} hold different tensors")
 
-    evaluate...
+    models = [f"merged={merged}", f"sft={sft / 'targets' / 'sft'}"]
+    options = [word for model in models for word in ("--model", model)]
+    command(None, "fusechat-distill", "evaluate", out / "fusion.yaml", *options)
+
+    print(f"\nmergekit-yaml and fusechat-merge run wrote the same bits of {merged}")
+    print(f"the picture      {fusion / 'report' / 'evaluation.png'}")
+    print(f"try another way  edit {config} and run this again")
+
+
+def recipe(
+    output: Path,
+    strategy: str,
+    text: Path,
+    pivot: Path,
+    sources: Sequence[Path],
+    settings: Settings,
+) -> dict[str, Any]:
+    """What `fusechat-distill run` shall do: few data, read often, half of the loss from sources."""
+    return {
+        "output": str(output),
+        "pivot": str(pivot),
+        "sources": [str(source) for source in sources],
+        "dataset": {"path": str(text / "target.jsonl"), "eval_fraction": 0.5},
+        "max_length": 512,
+        "scoring": {"top_k": 64, "dtype": "float32", "device": "cpu"},
+        "fusion": {"strategy": strategy},
+        "training": {
+            "lambda": 0.5,
+            "num_train_epochs": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,  # a share of all steps
+            "packing": True,
+            "per_device_train_batch_size": 2,
+            "gradient_checkpointing": False,
+            "logging_steps": 50,
+            "save_steps": 100,
+            "report_to": [],
+            **settings.training,
+        },
+        "merge": {"merge_method": "varm", "dtype": "float32"},
+    }
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    """Whether two checkpoints of one file hold the same tensors, bit for bit."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first
+    )
+
+
+def installed(*packages: str) -> list[str]:
+    """What tells one state of a package from another: its version, or of our own the source."""
+    return [
+        digest(sorted(HERE.parents[1].glob(f"{package}/**/*.py")))
+        if package.startswith("fusechat_")
+        else version(package)
+        for package in packages
+    ]
+
+
+if __name__ == "__main__":
+    main()

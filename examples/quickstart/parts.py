@@ -61,18 +61,21 @@ def together(*jobs: Callable[[], Path]) -> list[Path]:
         return [running.result() for running in [pool.submit(job) for job in jobs]]
 
 
-def command(label: str, *words: str | Path) -> None:
+def command(label: str | None, *words: str | Path) -> None:
     """Print and run a console command that is installed, or a Python script.
 
-    What it prints goes to stderr, each line behind the label.
+    All that it says goes to stderr, each line behind the label; without one, as it is.
     """
     line = [*_program(str(words[0])), *map(str, words[1:])]
     _log.print(f"$ {shlex.join(line)}", style="bold")
     running = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        line,
+        stdout=subprocess.PIPE if label else None,
+        stderr=subprocess.STDOUT if label else None,
+        encoding="utf-8",
+        errors="replace",
     )
-    assert running.stdout is not None
-    for said in running.stdout:
+    for said in running.stdout or ():
         if said.strip():
             _log.print(f"{label} | {said.rstrip()}")
     if status := running.wait():
