@@ -254,7 +254,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     from fusechat_distill.report_page import require_matplotlib, tables
 
     _quieten()
-    require_matplotlib()
+    require_matplotlib("report")
     inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
     found = read_report(inputs)
     paths = write_report(found, inputs.recipe.output_folder / "report")
@@ -278,38 +278,84 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     multiple=True,
     help="A further checkpoint; the same NAME again: another training seed of it.",
 )
+@click.option(
+    "--generate",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Also let the models answer N held-out questions, side by side.",
+)
+@click.option(
+    "--questions",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Let them answer these instead (all, or the first N): MT-Bench's question.jsonl or "
+    "AlpacaEval's JSON.",
+)
 @trust_option
 @json_option
-def evaluate(recipe: str, further: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
+def evaluate(
+    recipe: str,
+    further: tuple[str, ...],
+    generate: int | None,
+    questions: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     """Compare models by the bits per byte that they need for held-out answers.
 
     The pivot, the sources, all finished targets and what --model names, each under its own
     template and tokenizer, on the rows that `dataset.eval_fraction` keeps from training. Writes
-    `evaluation.json`; a model that was measured before is not measured again.
+    `evaluation.json` and `report/evaluation.png`; a model that was measured before is not measured
+    again. Answers go to `report/answers.md`, and to `answers/` in the formats that FastChat's
+    MT-Bench and AlpacaEval 2.0 judge.
+
+    Benchmarks run on a target or a merge as on any checkpoint, for instance (not run here):
+
+    \b
+      lm-eval run --model hf --model_args pretrained=runs/fusechat/targets/NAME,dtype=bfloat16 \\
+        --tasks gsm8k,mmlu --apply_chat_template
     """
+    from fusechat_distill.answers import export, markdown, side_by_side, write_text
     from fusechat_distill.evaluation import Opening
     from fusechat_distill.evaluation import evaluate as measure
-    from fusechat_distill.evaluation_page import tables
+    from fusechat_distill.evaluation_page import tables, write_picture
     from fusechat_distill.inputs import open_inputs
     from fusechat_distill.processes import Processes
+    from fusechat_distill.report_page import require_matplotlib
     from fusechat_distill.store import write_json
 
     _quieten()
-    opening = Opening(further, trust_remote_code=trust_remote_code)
+    require_matplotlib("evaluate")
+    opening = Opening(
+        further, generate=generate, questions=questions, trust_remote_code=trust_remote_code
+    )
     inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=opening)
+    evaluation = opening.evaluation(inputs)
     processes = Processes(inputs.recipe.scoring.device)
-    found = measure(opening.evaluation(inputs), processes, Bar(processes))
-    path = inputs.recipe.output_folder / "evaluation.json"
-    write_json(path, found)
+    found, answers = measure(evaluation, processes, Bar(processes))
+    output = inputs.recipe.output_folder
+    report = output / "report"
+    paths = [output / "evaluation.json", report / "evaluation.png"]
+    report.mkdir(exist_ok=True)
+    write_json(paths[0], found)
+    write_picture(found, paths[1])
+    if evaluation.questions is not None:
+        shown = side_by_side(evaluation.questions, answers)
+        paths += [report / "answers.json", report / "answers.md"]
+        write_json(paths[-2], shown)
+        write_text(paths[-1], markdown(shown))
+        folder = output / "answers" / evaluation.questions.name
+        export(evaluation.questions, answers, folder)
+        paths.append(folder)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for shown in tables(found):
-        console.print(shown)
-    click.echo(f"written: {path}")
+    for table in tables(found):
+        console.print(table)
+    click.echo("written: " + ", ".join(map(str, paths)))
 
 
 def _run(

@@ -93,21 +93,18 @@ class Conversations(Sequence[Conversation]):
         row = self._rows[index]
         return Conversation(self.keys[index], row, self._read(row))
 
-    def labels(self, columns: Sequence[str]) -> tuple[str, list[str]] | None:
-        """The first of these columns that holds text or integers: its name, and each usable row's.
+    def labels(self, column: str) -> list[str] | None:
+        """A column of text or integers, each usable row's; `(none)` for a row without a value.
 
-        A row without a value has `(none)`.
+        None where the dataset has no such column.
         """
-        for name in columns:
-            feature = self._all.features.get(name)
-            kind = getattr(feature, "dtype", "")
-            if kind in ("string", "large_string") or kind.startswith(("int", "uint")):
-                spelt = getattr(feature, "int2str", str)  # a ClassLabel's names
-                values = self._all[name][:] if len(self._all) else []
-                return name, [
-                    "(none)" if values[row] is None else spelt(values[row]) for row in self._rows
-                ]
-        return None
+        feature = self._all.features.get(column)
+        kind = getattr(feature, "dtype", "")
+        if not (kind in ("string", "large_string") or kind.startswith(("int", "uint"))):
+            return None
+        spelt = getattr(feature, "int2str", str)  # a ClassLabel's names
+        values = self._all[column][:]
+        return ["(none)" if values[row] is None else spelt(values[row]) for row in self._rows]
 
     def _read(self, row: int) -> tuple[Message, ...]:
         return _messages(_turns(self._dataset[row], self._columns))
@@ -410,6 +407,22 @@ class Renderer:
         if rendering.responses and rendering.responses[0].stop == "special":
             roles["end_of_turn"] = int(rendering.input_ids[-1])
         return roles
+
+    def after_answer(self) -> str:
+        """The text that the template puts between an answer and the next user turn.
+
+        Empty where it can't be told, is white space, or begins with a special token.
+        """
+        marks = "\ue000", "\ue001"
+        chat = (("user", "Hello."), ("assistant", marks[0]), ("user", marks[1]))
+        try:
+            text = self._render([Message(*turn) for turn in chat])
+        except _UnusableError:
+            return ""
+        between = text.partition(marks[0])[2].partition(marks[1])[0]
+        first = self.tokenizer(between, add_special_tokens=False)["input_ids"][:1]
+        plain = bool(first) and bool(vocabulary(self.tokenizer).text[first[0]])
+        return between if plain and between.strip() else ""
 
     def _render(self, messages: Sequence[Message]) -> str:
         from jinja2.exceptions import TemplateError

@@ -18,10 +18,11 @@ Keys of `evaluation.json`:
   its interval `low` and `high` (None under two conversations) and `seeds` (each checkpoint's
   value), `end_bits` (bits an answer for ending it, None where no answer has a stop), `left_out`
   (answers that this model could not be given).
-- `pairs`: `a`, `b`, `scope` ("seeds and samples", "this checkpoint only" where neither has several
-  seeds, or whose seeds: the pivot and the sources have none), `seeds` (of a and b), `paired` (seed i with seed i), and `groups` by name:
-  `difference` (a minus b: below zero a is better) and `relative` (of b), each with `value`, `low`,
-  `high`; `p`, `p_holm`, and `verdict`: better, worse or no difference shown (at 5 % of `p_holm`).
+- `pairs`: `a`, `b`; `scope`: "seeds and samples", "this checkpoint only" where neither has several
+  seeds, or whose seeds (the pivot and the sources have none); `seeds` (of a and b); `paired`: seed i
+  with seed i; `groups` by name: `difference` (a minus b: below zero a is better) and `relative` (of
+  b), each with `value`, `low`, `high`; `p`, `p_holm`, and `verdict`: better, worse or no difference
+  shown (at 5 % of `p_holm`).
 - `unfinished`: targets of the recipe that are not there yet.
 - `method`: `level`, `resamples`, `seed`, `intervals`, `families`: what Holm's method corrects for.
 
@@ -32,9 +33,11 @@ of all pairs on `all` are one family; those of all pairs on all single groups ar
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +45,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fusechat_distill.answers import Questions, answer, held_out_questions, read_questions
 from fusechat_distill.bits import AnswerBits, answer_request
 from fusechat_distill.bootstrap import RESAMPLES, Difference, Interval, Losses, bootstrap, holm
 from fusechat_distill.errors import DistillError, RequestError
@@ -63,10 +67,13 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 
-MEASURED = 1
-"""Counted up when the same inputs give other bits."""
+MEASURED = ANSWERED = 1
+"""Counted up when the same inputs give other bits, other answers."""
 
 GROUP_COLUMNS = ("group", "source", "domain")
+
+MOST_GROUPS = 24
+"""A column with more values than that is no grouping (an address of each row, say)."""
 
 ALL = "all"
 
@@ -120,6 +127,7 @@ class Evaluation:
     models: tuple[Evaluated, ...]
     held_out: HeldOut
     unfinished: tuple[str, ...]
+    questions: Questions | None = None
     trust_remote_code: bool = False
 
     @property
@@ -130,10 +138,25 @@ class Evaluation:
 class Opening:
     """Finds what is to be evaluated, and every problem with it; `further` of `open_inputs`."""
 
-    def __init__(self, asked: Sequence[str], *, trust_remote_code: bool = False):
-        """`asked`: NAME=PATH, as `--model` takes them."""
+    def __init__(
+        self,
+        asked: Sequence[str],
+        *,
+        generate: int | None = None,
+        questions: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """
+        Args:
+            asked: NAME=PATH, as `--model` takes them.
+            generate: how many questions are to be answered.
+            questions: a file of these; None for held-out ones.
+        """
         self._asked = asked
+        self._generate = generate
+        self._file = questions
         self._trust_remote_code = trust_remote_code
+        self._questions: Questions | None = None
         self._models: list[Evaluated] = []
         self._unfinished: list[str] = []
 
@@ -146,17 +169,30 @@ class Opening:
             *self._held_out_problems(inputs),
             *self._targets(inputs),
             *self._further(inputs),
+            *self._questions_problems(),
         ]
 
     def evaluation(self, inputs: Inputs) -> Evaluation:
         """After it was called without a problem."""
+        held = held_out_conversations(inputs)
+        questions = self._questions
+        if questions is None and self._generate is not None:
+            questions = held_out_questions(held.conversations, held.groups, self._generate)
         return Evaluation(
             inputs,
             tuple(self._models),
-            held_out_conversations(inputs),
+            held,
             tuple(self._unfinished),
+            questions,
             self._trust_remote_code,
         )
+
+    def _questions_problems(self) -> Iterator[str]:
+        if self._file is not None:
+            try:
+                self._questions = read_questions(Path(self._file), self._generate)
+            except RequestError as error:
+                yield f"--questions {error}"
 
     def _held_out_problems(self, inputs: Inputs) -> Iterator[str]:
         fraction, keys = inputs.recipe.dataset.eval_fraction, inputs.conversations.keys
@@ -257,14 +293,18 @@ def held_out_conversations(inputs: Inputs) -> HeldOut:
     first: dict[str, int] = {}
     for i in rows:
         first.setdefault(conversations.keys[i], i)
-    labelled = conversations.labels(GROUP_COLUMNS)
-    column, labels = labelled if labelled else (None, [ALL] * len(conversations))
-    return HeldOut(
-        [conversations[i] for i in first.values()],
-        [labels[i] for i in first.values()],
-        column,
-        len(rows) - len(first),
-    )
+    column, groups = None, [ALL] * len(first)
+    for name in GROUP_COLUMNS:
+        labels = conversations.labels(name)
+        if labels is None:
+            continue
+        of_rows = [labels[i] for i in first.values()]
+        if ALL not in of_rows and len(set(of_rows)) <= MOST_GROUPS:
+            column, groups = name, of_rows
+            break
+        log.warning("column %s: %d values, too many for groups", name, len(set(of_rows)))
+    kept = [conversations[i] for i in first.values()]
+    return HeldOut(kept, groups, column, len(rows) - len(first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +313,7 @@ class Measured:
 
     answers: dict[tuple[str, int], AnswerBits]
     """By conversation (key) and turn."""
-    missing: int = 0
+    left_out: int = 0
     """Answers that the model could not be given."""
 
 
@@ -281,44 +321,80 @@ def measure(
     evaluation: Evaluation,
     model: OpenModel,
     title: str,
-    processes: Processes,
+    scorer: Callable[[], TransformersScorer],
     progress: Progress,
 ) -> Measured:
-    """One checkpoint's bits, from `evaluation/` where an earlier run has left them there."""
-    manifest = _manifest(evaluation, model)
+    """One checkpoint's bits, from `evaluation/` where an earlier run has left them there.
+
+    `scorer` gives the loaded model, where it is needed.
+    """
+    held = "\n".join(evaluation.held_out.rows)
+    manifest = _manifest(evaluation, model, "bits", MEASURED, held)
+    found = _kept(
+        evaluation,
+        manifest,
+        lambda: _measured(evaluation, model, title, scorer(), progress),
+    )
+    columns = found["answers"]
+    rows = zip(*(columns[name] for name in AnswerBits._fields), strict=True)
+    answers = (AnswerBits(*row) for row in rows)
+    return Measured(
+        {(key, a.turn): a for key, a in zip(columns["key"], answers, strict=True)},
+        found["left_out"],
+    )
+
+
+def answered(
+    evaluation: Evaluation,
+    model: OpenModel,
+    title: str,
+    scorer: Callable[[], TransformersScorer],
+    progress: Progress,
+) -> list[list[str] | None]:
+    """One checkpoint's answers to the questions, or those that an earlier run has left."""
+    questions = evaluation.questions
+    assert questions is not None
+    text = f"{questions.fingerprint} {questions.tokens}"
+    manifest = _manifest(evaluation, model, "answers", ANSWERED, text)
+    found: list[list[str] | None] = _kept(
+        evaluation, manifest, lambda: answer(questions, model, title, scorer(), progress)
+    )
+    return found
+
+
+def _kept(evaluation: Evaluation, manifest: Manifest, make: Callable[[], Any]) -> Any:
+    """What was made under this manifest, from a file of its own, or made now."""
     path = evaluation.folder / f"{manifest.digest[:32]}.json"
     try:
-        return _read(path, manifest)
+        found = json.loads(path.read_text("utf-8"))
+        if Manifest.from_json(found["manifest"]).digest == manifest.digest:
+            return found["content"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    scorer = load_scorer(evaluation, model, processes)
-    measured = _measured(evaluation, model, title, scorer, progress)
+    content = make()
     evaluation.folder.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, list[Any]] = {"key": [], **{name: [] for name in AnswerBits._fields}}
-    for (key, _), answer in measured.answers.items():
-        for name, value in zip(columns, (key, *answer), strict=True):
-            columns[name].append(value)
-    made = {"manifest": manifest.as_json(), "answers": columns, "missing": measured.missing}
-    write_json(path, made)
+    write_json(path, {"manifest": manifest.as_json(), "content": content})
     evaluation.inputs.digests.save()
-    return measured
+    return content
 
 
-def _manifest(evaluation: Evaluation, model: OpenModel) -> Manifest:
-    """What determines a checkpoint's bits."""
+def _manifest(
+    evaluation: Evaluation, model: OpenModel, kind: str, version: int, texts: str
+) -> Manifest:
+    """What determines a checkpoint's bits or answers; `texts` is what it is given."""
     inputs = evaluation.inputs
     return Manifest(
-        "evaluation",
+        kind,
         len(evaluation.held_out.conversations),
         {
-            "measured": MEASURED,
+            "version": version,
             "model": model.files.identity(inputs.digests),
             "load": _load(evaluation, model),
             "dtype": model.spec.dtype or inputs.recipe.scoring.dtype,
             "renderer": model.renderer.fingerprint,
             "pivot_renderer": inputs.pivot.renderer.fingerprint,
             "max_length": inputs.recipe.max_length,
-            "conversations": sorted(evaluation.held_out.rows),
+            "texts": hashlib.sha256(texts.encode()).hexdigest(),
         },
     )
 
@@ -328,19 +404,6 @@ def _load(evaluation: Evaluation, model: OpenModel, *, placed: bool = False) -> 
     if evaluation.inputs.recipe.scoring.engine != "transformers":
         return {}
     return {k: v for k, v in model.spec.load.items() if placed or k not in PLACEMENT}
-
-
-def _read(path: Path, manifest: Manifest) -> Measured:
-    found = json.loads(path.read_text("utf-8"))
-    if Manifest.from_json(found["manifest"]).digest != manifest.digest:
-        raise ValueError(f"{path} is of something else")
-    columns = found["answers"]
-    rows = zip(*(columns[name] for name in AnswerBits._fields), strict=True)
-    answers = (AnswerBits(*row) for row in rows)
-    return Measured(
-        {(key, a.turn): a for key, a in zip(columns["key"], answers, strict=True)},
-        found["missing"],
-    )
 
 
 def load_scorer(
@@ -368,7 +431,7 @@ def _measured(
     title: str,
     scorer: TransformersScorer,
     progress: Progress,
-) -> Measured:
+) -> dict[str, Any]:
     conversations = evaluation.held_out.conversations
     tokens = vocabulary(model.renderer.tokenizer)
     answers: dict[tuple[str, int], AnswerBits] = {}
@@ -400,8 +463,12 @@ def _measured(
             f"{len(conversations)} conversations (rows {shown}); evaluate it in another dtype "
             "(`scoring.dtype: float32`), or check its weights"
         )
-    missing = sum((c.key, turn) not in answers for c in conversations for turn in turns(c))
-    return Measured(answers, missing)
+    columns: dict[str, list[Any]] = {"key": [], **{name: [] for name in AnswerBits._fields}}
+    for (key, _), of_answer in answers.items():
+        for name, value in zip(columns, (key, *of_answer), strict=True):
+            columns[name].append(value)
+    left_out = sum((c.key, turn) not in answers for c in conversations for turn in turns(c))
+    return {"answers": columns, "left_out": left_out}
 
 
 def turns(conversation: Conversation) -> list[int]:
@@ -409,22 +476,28 @@ def turns(conversation: Conversation) -> list[int]:
     return [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
 
 
-def evaluate(evaluation: Evaluation, processes: Processes, progress: Progress) -> dict[str, Any]:
-    """The content of `evaluation.json`; models that are not measured yet are, one by one."""
+def evaluate(
+    evaluation: Evaluation, processes: Processes, progress: Progress
+) -> tuple[dict[str, Any], dict[str, list[list[str] | None]]]:
+    """The content of `evaluation.json`, and each model's answers to the questions.
+
+    Models that were not measured before are, one by one.
+    """
     measured: dict[str, list[Measured]] = {}
+    answers: dict[str, list[list[str] | None]] = {}
     for model in evaluation.models:
-        count = len(model.checkpoints)
-        measured[model.name] = [
-            measure(
-                evaluation,
-                checkpoint,
-                f"evaluate {model.name}" + (f" ({i + 1} of {count} seeds)" if count > 1 else ""),
-                processes,
-                progress,
+        measured[model.name] = []
+        for i, checkpoint in enumerate(model.checkpoints):
+            loaded = functools.cache(
+                functools.partial(load_scorer, evaluation, checkpoint, processes)
             )
-            for i, checkpoint in enumerate(model.checkpoints)
-        ]
-    return summary(evaluation, measured)
+            several = f" ({i + 1} of {len(model.checkpoints)} seeds)"
+            title = f"evaluate {model.name}" + (several if len(model.checkpoints) > 1 else "")
+            measured[model.name].append(measure(evaluation, checkpoint, title, loaded, progress))
+            if i == 0 and evaluation.questions is not None:
+                title = f"answers of {model.name}"
+                answers[model.name] = answered(evaluation, checkpoint, title, loaded, progress)
+    return summary(evaluation, measured), answers
 
 
 def summary(evaluation: Evaluation, measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
@@ -489,7 +562,7 @@ def summary(evaluation: Evaluation, measured: Mapping[str, Sequence[Measured]]) 
                     for group, chosen in groups.items()
                 },
                 "end_bits": _end_bits(measured[model.name], answers),
-                "left_out": max(one.missing for one in measured[model.name]),
+                "left_out": max(one.left_out for one in measured[model.name]),
             }
             for model in evaluation.models
         },

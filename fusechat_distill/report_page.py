@@ -54,15 +54,15 @@ LONGEST = 14
 """Tokens of a segment that are printed."""
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(command: str) -> None:
     """Raises:
     RequestError: matplotlib is not installed.
     """
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        problem = "draws a page with matplotlib, which is missing: pip install 'fusechat[report]'"
-        raise RequestError("report", [problem])
+        problem = "draws with matplotlib, which is missing: pip install 'fusechat[report]'"
+        raise RequestError(command, [problem])
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:

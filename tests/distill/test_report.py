@@ -375,8 +375,7 @@ def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
     result = CliRunner().invoke(commands, ["report", recipe])
     assert result.exit_code == 2
     assert result.stderr == (
-        "Error: report: draws a page with matplotlib, which is missing: pip install "
-        "'fusechat[report]'\n"
+        "Error: report: draws with matplotlib, which is missing: pip install 'fusechat[report]'\n"
     )
     assert not folder.exists()
 
