@@ -25,7 +25,7 @@ from typing import Any
 
 from results import write_results
 from steps import PIVOT, Ladder
-from variants import CONTROL, CORE, DEFAULT, MERGES, SCALES, SOURCES, VARM, Scale, Variant
+from variants import CONTROL, DEFAULT, MERGES, SCALES, VARM, Scale, Variant
 
 HERE = Path(__file__).parent
 
@@ -44,25 +44,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--scale", choices=[s for s in SCALES if s != "pico"], default="cpu")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/ladder-SCALE")
-    parser.add_argument("--processes", metavar="N", type=int, default=2, help="default: 2")
     options = parser.parse_args()
     out = options.out or Path("runs") / f"ladder-{options.scale}"
     command = f"python examples/reproduction/ladder.py --scale {options.scale}"
-    run(out, SCALES[options.scale], HERE, command=command, processes=options.processes)
+    run(out, SCALES[options.scale], HERE, command=command)
 
 
-def run(out: Path, scale: Scale, results: Path, *, command: str, processes: int = 2) -> None:
+def run(out: Path, scale: Scale, results: Path, *, command: str) -> None:
     """Make everything that isn't there below `out`, and the results in the folder `results`."""
     # One thread a process: more would change the last digits, and cost more than they give.
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not any(scale.models.values()):
+        os.environ["HF_HUB_OFFLINE"] = "1"
     ladder = Ladder(out.resolve(), scale)
     _claim(ladder)
     before = max((entry["wall"] for entry in _done(ladder).values()), default=0.0)
     begun = time.monotonic() - before
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(scale.processes, mp_context=get_context("spawn")) as pool:
         for phase in phases(ladder):
             _carry_out(ladder, pool, phase, begun)
-    write_results(ladder, _done(ladder), results, command=command, processes=processes)
+    write_results(ladder, _done(ladder), results, command=command)
 
 
 def _claim(ladder: Ladder) -> None:
@@ -97,7 +98,7 @@ def phases(ladder: Ladder) -> list[list[Job]]:
     scale = ladder.scale
     leaders = ladder.leaders()
     others = [v for v in scale.variants if v not in leaders]
-    rest = [(v, s) for v in scale.variants for s in range(1, seeds_of(scale, v))]
+    rest = [(v, s) for v in scale.variants for s in range(1, scale.seeds_of(v))]
     sft = next(v for v in scale.variants if v.name == "sft")
     merged = [
         Job(
@@ -107,10 +108,10 @@ def phases(ladder: Ladder) -> list[list[Job]]:
             (ladder.merged(variant.name, merge.name, seed),),
         )
         for variant in scale.variants
-        if variant.targets == SOURCES
+        if variant.strategy == "pairwise"
         for merge in MERGES
         if merge.name == VARM or variant.name == DEFAULT
-        for seed in range(seeds_of(scale, variant))
+        for seed in range(scale.seeds_of(variant))
     ]
     merged += [
         Job(
@@ -123,7 +124,11 @@ def phases(ladder: Ladder) -> list[list[Job]]:
     ]
     return [
         [Job("text", "make_text")],
-        [Job(f"model {name}", "make_model", (name,)) for name in (*SOURCES, PIVOT)],
+        [
+            Job(f"model {name}", "make_model", (name,))
+            for name in (*scale.sources, PIVOT)
+            if not scale.models[name]
+        ],
         [_train(ladder, variant, 0) for variant in leaders],
         [_train(ladder, variant, 0) for variant in others],
         [_train(ladder, variant, seed) for variant, seed in rest],
@@ -131,12 +136,8 @@ def phases(ladder: Ladder) -> list[list[Job]]:
     ]
 
 
-def seeds_of(scale: Scale, variant: Variant) -> int:
-    return scale.seeds if variant in CORE else scale.factor_seeds
-
-
 def _train(ladder: Ladder, variant: Variant, seed: int) -> Job:
-    checkpoints = tuple(ladder.target(variant, name, seed) for name in variant.targets)
+    checkpoints = tuple(ladder.target(variant, name, seed) for name in ladder.scale.targets(variant))
     return Job(f"train {variant.name} {seed}", "train", (variant, seed), checkpoints)
 
 

@@ -17,9 +17,9 @@ from steps import PIVOT, Ladder
 from variants import (
     CONTROL,
     DEFAULT,
+    DOMAINS,
     GRANULARITIES,
     MERGES,
-    SOURCES,
     VARM,
     Variant,
 )
@@ -30,11 +30,13 @@ FIGURES = {
     PIVOT: "6.84 / –",
     "sft": "6.88 / 7.95",
     "multi": "6.99 / 8.06",
-    **{f"target {source}": "7.17 to 7.24 / 8.08, 8.18" for source in SOURCES},
     VARM: "– / 8.22",
     "sce": "7.38 / –",
 }
 """MT-Bench averages of FuseChat's Table 1 (GPT-4-0125) / of FusionChat (GPT-4-0613)."""
+
+TARGETS = "7.17 to 7.24 / 8.08, 8.18"
+"""Of the papers' pairwise targets."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +92,29 @@ class Found:
 
 
 def write_results(
-    ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str, processes: int
+    ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str
 ) -> None:
     """RESULTS.md and the pictures, in `folder`."""
     found = collect(ladder)
-    parts = [_heading(found, jobs, command, processes)]
+    parts = [_heading(found, jobs, command)]
     tests: dict[str, Test] = {}
     for part in (_ladder, _merges, _factors):
         text, more = part(found, folder)
         parts.append(text)
         tests |= more
-    parts[1:1] = [_orderings(tests)]
+    parts[1:1] = [_orderings(ladder.scale.sources, tests)]
     parts.append(_choice(ladder.scale.variants, tests))
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def collect(ladder: Ladder) -> Found:
     """Read (or make) what every checkpoint needs for every held-out answer."""
-    from ladder import seeds_of
-
     paths: dict[str, list[Path]] = {}
     for variant in ladder.scale.variants:
-        seeds = range(seeds_of(ladder.scale, variant))
-        for target in variant.targets:
+        seeds = range(ladder.scale.seeds_of(variant))
+        for target in ladder.scale.targets(variant):
             paths[_target(variant.name, target)] = [ladder.target(variant, target, s) for s in seeds]
-        if variant.targets == SOURCES:
+        if variant.strategy == "pairwise":
             for merge in MERGES:
                 if variant.name == DEFAULT or merge.name == VARM:
                     paths[_merged(variant.name, merge.name)] = [
@@ -129,13 +129,17 @@ def collect(ladder: Ladder) -> Found:
     )
     num_bytes = np.array([measured[PIVOT][0].answers[a].num_bytes for a in answers], float)
     losses = {
-        names.get(short, short): Losses(
+        names.get(short) or _model(short): Losses(
             np.array([[one.answers[a].bits for a in answers] for one in several]), num_bytes
         )
         for short, several in measured.items()
     }
     domains = np.array([held.groups[held.rows[key]] for key, _ in answers])
     return Found(ladder, domains, losses)
+
+
+def _model(name: str) -> str:
+    return name if name == PIVOT else f"source {name}"
 
 
 def _target(variant: str, target: str) -> str:
@@ -151,23 +155,23 @@ def _merged(variant: str, merge: str) -> str:
 # The parts of RESULTS.md.
 
 
-def _heading(found: Found, jobs: Mapping[str, Any], command: str, processes: int) -> str:
+def _heading(found: Found, jobs: Mapping[str, Any], command: str) -> str:
     scale = found.ladder.scale
     wall = max(entry["wall"] for entry in jobs.values())
     cpu = sum(entry["cpu_seconds"] for entry in jobs.values())
     packages = ("torch", "transformers", "trl", "mergekit")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in (PIVOT, *SOURCES))
+    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in (PIVOT, *scale.sources))
     counts = {domain: int((found.domains == domain).sum()) for domain in sorted(set(found.domains))}
     held = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
     return f"""\
 # The ladder in the small
 
-Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand. {processes}
+Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand. {scale.processes}
 processes of one thread on {_hardware()}; {wall / 60:.0f} minutes of wall time ({cpu / 60:.0f} of
 CPU time); Python {platform.python_version()}, {versions}.
 
-- Text: questions and answers about Python's standard library, of two domains, {", ".join(SOURCES)}.
+- Text: questions and answers about Python's standard library, of two domains, {", ".join(DOMAINS)}.
   Each source has seen its own domain, the pivot a little of both, and none of them what targets
   learn from and are measured on.
 - Models: {sizes} (family, parameters, tokens).
@@ -187,8 +191,9 @@ only the order is."""
 
 
 def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
-    targets = [f"target {source}" for source in SOURCES]
-    rows = [PIVOT, *SOURCES, "sft", CONTROL, "multi", *targets, VARM, "sce"]
+    sources = found.ladder.scale.sources
+    targets = [f"target {source}" for source in sources]
+    rows = [PIVOT, *(f"source {source}" for source in sources), "sft", CONTROL, "multi", *targets, VARM, "sce"]
     pairs = [
         ("sft", PIVOT),
         ("multi", "sft"),
@@ -201,16 +206,16 @@ def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     ]
     tests = found.tests(pairs)
     whole = found.intervals(rows)
-    domains = {domain: found.intervals(rows, domain) for domain in SOURCES}
-    table = [["", "papers", "all", *SOURCES, "against sft"]]
+    domains = {domain: found.intervals(rows, domain) for domain in DOMAINS}
+    table = [["", "papers", "all", *DOMAINS, "against sft"]]
     for name in rows:
         against = tests.get((name, "sft"))
         table.append(
             [
                 name,
-                FIGURES.get(name, ""),
+                FIGURES.get(name, TARGETS if name in targets else ""),
                 _value(whole[name]),
-                *(_value(domains[domain][name]) for domain in SOURCES),
+                *(_value(domains[domain][name]) for domain in DOMAINS),
                 against.shown() if against else "",
             ]
         )
@@ -236,27 +241,23 @@ MT-Bench averages of FuseChat / FusionChat beside bits per byte here.
 
 def _merges(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     names = [merge.name for merge in MERGES]
-    granular = [f"varm {granularity}" for granularity in GRANULARITIES]
     pairs = [(name, CONTROL) for name in names]
-    pairs += [(name, "linear") for name in names if name != "linear"]
-    pairs += [(name, VARM) for name in granular if name != VARM]
-    pairs += [(VARM, name) for name in names if name not in ("linear", *granular)]
+    pairs += [(name, VARM) for name in names if name != VARM]
     tests = found.tests(pairs)
     whole = found.intervals([*names, CONTROL])
-    table = [["", "FusionChat", "all", f"against {CONTROL}", "against linear"]]
+    table = [["", "FusionChat", "all", f"against {CONTROL}", f"against {VARM}"]]
     for merge in MERGES:
         name = merge.name
-        linear = tests.get((name, "linear"))
+        varm = tests.get((name, VARM))
         table.append(
             [
                 name,
                 "" if merge.paper is None else f"{merge.paper:.2f}",
                 _value(whole[name]),
                 tests[name, CONTROL].shown(),
-                linear.shown() if linear else "",
+                varm.shown() if varm else "",
             ]
         )
-    rest = [test for (_, other), test in tests.items() if other not in (CONTROL, "linear")]
     forest(
         [
             (f"{name} vs {CONTROL}", t.difference.relative, t.verdict)
@@ -275,16 +276,14 @@ update (density 0.5, normalised), SCE selects all elements, or a tenth where the
 
 {_table(table)}
 
-{_table([["", "difference"], *([f"{t.a} vs {t.b}", t.shown()] for t in rest)])}
-
 ![differences with intervals](merges.png)"""
     return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
 
 
 def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     scale = found.ladder.scale
-    factors = [v for v in scale.variants if v.targets == SOURCES and v.name != DEFAULT]
-    parts = [*(f"target {source}" for source in SOURCES), VARM]
+    factors = [v for v in scale.variants if v.strategy == "pairwise" and v.name != DEFAULT]
+    parts = [*(f"target {source}" for source in scale.sources), VARM]
     pairs = [(f"{variant.name}: {part}", part) for variant in factors for part in parts]
     tests = found.tests(pairs, seeds=scale.factor_seeds)
     table = [["factor", "here", "instead of", *parts]]
@@ -312,9 +311,10 @@ The change of both targets and of their VaRM merge against the default's, below 
     return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
 
 
-def _orderings(tests: Mapping[str, Test]) -> str:
+def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
     """The papers' claims, each with what is to be said of it here."""
-    targets = [f"target {source}" for source in SOURCES]
+    targets = [f"target {source}" for source in sources]
+    granular = [f"varm {name}" for name in GRANULARITIES if name not in ("matrix", "module")]
     others = ("linear", "slerp", "task arithmetic", "ties", "dare")
     claims = [
         ("SFT better than the pivot", [("sft", PIVOT)]),
@@ -325,10 +325,7 @@ def _orderings(tests: Mapping[str, Test]) -> str:
         ("the merge better than each target", [(VARM, target) for target in targets]),
         ("the merge better than multi", [(VARM, "multi")]),
         (f"(control) the merge better than {CONTROL}", [(VARM, CONTROL)]),
-        *((f"VaRM better than {name}", [(VARM, name)]) for name in others),
-        ("VaRM: matrix better than layer", [("varm layer", VARM)]),
-        ("VaRM: matrix better than model", [("varm model", VARM)]),
-        ("VaRM: matrix better than element", [("varm element", VARM)]),
+        *((f"{VARM} better than {name}", [(name, VARM)]) for name in (*others, *granular)),
     ]
     rows = [["claim", "here"]]
     for claim, pairs in claims:
@@ -336,7 +333,7 @@ def _orderings(tests: Mapping[str, Test]) -> str:
         for a, b in pairs:
             # Where the worse one comes first, the sign is turned.
             test = tests.get(f"{a} vs {b}")
-            turned = claim.startswith("VaRM: ")
+            turned = (a, b) != (VARM, CONTROL) and b == VARM
             assert test is not None, (a, b)
             holds = "worse" if turned else "better"
             verdict = {holds: "holds", "within noise": "within noise"}.get(
@@ -348,8 +345,8 @@ def _orderings(tests: Mapping[str, Test]) -> str:
     return f"""\
 ## Which of the papers' orderings hold
 
-The change in brackets is that of the tables below: for granularities of the other one against
-matrix (above zero, matrix is better), else of the first against the second.
+The change in brackets is of the first against the second, and below zero the first is better;
+where the second is named first ("varm matrix better than ..."), of the second against the first.
 
 {_table(rows)}"""
 
@@ -396,11 +393,14 @@ def _choice(variants: Sequence[Variant], tests: Mapping[str, Test]) -> str:
             elif default in (variant.level, variant.default_level):
                 note = f"; the recipe's default is {default}: {WHY.get(variant.factor, 'see below')}"
         lines.append(f"- {variant.factor}: {said} ({change} on the merge){note}.")
-    linear, control = tests[f"{VARM} vs linear"], tests[f"{VARM} vs {CONTROL}"]
+    differ = {
+        verdict: [m.name for m in MERGES if m.name != VARM and _of(tests, m.name) == verdict]
+        for verdict in ("better", "worse", "within noise")
+    }
     lines.append(
-        f"- merge: VaRM by matrices is {control.verdict} than two averaged SFT seeds "
-        f"({_percent(control.difference.relative)}) and {linear.verdict} than a linear merge "
-        f"({_percent(linear.difference.relative)})."
+        "- merge: against VaRM by matrices, the recipe's default, "
+        + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in differ.items() if names)
+        + "."
     )
     body = "\n".join(lines)
     return f"""\
@@ -410,6 +410,10 @@ For small models and few data that are read often, as here; at another size, run
 with a scale of your own before you trust it.
 
 {body}"""
+
+
+def _of(tests: Mapping[str, Test], merge: str) -> str:
+    return tests[f"{merge} vs {VARM}"].verdict
 
 
 # How numbers are written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from variants import DEFAULT, MERGES, SOURCES, TOP_K, Merge, Scale, Variant
+from variants import DEFAULT, MERGES, TOP_K, Merge, Scale, Variant
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 
@@ -33,8 +34,9 @@ class Ladder:
 
     # Where things lie.
 
-    def model(self, name: str) -> Path:
-        return self.out / "models" / name
+    def model(self, name: str) -> str:
+        """The pivot's or a source's folder, or its name on the hub."""
+        return self.scale.models[name] or str(self.out / "models" / name)
 
     def run_folder(self, variant: Variant, seed: int) -> Path:
         return self.out / "runs" / variant.name / str(seed)
@@ -57,7 +59,7 @@ class Ladder:
 
         rows = [json.loads(line) for line in (self.out / "text" / f"{name}.jsonl").open()]
         design = replace(models.DESIGNS[name], **self.scale.designs.get(name, {}))
-        with _beside(self.model(name)) as folder:
+        with _beside(Path(self.model(name))) as folder:
             models.train(design, rows, folder)
 
     # Targets.
@@ -68,8 +70,10 @@ class Ladder:
         template = {"template": variant.template}
         content = {
             "output": str(self.run_folder(variant, seed)),
-            "pivot": str(self.model(PIVOT)),
-            "sources": [{"model": str(self.model(name)), **template} for name in SOURCES],
+            "pivot": self.model(PIVOT),
+            "sources": [
+                {"model": self.model(name), "name": name, **template} for name in scale.sources
+            ],
             "dataset": {
                 "path": str(self.out / "text" / "target.jsonl"),
                 "eval_fraction": scale.eval_fraction,
@@ -95,7 +99,7 @@ class Ladder:
         """The first variant of each k and template: the others take its scores."""
         first: dict[tuple[int, str], Variant] = {}
         for variant in self.scale.variants:
-            if variant.targets != ("sft",):
+            if variant.strategy != "sft":
                 first.setdefault((variant.top_k, variant.template), variant)
         return list(first.values())
 
@@ -126,7 +130,7 @@ class Ladder:
     # Merges.
 
     def merge(self, variant: Variant, merge: Merge, seed: int) -> None:
-        models = [str(self.target(variant, name, seed)) for name in SOURCES]
+        models = [str(self.target(variant, name, seed)) for name in self.scale.sources]
         self._merge(merge, models, self.merged(variant.name, merge.name, seed), seed)
 
     def merge_control(self, sft: Variant, name: str, seed: int) -> None:
@@ -144,7 +148,7 @@ class Ladder:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         config = out.with_name(f"{out.name}.yml")
-        content = merge.configuration(str(self.model(PIVOT)), (models[0], models[1]))
+        content = merge.configuration(self.model(PIVOT), (models[0], models[1]))
         config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         run_merge(config, out, threads=1, random_seed=seed)
 
@@ -155,8 +159,8 @@ class Ladder:
         scale = self.scale
         content = {
             "output": str(self.out / "evaluation"),
-            "pivot": str(self.model(PIVOT)),
-            "sources": [str(self.model(name)) for name in SOURCES],
+            "pivot": self.model(PIVOT),
+            "sources": [{"model": self.model(name), "name": name} for name in scale.sources],
             "dataset": {
                 "path": str(self.out / "text" / "target.jsonl"),
                 "eval_fraction": scale.eval_fraction,
@@ -172,7 +176,7 @@ class Ladder:
 
         Of the pivot and the sources as well; what was measured before is read.
         """
-        from fusechat_distill.evaluation import Opening, measure
+        from fusechat_distill.evaluation import Opening, load_scorer, measure
         from fusechat_distill.inputs import open_inputs
         from fusechat_distill.processes import Processes
 
@@ -183,7 +187,13 @@ class Ladder:
         processes = Processes(self.scale.device)
         found = {
             model.name: [
-                measure(evaluation, checkpoint, model.name, processes, Silent())
+                measure(
+                    evaluation,
+                    checkpoint,
+                    model.name,
+                    functools.partial(load_scorer, evaluation, checkpoint, processes),
+                    Silent(),
+                )
                 for checkpoint in model.checkpoints
             ]
             for model in evaluation.models

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SOURCES = ("documentation", "code")
-"""Two models of other families than the pivot's, each named for what it is good at."""
+DOMAINS = ("documentation", "code")
+"""Of the text; where sources are trained on the spot, each is named for the one it is good at."""
 
 DEFAULT = "default"
 
@@ -29,9 +29,8 @@ class Variant:
         return int(self.sections.get("scoring", {}).get("top_k", TOP_K))
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        strategy = self.sections.get("fusion", {}).get("strategy", "pairwise")
-        return SOURCES if strategy == "pairwise" else (strategy,)
+    def strategy(self) -> str:
+        return str(self.sections.get("fusion", {}).get("strategy", "pairwise"))
 
 
 TOP_K = 64
@@ -122,16 +121,28 @@ class Scale:
     """Of the other factors."""
     corpus: Mapping[str, int]
     """Bytes of answers, as the quickstart's `corpus.split` takes them."""
-    designs: Mapping[str, Mapping[str, Any]]
-    """What is otherwise than in the quickstart's designs, by model."""
     training: Mapping[str, Any]
+    models: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("pivot", *DOMAINS), ""))
+    """The pivot and two sources of other families: hub names, or "" for those of the quickstart,
+    trained on the spot."""
+    designs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What is otherwise than in the quickstart's designs, by model."""
+    processes: int = 2
     eval_fraction: float = 0.5
     max_length: int = 512
     variants: tuple[Variant, ...] = VARIANTS
     device: str = "cpu"
     dtype: str = "float32"
-    vocabularies: Mapping[str, str] = field(default_factory=dict)
-    """Real tokenizers by model, instead of those trained on the spot."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for name in self.models if name != "pivot")
+
+    def targets(self, variant: Variant) -> tuple[str, ...]:
+        return self.sources if variant.strategy == "pairwise" else (variant.strategy,)
+
+    def seeds_of(self, variant: Variant) -> int:
+        return self.seeds if variant in CORE else self.factor_seeds
 
 
 _TRAINING = {
@@ -140,8 +151,8 @@ _TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.0,
-    "per_device_train_batch_size": 16,
-    "train_sampling_strategy": "group_by_length",
+    "per_device_train_batch_size": 2,
+    "packing": True,
     "activation_checkpointing": False,
     "save_strategy": "no",
     "logging_steps": 50,
@@ -155,8 +166,25 @@ SCALES = {
         seeds=5,
         factor_seeds=3,
         corpus={"target_bytes": 220_000},
-        designs={},
         training=_TRAINING | {"num_train_epochs": 6},
+    ),
+    # Not yet run. Models of 250M to 500M parameters with Mistral's, Qwen's and SmolLM's tokenizers,
+    # from the hub, on all the text there is; an hour or a few on one GPU of 24 GB.
+    "gpu": Scale(
+        seeds=3,
+        factor_seeds=3,
+        corpus={"target_bytes": 3_000_000, "pivot_bytes": 10_000, "source_bytes": 10_000},
+        models={
+            "pivot": "Felladrin/TinyMistral-248M-Chat-v3",
+            "qwen": "Qwen/Qwen2.5-0.5B-Instruct",
+            "smollm": "HuggingFaceTB/SmolLM2-360M-Instruct",
+        },
+        training=_TRAINING
+        | {"num_train_epochs": 3, "learning_rate": 2e-5, "bf16": True, "dataloader_pin_memory": True},
+        max_length=1024,
+        processes=1,
+        device="auto",
+        dtype="bfloat16",
     ),
     # Nothing that means anything: the whole ladder in half a minute, for the tests.
     "pico": Scale(
@@ -165,7 +193,7 @@ SCALES = {
         corpus={"target_bytes": 16_000, "pivot_bytes": 16_000, "source_bytes": 16_000},
         designs={
             name: {"vocabulary": 768, "hidden": 32, "layers": 1, "heads": 2, "epochs": 1}
-            for name in ("pivot", *SOURCES)
+            for name in ("pivot", *DOMAINS)
         },
         training=_TRAINING | {"max_steps": 2},
         variants=(*CORE, FACTORS[1], FACTORS[-1]),
