@@ -2,8 +2,9 @@
 
     python examples/reproduction/ladder.py --scale cpu
 
-makes everything below runs/ladder-cpu, and from it RESULTS.md and the pictures beside this file.
-It can be stopped at any moment and goes on with the same command; what is made is used again.
+makes everything below runs/ladder-cpu, RESULTS.md and its pictures included. It can be stopped at
+any moment and goes on with the same command; what is made is used again. The RESULTS.md beside this
+file came of `--results examples/reproduction`. `--scale gpu` has not been run yet.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from results import write_results
 from steps import PIVOT, Ladder
-from variants import CONTROL, DEFAULT, MERGES, SCALES, VARM, Scale, Variant
+from variants import CONTROL, DEFAULT, SCALES, VARM, Scale, Variant
 
 HERE = Path(__file__).parent
 
@@ -44,10 +45,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--scale", choices=[s for s in SCALES if s != "pico"], default="cpu")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/ladder-SCALE")
+    parser.add_argument("--results", metavar="DIR", type=Path, help="default: the same folder")
     options = parser.parse_args()
     out = options.out or Path("runs") / f"ladder-{options.scale}"
     command = f"python examples/reproduction/ladder.py --scale {options.scale}"
-    run(out, SCALES[options.scale], HERE, command=command)
+    run(out, SCALES[options.scale], options.results or out, command=command)
 
 
 def run(out: Path, scale: Scale, results: Path, *, command: str) -> None:
@@ -109,7 +111,7 @@ def phases(ladder: Ladder) -> list[list[Job]]:
         )
         for variant in scale.variants
         if variant.strategy == "pairwise"
-        for merge in MERGES
+        for merge in scale.merges
         if merge.name == VARM or variant.name == DEFAULT
         for seed in range(scale.seeds_of(variant))
     ]
@@ -137,7 +139,8 @@ def phases(ladder: Ladder) -> list[list[Job]]:
 
 
 def _train(ladder: Ladder, variant: Variant, seed: int) -> Job:
-    checkpoints = tuple(ladder.target(variant, name, seed) for name in ladder.scale.targets(variant))
+    targets = ladder.scale.targets(variant)
+    checkpoints = tuple(ladder.target(variant, name, seed) for name in targets)
     return Job(f"train {variant.name} {seed}", "train", (variant, seed), checkpoints)
 
 

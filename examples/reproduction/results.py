@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fusechat_distill.bootstrap import Difference, Interval, Losses, bootstrap, holm
 from pictures import forest
 from steps import PIVOT, Ladder
 from variants import (
@@ -19,19 +19,21 @@ from variants import (
     DEFAULT,
     DOMAINS,
     GRANULARITIES,
-    MERGES,
     VARM,
+    Merge,
     Variant,
 )
+
+from fusechat_distill.bootstrap import Difference, Interval, Losses, bootstrap, holm
 
 LEVEL = 0.05
 
 FIGURES = {
-    PIVOT: "6.84 / –",
+    PIVOT: "6.84 / -",
     "sft": "6.88 / 7.95",
     "multi": "6.99 / 8.06",
-    VARM: "– / 8.22",
-    "sce": "7.38 / –",
+    VARM: "- / 8.22",
+    "sce": "7.38 / -",
 }
 """MT-Bench averages of FuseChat's Table 1 (GPT-4-0125) / of FusionChat (GPT-4-0613)."""
 
@@ -82,19 +84,16 @@ class Found:
             chosen[name] = Losses(of.bits[:seeds], of.num_bytes)
         _, found = bootstrap(chosen, pairs)
         adjusted = holm([found[pair].p or 0.0 for pair in pairs])
-        return {
-            pair: Test(*pair, found[pair], p) for pair, p in zip(pairs, adjusted, strict=True)
-        }
+        return {pair: Test(*pair, found[pair], p) for pair, p in zip(pairs, adjusted, strict=True)}
 
     def _of(self, name: str, domain: str | None) -> Losses:
         of = self.losses[name]
         return of if domain is None else of.part(self.domains == domain)
 
 
-def write_results(
-    ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str
-) -> None:
+def write_results(ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str) -> None:
     """RESULTS.md and the pictures, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     found = collect(ladder)
     parts = [_heading(found, jobs, command)]
     tests: dict[str, Test] = {}
@@ -103,7 +102,7 @@ def write_results(
         parts.append(text)
         tests |= more
     parts[1:1] = [_orderings(ladder.scale.sources, tests)]
-    parts.append(_choice(ladder.scale.variants, tests))
+    parts.append(_choice(ladder.scale.variants, ladder.scale.merges, tests))
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -113,9 +112,10 @@ def collect(ladder: Ladder) -> Found:
     for variant in ladder.scale.variants:
         seeds = range(ladder.scale.seeds_of(variant))
         for target in ladder.scale.targets(variant):
-            paths[_target(variant.name, target)] = [ladder.target(variant, target, s) for s in seeds]
+            folders = [ladder.target(variant, target, seed) for seed in seeds]
+            paths[_target(variant.name, target)] = folders
         if variant.strategy == "pairwise":
-            for merge in MERGES:
+            for merge in ladder.scale.merges:
                 if variant.name == DEFAULT or merge.name == VARM:
                     paths[_merged(variant.name, merge.name)] = [
                         ladder.merged(variant.name, merge.name, s) for s in seeds
@@ -161,15 +161,16 @@ def _heading(found: Found, jobs: Mapping[str, Any], command: str) -> str:
     cpu = sum(entry["cpu_seconds"] for entry in jobs.values())
     packages = ("torch", "transformers", "trl", "mergekit")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in (PIVOT, *scale.sources))
+    models = (PIVOT, *scale.sources)
+    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in models)
     counts = {domain: int((found.domains == domain).sum()) for domain in sorted(set(found.domains))}
     held = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
     return f"""\
 # The ladder in the small
 
-Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand. {scale.processes}
-processes of one thread on {_hardware()}; {wall / 60:.0f} minutes of wall time ({cpu / 60:.0f} of
-CPU time); Python {platform.python_version()}, {versions}.
+Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand.
+{scale.processes} processes of one thread on {_hardware()}; {wall / 60:.0f} minutes of wall time
+({cpu / 60:.0f} of CPU time); Python {platform.python_version()}, {versions}.
 
 - Text: questions and answers about Python's standard library, of two domains, {", ".join(DOMAINS)}.
   Each source has seen its own domain, the pivot a little of both, and none of them what targets
@@ -193,7 +194,8 @@ only the order is."""
 def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     sources = found.ladder.scale.sources
     targets = [f"target {source}" for source in sources]
-    rows = [PIVOT, *(f"source {source}" for source in sources), "sft", CONTROL, "multi", *targets, VARM, "sce"]
+    rows = [PIVOT, *(f"source {source}" for source in sources)]
+    rows += ["sft", CONTROL, "multi", *targets, VARM, "sce"]
     pairs = [
         ("sft", PIVOT),
         ("multi", "sft"),
@@ -240,13 +242,13 @@ MT-Bench averages of FuseChat / FusionChat beside bits per byte here.
 
 
 def _merges(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
-    names = [merge.name for merge in MERGES]
+    names = [merge.name for merge in found.ladder.scale.merges]
     pairs = [(name, CONTROL) for name in names]
     pairs += [(name, VARM) for name in names if name != VARM]
     tests = found.tests(pairs)
     whole = found.intervals([*names, CONTROL])
     table = [["", "FusionChat", "all", f"against {CONTROL}", f"against {VARM}"]]
-    for merge in MERGES:
+    for merge in found.ladder.scale.merges:
         name = merge.name
         varm = tests.get((name, VARM))
         table.append(
@@ -371,7 +373,7 @@ WHY = {
 }
 
 
-def _choice(variants: Sequence[Variant], tests: Mapping[str, Test]) -> str:
+def _choice(variants: Sequence[Variant], merges: Sequence[Merge], tests: Mapping[str, Test]) -> str:
     lines = []
     for variant in variants:
         test = tests.get(f"{variant.name}: {VARM} vs {VARM}")
@@ -391,10 +393,10 @@ def _choice(variants: Sequence[Variant], tests: Mapping[str, Test]) -> str:
             if better == default:
                 note = "; the recipe's default"
             elif default in (variant.level, variant.default_level):
-                note = f"; the recipe's default is {default}: {WHY.get(variant.factor, 'see below')}"
+                note = f"; the recipe's default is {default}: {WHY[variant.factor]}"
         lines.append(f"- {variant.factor}: {said} ({change} on the merge){note}.")
     differ = {
-        verdict: [m.name for m in MERGES if m.name != VARM and _of(tests, m.name) == verdict]
+        verdict: [m.name for m in merges if m.name != VARM and _of(tests, m.name) == verdict]
         for verdict in ("better", "worse", "within noise")
     }
     lines.append(
@@ -438,8 +440,8 @@ def _percent(interval: Interval) -> str:
 
 
 def _training(training: Mapping[str, Any]) -> str:
-    shown = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type")
-    shown += ("per_device_train_batch_size", "packing")
+    shown = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"]
+    shown += ["per_device_train_batch_size", "packing"]
     return ", ".join(f"{key} {training[key]}" for key in shown if key in training)
 
 
@@ -460,6 +462,4 @@ def _hardware() -> str:
         cpu = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    import os
-
     return f"{os.cpu_count()} cores ({cpu})"

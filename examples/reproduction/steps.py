@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from variants import DEFAULT, MERGES, TOP_K, Merge, Scale, Variant
+from variants import DEFAULT, LINEAR, TOP_K, Merge, Scale, Variant
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 
@@ -52,7 +53,8 @@ class Ladder:
     def make_text(self) -> None:
         import corpus
 
-        corpus.write(self.out / "text", corpus.split(corpus.chats(), **self.scale.corpus))
+        chats = itertools.islice(corpus.chats(), self.scale.chats)
+        corpus.write(self.out / "text", corpus.split(chats, **self.scale.corpus))
 
     def make_model(self, name: str) -> None:
         import models
@@ -68,7 +70,7 @@ class Ladder:
         """The recipe's file, written where it is not as it should be."""
         scale = self.scale
         template = {"template": variant.template}
-        content = {
+        content: dict[str, Any] = {
             "output": str(self.run_folder(variant, seed)),
             "pivot": self.model(PIVOT),
             "sources": [
@@ -137,8 +139,7 @@ class Ladder:
         """Two SFT seeds, which is what averaging gains without any source."""
         other = (seed + 1) % self.scale.seeds
         models = [str(self.target(sft, "sft", s)) for s in (seed, other)]
-        linear = next(merge for merge in MERGES if merge.name == "linear")
-        self._merge(linear, models, self.merged(DEFAULT, name, seed), seed)
+        self._merge(LINEAR, models, self.merged(DEFAULT, name, seed), seed)
 
     def _merge(self, merge: Merge, models: list[str], out: Path, seed: int) -> None:
         """What `fusechat-merge run` does with the YAML that is written beside the result."""

@@ -9,6 +9,8 @@ from typing import Any
 DOMAINS = ("documentation", "code")
 """Of the text; where sources are trained on the spot, each is named for the one it is good at."""
 
+MODELS = ("pivot", *DOMAINS)
+
 DEFAULT = "default"
 
 
@@ -44,9 +46,10 @@ BASELINES = (
 CORE = (Variant(DEFAULT, "", ""), *BASELINES)
 """The ladder itself; these are trained with more seeds."""
 
-_K10 = {"scoring": {"top_k": 10}}
-_GOLD = {"fusion": {"tail": "gold"}}
-_L9 = {"training": {"lambda": 0.9}}
+Sections = dict[str, dict[str, Any]]
+_K10: Sections = {"scoring": {"top_k": 10}}
+_GOLD: Sections = {"fusion": {"tail": "gold"}}
+_L9: Sections = {"training": {"lambda": 0.9}}
 
 FACTORS = (
     Variant("lambda-0.9", "λ", "0.9", "0.5", _L9),
@@ -78,7 +81,7 @@ class Merge:
 
     def configuration(self, pivot: str, models: tuple[str, str]) -> dict[str, Any]:
         # SLERP goes from one of the two to the other, and linear has no base.
-        base = {"slerp": models[0], "linear": None}.get(self.method, pivot)
+        base = {"slerp": models[0], "linear": ""}.get(self.method, pivot)
         own = {"parameters": dict(self.each)} if self.each else {}
         return {
             "merge_method": self.method,
@@ -92,8 +95,10 @@ class Merge:
 GRANULARITIES = ("matrix", "module", "layer", "model", "element")
 VARM = "varm matrix"
 
+LINEAR = Merge("linear", "linear", each={"weight": 0.5}, paper=8.05)
+
 MERGES = (
-    Merge("linear", "linear", each={"weight": 0.5}, paper=8.05),
+    LINEAR,
     Merge("slerp", "slerp", {"t": 0.5}, paper=8.19),
     Merge("task arithmetic", "task_arithmetic", each={"weight": 0.7}, paper=8.20),
     Merge("ties", "ties", each={"weight": 1.0, "density": 0.5}, paper=8.18),
@@ -122,7 +127,9 @@ class Scale:
     corpus: Mapping[str, int]
     """Bytes of answers, as the quickstart's `corpus.split` takes them."""
     training: Mapping[str, Any]
-    models: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("pivot", *DOMAINS), ""))
+    chats: int | None = None
+    """How many of the quickstart's chats are dealt out; None: all."""
+    models: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(MODELS, ""))
     """The pivot and two sources of other families: hub names, or "" for those of the quickstart,
     trained on the spot."""
     designs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -131,6 +138,7 @@ class Scale:
     eval_fraction: float = 0.5
     max_length: int = 512
     variants: tuple[Variant, ...] = VARIANTS
+    merges: tuple[Merge, ...] = MERGES
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -166,7 +174,7 @@ SCALES = {
         seeds=5,
         factor_seeds=3,
         corpus={"target_bytes": 220_000},
-        training=_TRAINING | {"num_train_epochs": 6},
+        training=_TRAINING | {"num_train_epochs": 5},
     ),
     # Not yet run. Models of 250M to 500M parameters with Mistral's, Qwen's and SmolLM's tokenizers,
     # from the hub, on all the text there is; an hour or a few on one GPU of 24 GB.
@@ -179,8 +187,7 @@ SCALES = {
             "qwen": "Qwen/Qwen2.5-0.5B-Instruct",
             "smollm": "HuggingFaceTB/SmolLM2-360M-Instruct",
         },
-        training=_TRAINING
-        | {"num_train_epochs": 3, "learning_rate": 2e-5, "bf16": True, "dataloader_pin_memory": True},
+        training=_TRAINING | {"num_train_epochs": 3, "learning_rate": 2e-5, "bf16": True},
         max_length=1024,
         processes=1,
         device="auto",
@@ -191,11 +198,12 @@ SCALES = {
         seeds=2,
         factor_seeds=1,
         corpus={"target_bytes": 16_000, "pivot_bytes": 16_000, "source_bytes": 16_000},
+        chats=600,
         designs={
             name: {"vocabulary": 768, "hidden": 32, "layers": 1, "heads": 2, "epochs": 1}
-            for name in ("pivot", *DOMAINS)
+            for name in MODELS
         },
         training=_TRAINING | {"max_steps": 2},
-        variants=(*CORE, FACTORS[1], FACTORS[-1]),
+        variants=(*CORE, FACTORS[-1]),
     ),
 }
