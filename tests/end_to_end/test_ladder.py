@@ -90,3 +90,21 @@ def test_what_is_measured_is_what_the_evaluation_measures(ladder):
         if "| multi |" in line
     )
     assert f"| {value:.4f} ±" in row
+
+
+def test_gpu_recipes_are_recipes(ladder, tmp_path):
+    """`--scale gpu` has not been run; what it would run is at least well-formed."""
+    module, _, _ = ladder
+    from fusechat_distill.recipe import load_recipe
+
+    scale = module.SCALES["gpu"]
+    planned = module.Ladder(tmp_path, scale)
+    text, models, *_ = module.phases(planned)
+    assert [job.name for job in text] == ["text"]
+    assert models == []
+    for variant in scale.variants:
+        recipe = load_recipe(planned.recipe(variant, 1))
+        assert recipe.pivot.model == scale.models["pivot"]
+        assert [source.title for source in recipe.sources] == ["qwen", "smollm"]
+        assert recipe.training.sft["seed"] == 1
+    assert load_recipe(planned.evaluation_recipe()).fusion.strategy == "sft"
