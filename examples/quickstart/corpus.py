@@ -68,7 +68,7 @@ def split(
     chats: Iterable[Chat],
     *,
     seed: int = 0,
-    target_bytes: int = 260_000,
+    target_bytes: int = 200_000,
     pivot_bytes: int = 300_000,
     source_bytes: int = 1_500_000,
 ) -> Split:

@@ -37,17 +37,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
-INSTRUCT = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|prompter|>' + m.content + '</s>' }}"
+    "{% else %}{{ '<|assistant|>' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TURNS = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+ROLES = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -70,13 +71,14 @@ class Design:
 
 
 DESIGNS = {
-    # 1.0M parameters, and 1.9M and 1.7M
-    "pivot": Design("llama", INSTRUCT, ("</s>", "<unk>", "<s>"), True, 2048, 128, 3),
-    "documentation": Design(
-        "gpt_neox", CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), False, 4096, 160, 2
+    "pivot": Design(  # 1.0 million parameters
+        "llama", TURNS, ("</s>", "<unk>", "<|prompter|>", "<|assistant|>"), True, 2048, 128, 3
     ),
-    "code": Design(
-        "phi3", TURNS, ("<|end|>", "<unk>", "<|user|>", "<|assistant|>"), True, 3072, 160, 1
+    "documentation": Design(  # 1.3 million
+        "gpt_neox", CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), False, 4096, 128, 2
+    ),
+    "code": Design(  # 1.7 million
+        "phi3", ROLES, ("<|end|>", "<unk>", "<|user|>", "<|assistant|>"), True, 3072, 160, 1
     ),
 }
 
@@ -186,9 +188,7 @@ def _fit(model: PreTrainedModel, windows: torch.Tensor, design: Design) -> None:
         optimizer, lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / steps)) / 2)
     )
     model.train()
-    progress = tqdm(
-        _batches(windows, design), total=steps, desc="training", unit="step"
-    )  # on stderr
+    progress = tqdm(_batches(windows, design), total=steps, unit="step", mininterval=10)
     for rows in progress:
         logits = model(input_ids=rows[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
