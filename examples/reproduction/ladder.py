@@ -26,7 +26,7 @@ from typing import Any
 
 from results import write_results
 from steps import PIVOT, Ladder
-from variants import CONTROL, DEFAULT, SCALES, VARM, Scale, Variant
+from variants import CONTROL, CORE, DEFAULT, SCALES, VARM, Scale, Variant
 
 HERE = Path(__file__).parent
 
@@ -100,7 +100,9 @@ def phases(ladder: Ladder) -> list[list[Job]]:
     scale = ladder.scale
     leaders = ladder.leaders()
     others = [v for v in scale.variants if v not in leaders]
-    rest = [(v, s) for v in scale.variants for s in range(1, scale.seeds_of(v))]
+    core = [_train(ladder, v, s) for v in CORE for s in range(1, scale.seeds)]
+    factors = [v for v in scale.variants if v not in CORE]
+    rest = [_train(ladder, v, s) for s in range(1, scale.factor_seeds) for v in factors]
     sft = next(v for v in scale.variants if v.name == "sft")
     merged = [
         Job(
@@ -132,8 +134,8 @@ def phases(ladder: Ladder) -> list[list[Job]]:
             if not scale.models[name]
         ],
         [_train(ladder, variant, 0) for variant in leaders],
-        [_train(ladder, variant, 0) for variant in others],
-        [_train(ladder, variant, seed) for variant, seed in rest],
+        [*(_train(ladder, variant, 0) for variant in others), *core],
+        [*(job for job in merged if DEFAULT in job.name or CONTROL in job.name), *rest],
         merged,
     ]
 

@@ -27,7 +27,10 @@ def forest(rows: Sequence[tuple[str, Interval, str]], title: str, path: Path) ->
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("% (less is better), with 95 % intervals over answers and training seeds")
+    axes.set_xlabel(
+        "% (less is better), with 95 % intervals over answers and training seeds;\n"
+        "colours after Holm's correction for all comparisons of the table"
+    )
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(axis="x", linewidth=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
