@@ -134,7 +134,8 @@ def phases(ladder: Ladder) -> list[list[Job]]:
             if not scale.models[name]
         ],
         [_train(ladder, variant, 0) for variant in leaders],
-        [*(_train(ladder, variant, 0) for variant in others), *core],
+        [_train(ladder, variant, 0) for variant in others],
+        core,
         [*(job for job in merged if DEFAULT in job.name or CONTROL in job.name), *rest],
         merged,
     ]
