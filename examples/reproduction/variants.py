@@ -169,12 +169,29 @@ _TRAINING = {
     "dataloader_pin_memory": False,
 }
 
+_PIVOT_CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+_CODE_CHAT = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_DESIGNS: Mapping[str, Mapping[str, Any]] = {
+    "pivot": {"template": _PIVOT_CHAT, "specials": ("</s>", "<unk>", "<s>")},
+    "documentation": {"hidden": 160},
+    "code": {"template": _CODE_CHAT},
+}
+"""1.0M, 1.9M and 1.7M parameters. In the pivot's chat, as in OpenChat's, an answer begins inside a
+token: `[/INST]` + `▁Hello`."""
+
 SCALES = {
     # 90 KB of answers to learn from and 130 KB held out; the pivot has 1.0M parameters.
     "cpu": Scale(
         seeds=4,
         factor_seeds=3,
-        corpus={"target_bytes": 220_000},
+        corpus={"target_bytes": 220_000, "pivot_bytes": 300_000, "source_bytes": 1_500_000},
+        designs=_DESIGNS,
         training=_TRAINING | {"num_train_epochs": 5},
         eval_fraction=0.6,
     ),
