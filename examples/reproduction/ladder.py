@@ -99,10 +99,15 @@ def phases(ladder: Ladder) -> list[list[Job]]:
     """All jobs; those of a phase need nothing of each other."""
     scale = ladder.scale
     leaders = ladder.leaders()
-    others = [v for v in scale.variants if v not in leaders]
-    core = [_train(ladder, v, s) for v in CORE for s in range(1, scale.seeds)]
+    first = [_train(ladder, v, 0) for v in CORE]
+    core = [_train(ladder, v, s) for s in range(1, scale.seeds) for v in CORE]
     factors = [v for v in scale.variants if v not in CORE]
-    rest = [_train(ladder, v, s) for s in range(1, scale.factor_seeds) for v in factors]
+    # Their leaders first, and then seed by seed, so that what was stopped early has its use.
+    single = [_train(ladder, v, 0) for v in factors if v in leaders]
+    rest = [
+        [_train(ladder, v, s) for v in factors if s or v not in leaders]
+        for s in range(scale.factor_seeds)
+    ]
     sft = next(v for v in scale.variants if v.name == "sft")
     merged = [
         Job(
@@ -133,10 +138,11 @@ def phases(ladder: Ladder) -> list[list[Job]]:
             for name in (*scale.sources, PIVOT)
             if not scale.models[name]
         ],
-        [_train(ladder, variant, 0) for variant in leaders],
-        [_train(ladder, variant, 0) for variant in others],
+        [*first[:1], *single[:1]],
+        first[1:],
         core,
-        [*(job for job in merged if DEFAULT in job.name or CONTROL in job.name), *rest],
+        [*(job for job in merged if DEFAULT in job.name or CONTROL in job.name), *single[1:]],
+        *rest,
         merged,
     ]
 
