@@ -117,7 +117,7 @@ def phases(ladder: Ladder) -> list[list[Job]]:
             (ladder.merged(variant.name, merge.name, seed),),
         )
         for variant in scale.variants
-        if variant.strategy == "pairwise"
+        if scale.targets(variant) == scale.sources
         for merge in scale.merges
         if merge.name == VARM or variant.name == DEFAULT
         for seed in range(scale.seeds_of(variant))

@@ -20,8 +20,7 @@ from variants import (
     DOMAINS,
     GRANULARITIES,
     VARM,
-    Merge,
-    Variant,
+    Scale,
 )
 
 from fusechat_distill.bootstrap import Difference, Interval, Losses, bootstrap, holm
@@ -102,7 +101,7 @@ def write_results(ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, comm
         parts.append(text)
         tests |= more
     parts[1:1] = [_orderings(ladder.scale.sources, tests)]
-    parts.append(_choice(ladder.scale.variants, ladder.scale.merges, tests))
+    parts.append(_choice(ladder.scale, tests))
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -114,7 +113,7 @@ def collect(ladder: Ladder) -> Found:
         for target in ladder.scale.targets(variant):
             folders = [ladder.target(variant, target, seed) for seed in seeds]
             paths[_target(variant.name, target)] = folders
-        if variant.strategy == "pairwise":
+        if ladder.scale.targets(variant) == ladder.scale.sources:
             for merge in ladder.scale.merges:
                 if variant.name == DEFAULT or merge.name == VARM:
                     paths[_merged(variant.name, merge.name)] = [
@@ -285,7 +284,7 @@ update (density 0.5, normalised), SCE selects all elements, or a tenth where the
 def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     scale = found.ladder.scale
     factors = [v for v in scale.variants if v.strategy == "pairwise" and v.name != DEFAULT]
-    parts = [*(f"target {source}" for source in scale.sources), VARM]
+    parts = _parts(scale)
     pairs = [(f"{variant.name}: {part}", part) for variant in factors for part in parts]
     tests = found.tests(pairs, seeds=scale.factor_seeds)
     table = [["factor", "here", "instead of", *parts]]
@@ -305,12 +304,19 @@ def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     text = f"""\
 ## One factor otherwise
 
-The change of both targets and of their VaRM merge against the default's, below zero is better.
+The change against the default's, seed by seed ({scale.factor_seeds} seeds), below zero is better.
 
 {_table(table)}
 
 ![differences with intervals](factors.png)"""
     return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
+
+
+def _parts(scale: Scale) -> list[str]:
+    """What shows the single factors: targets, and their merge where there are all of them."""
+    if not scale.factor_sources:
+        return [*(f"target {source}" for source in scale.sources), VARM]
+    return [f"target {source}" for source in scale.factor_sources]
 
 
 def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
@@ -373,10 +379,11 @@ WHY = {
 }
 
 
-def _choice(variants: Sequence[Variant], merges: Sequence[Merge], tests: Mapping[str, Test]) -> str:
+def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
     lines = []
-    for variant in variants:
-        test = tests.get(f"{variant.name}: {VARM} vs {VARM}")
+    part = _parts(scale)[-1]
+    for variant in scale.variants:
+        test = tests.get(f"{variant.name}: {part} vs {part}")
         if test is None:
             continue
         change = _percent(test.difference.relative)
@@ -394,9 +401,9 @@ def _choice(variants: Sequence[Variant], merges: Sequence[Merge], tests: Mapping
                 note = "; the recipe's default"
             elif default in (variant.level, variant.default_level):
                 note = f"; the recipe's default is {default}: {WHY[variant.factor]}"
-        lines.append(f"- {variant.factor}: {said} ({change} on the merge){note}.")
+        lines.append(f"- {variant.factor}: {said} ({change}, {part}){note}.")
     differ = {
-        verdict: [m.name for m in merges if m.name != VARM and _of(tests, m.name) == verdict]
+        verdict: [m.name for m in scale.merges if m.name != VARM and _of(tests, m.name) == verdict]
         for verdict in ("better", "worse", "within noise")
     }
     lines.append(

@@ -74,7 +74,8 @@ class Ladder:
             "output": str(self.run_folder(variant, seed)),
             "pivot": self.model(PIVOT),
             "sources": [
-                {"model": self.model(name), "name": name, **template} for name in scale.sources
+                {"model": self.model(name), "name": name, **template}
+                for name in scale.sources_of(variant)
             ],
             "dataset": {
                 "path": str(self.out / "text" / "target.jsonl"),

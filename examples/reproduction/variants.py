@@ -123,7 +123,7 @@ class Scale:
     seeds: int
     """Of the ladder itself."""
     factor_seeds: int
-    """Of the other factors."""
+    """Of the single factors."""
     corpus: Mapping[str, int]
     """Bytes of answers, as the quickstart's `corpus.split` takes them."""
     training: Mapping[str, Any]
@@ -134,6 +134,8 @@ class Scale:
     trained on the spot."""
     designs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What is otherwise than in the quickstart's designs, by model."""
+    factor_sources: tuple[str, ...] = ()
+    """Whose targets show the single factors; all sources' (and their merges) where empty."""
     processes: int = 2
     eval_fraction: float = 0.5
     max_length: int = 512
@@ -146,8 +148,13 @@ class Scale:
     def sources(self) -> tuple[str, ...]:
         return tuple(name for name in self.models if name != "pivot")
 
+    def sources_of(self, variant: Variant) -> tuple[str, ...]:
+        return self.sources if variant in CORE else self.factor_sources or self.sources
+
     def targets(self, variant: Variant) -> tuple[str, ...]:
-        return self.sources if variant.strategy == "pairwise" else (variant.strategy,)
+        """One for each source, or the one that the strategy has."""
+        pairwise = variant.strategy == "pairwise"
+        return self.sources_of(variant) if pairwise else (variant.strategy,)
 
     def seeds_of(self, variant: Variant) -> int:
         return self.seeds if variant in CORE else self.factor_seeds
@@ -194,6 +201,8 @@ SCALES = {
         designs=_DESIGNS,
         training=_TRAINING | {"num_train_epochs": 5},
         eval_fraction=0.6,
+        # The one whose kind of tokenizer, byte-level BPE, is not the pivot's.
+        factor_sources=("documentation",),
     ),
     # Not yet run. Models of 250M to 500M parameters with Mistral's, Qwen's and SmolLM's tokenizers,
     # from the hub, on all the text there is; an hour or a few on one GPU of 24 GB.
