@@ -97,14 +97,23 @@ def init(folder: str) -> None:
 
 @command
 @recipe_argument
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="Print the expected disk, memory and time of each stage instead, computed from the "
+    "models' configurations.",
+)
 @trust_option
 @json_option
-def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
+def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Check all that can be checked without weights, and say what RECIPE will do.
 
     Models' configurations, tokenizers and templates, the dataset, the disk, and what earlier runs
     left: every problem is named in one message.
     """
+    if estimate:
+        _estimate(recipe, trust_remote_code, as_json)
+        return
     from fusechat_distill.inputs import open_inputs, readable_size
     from fusechat_distill.running import run_problems
 
@@ -127,6 +136,20 @@ def validate(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
             f"{name}: {model['model']} ({model['type']}, {model['tokens']:,} tokens), about "
             f"{readable_size(model['expected_bytes'])} of scores"
         )
+
+
+def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
+    from fusechat_distill.estimating import estimate_recipe
+    from fusechat_distill.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    _quieten()
+    found = estimate_recipe(recipe, trust_remote_code=trust_remote_code)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+    else:
+        for line in found.lines():
+            click.echo(line)
 
 
 @command

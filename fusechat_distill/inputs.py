@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.errors import RequestError
+from fusechat_distill.estimate import score_bytes
 from fusechat_distill.models import PLACEMENT, Digests, ModelFiles, open_model
 from fusechat_distill.recipe import PIVOT, Merge, Model, Recipe, read_recipe
 from fusechat_distill.store import Manifest, stale
@@ -260,7 +261,7 @@ def rendering_problems(inputs: Inputs) -> list[str]:
 def expected_bytes(inputs: Inputs, model: OpenModel) -> int:
     """About how many bytes the model's scores will take."""
     tokens = sum(len(response.ends) for r in model.probed for response in r.responses)
-    per_token = 12 + 4.2 * inputs.recipe.scoring.top_k
+    per_token = score_bytes(inputs.recipe.scoring.top_k)
     return int(tokens * per_token * len(inputs.conversations) / max(1, len(model.probed)))
 
 

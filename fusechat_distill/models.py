@@ -74,10 +74,19 @@ def open_model(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
     except Exception as error:
-        problems.append(f"its tokenizer can't be read: {_reason(error)}")
+        problems.append(f"its tokenizer can't be read: {first_line(error)}")
     if problems:
         raise RequestError(spec.model, problems)
     return ModelFiles(spec, config, tokenizer)
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that a configuration describes, without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
@@ -114,7 +123,7 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
         )
         base = open_model(of, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"its {ADAPTER_CONFIG} can't be read: {_reason(error)}")
+        problems.append(f"its {ADAPTER_CONFIG} can't be read: {first_line(error)}")
     except RequestError as error:
         problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
     if problems or base is None:
@@ -136,7 +145,7 @@ def _config_problem(spec: Model, error: Exception) -> str:
         adapter = False
     if adapter:
         return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
-    return f"its configuration can't be read: {_reason(error)}"
+    return f"its configuration can't be read: {first_line(error)}"
 
 
 def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
@@ -152,7 +161,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         try:
             shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            yield f"{index.name} can't be read: {_reason(error)}"
+            yield f"{index.name} can't be read: {first_line(error)}"
         else:
             absent = sorted(shard for shard in shards if not (folder / shard).is_file())
             if absent:
@@ -162,7 +171,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
     try:
         found = any(has_file(spec.model, name, spec.revision) for name in names)
     except Exception as error:
-        yield f"its files can't be listed: {_reason(error)}"
+        yield f"its files can't be listed: {first_line(error)}"
         return
     if not found:
         yield (
@@ -171,7 +180,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         )
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

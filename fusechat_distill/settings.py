@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat_distill.models import empty_model
 from fusechat_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,24 +88,31 @@ def determining(recipe: Recipe) -> dict[str, Any]:
 
 
 def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = False) -> int:
-    """About how much disk one target takes while it is trained; 0 for an adapter.
-
-    Weights in float32, once for the target and once for each checkpoint, and the two moments that
-    AdamW keeps of each; an optimizer of another kind may keep less, so none is counted for it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """About how much disk one target takes while it is trained; 0 for an adapter."""
     if recipe.training.lora is not None:
         return 0
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    return stored_bytes(recipe, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def stored_bytes(recipe: Recipe, parameters: int) -> int:
+    """Disk for a target that has, or an adapter that trains, so many parameters.
+
+    Weights in float32, once for the target and once for each checkpoint, and what AdamW keeps.
+    """
     given = recipe.training.sft
     # The new checkpoint is written before the oldest one is removed.
     kept = (given.get("save_total_limit") or 1) + 1 if _saves(given) else 0
-    moments = 2 if str(given.get("optim", "adamw_torch")).startswith("adamw_torch") else 0
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return 4 * parameters * (1 + kept * (1 + moments))
+    return 4 * parameters * (1 + kept * (1 + moments(recipe)))
+
+
+def moments(recipe: Recipe) -> int:
+    """Float32 numbers that the optimizer keeps of each parameter.
+
+    An optimizer other than AdamW may keep fewer, so none is counted for it.
+    """
+    optimizer = str(recipe.training.sft.get("optim", "adamw_torch"))
+    return 2 if optimizer.startswith("adamw_torch") else 0
 
 
 def _saves(given: dict[str, Any]) -> bool:
@@ -141,12 +149,11 @@ def settings_problems(
 def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> Iterator[str]:
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from fusechat_distill.trainer import adapter_problems
 
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         found = list(adapter_problems(model, lora))
         if not found:
             try:

@@ -1,0 +1,472 @@
+"""What came out: tables beside the papers' figures, and which of their orderings hold."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pictures import forest
+from steps import PIVOT, Ladder
+from variants import (
+    CONTROL,
+    DEFAULT,
+    DOMAINS,
+    GRANULARITIES,
+    VARM,
+    Scale,
+)
+
+from fusechat_distill.bootstrap import Difference, Interval, Losses, bootstrap, holm
+
+LEVEL = 0.05
+
+FIGURES = {
+    PIVOT: "6.84 / -",
+    "sft": "6.88 / 7.95",
+    "multi": "6.99 / 8.06",
+    VARM: "- / 8.22",
+    "sce": "7.38 / -",
+}
+"""MT-Bench averages of FuseChat's Table 1 (GPT-4-0125) / of FusionChat (GPT-4-0613)."""
+
+TARGETS = "7.17 to 7.24 / 8.08, 8.18"
+"""Of the papers' pairwise targets."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One comparison within a family of tests."""
+
+    a: str
+    b: str
+    difference: Difference
+    p: float
+    """Adjusted by Holm's method for the family."""
+
+    @property
+    def verdict(self) -> str:
+        if self.p >= LEVEL:
+            return "within noise"
+        return "better" if self.difference.absolute.value < 0 else "worse"
+
+    def shown(self) -> str:
+        return f"{_percent(self.difference.relative)}, {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Every model's losses: all seeds, and the seeds that the single factors have."""
+
+    ladder: Ladder
+    domains: np.ndarray
+    """[n], of each held-out answer."""
+    losses: Mapping[str, Losses]
+
+    def intervals(self, names: Iterable[str], domain: str | None = None) -> dict[str, Interval]:
+        chosen = {name: self._of(name, domain) for name in names}
+        return bootstrap(chosen)[0]
+
+    def tests(
+        self, pairs: Sequence[tuple[str, str]], *, seeds: int | None = None
+    ) -> dict[tuple[str, str], Test]:
+        """A family: every pair's difference, seed by seed."""
+        chosen = {}
+        for name in dict.fromkeys(name for pair in pairs for name in pair):
+            of = self.losses[name]
+            chosen[name] = Losses(of.bits[:seeds], of.num_bytes)
+        _, found = bootstrap(chosen, pairs)
+        adjusted = holm([found[pair].p or 0.0 for pair in pairs])
+        return {pair: Test(*pair, found[pair], p) for pair, p in zip(pairs, adjusted, strict=True)}
+
+    def _of(self, name: str, domain: str | None) -> Losses:
+        of = self.losses[name]
+        return of if domain is None else of.part(self.domains == domain)
+
+
+def write_results(ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str) -> None:
+    """RESULTS.md and the pictures, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = collect(ladder)
+    parts = [_heading(found, jobs, command)]
+    tests: dict[str, Test] = {}
+    for part in (_ladder, _merges, _factors):
+        text, more = part(found, folder)
+        parts.append(text)
+        tests |= more
+    parts[1:1] = [_orderings(ladder.scale.sources, tests)]
+    parts.append(_choice(ladder.scale, tests))
+    (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def collect(ladder: Ladder) -> Found:
+    """Read (or make) what every checkpoint needs for every held-out answer."""
+    paths: dict[str, list[Path]] = {}
+    for variant in ladder.scale.variants:
+        seeds = range(ladder.scale.seeds_of(variant))
+        for target in ladder.scale.targets(variant):
+            folders = [ladder.target(variant, target, seed) for seed in seeds]
+            paths[_target(variant.name, target)] = folders
+        if ladder.scale.targets(variant) == ladder.scale.sources:
+            for merge in ladder.scale.merges:
+                if variant.name == DEFAULT or merge.name == VARM:
+                    paths[_merged(variant.name, merge.name)] = [
+                        ladder.merged(variant.name, merge.name, s) for s in seeds
+                    ]
+    paths[CONTROL] = [ladder.merged(DEFAULT, CONTROL, s) for s in range(ladder.scale.seeds)]
+    names = {f"m{i}": name for i, name in enumerate(paths)}
+    held, measured = ladder.measure({short: paths[name] for short, name in names.items()})
+    answers = sorted(
+        set.intersection(*(set(one.answers) for several in measured.values() for one in several)),
+        key=lambda answer: (held.rows[answer[0]], answer[1]),
+    )
+    num_bytes = np.array([measured[PIVOT][0].answers[a].num_bytes for a in answers], float)
+    losses = {
+        names.get(short) or _model(short): Losses(
+            np.array([[one.answers[a].bits for a in answers] for one in several]), num_bytes
+        )
+        for short, several in measured.items()
+    }
+    domains = np.array([held.groups[held.rows[key]] for key, _ in answers])
+    return Found(ladder, domains, losses)
+
+
+def _model(name: str) -> str:
+    return name if name == PIVOT else f"source {name}"
+
+
+def _target(variant: str, target: str) -> str:
+    if variant == target:
+        return variant
+    return f"target {target}" if variant == DEFAULT else f"{variant}: target {target}"
+
+
+def _merged(variant: str, merge: str) -> str:
+    return merge if variant == DEFAULT else f"{variant}: {merge}"
+
+
+# The parts of RESULTS.md.
+
+
+def _heading(found: Found, jobs: Mapping[str, Any], command: str) -> str:
+    scale = found.ladder.scale
+    wall = max(entry["wall"] for entry in jobs.values())
+    cpu = sum(entry["cpu_seconds"] for entry in jobs.values())
+    packages = ("torch", "transformers", "trl", "mergekit")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    models = (PIVOT, *scale.sources)
+    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in models)
+    counts = {domain: int((found.domains == domain).sum()) for domain in sorted(set(found.domains))}
+    held = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
+    return f"""\
+# The ladder in the small
+
+Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand.
+{scale.processes} processes of one thread on {_hardware()}; {wall / 60:.0f} minutes of wall time
+({cpu / 60:.0f} of CPU time); Python {platform.python_version()}, {versions}.
+
+- Text: questions and answers about Python's standard library, of two domains, {", ".join(DOMAINS)}.
+  Each source has seen its own domain, the pivot a little of both, and none of them what targets
+  learn from and are measured on.
+- Models: {sizes} (family, parameters, tokens).
+- Targets: {_training(scale.training)}. The default recipe of this page has λ 0.5 and k 64, and of
+  everything else what `fusechat-distill` has; each other recipe differs in what its row says.
+- Training seeds: {scale.seeds} for the ladder and the merges (0 to {scale.seeds - 1}),
+  {scale.factor_seeds} for the single factors; they decide the order of the rows. Pivot, sources and
+  text are the same for all.
+- Measured: bits per UTF-8 byte of {len(found.domains)} held-out answers ({held}), less is better.
+  Intervals are of 95 %, over answers and seeds, differences are paired by both
+  (`fusechat_distill/bootstrap.py`); *within noise* is a p-value of {LEVEL} or more after Holm's
+  correction for the table's family of tests. A row with one checkpoint (pivot, sources) has an
+  interval over answers only.
+
+The papers measured 7B models with MT-Bench; no figure of theirs is comparable with one of these,
+only the order is."""
+
+
+def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
+    sources = found.ladder.scale.sources
+    targets = [f"target {source}" for source in sources]
+    rows = [PIVOT, *(f"source {source}" for source in sources)]
+    rows += ["sft", CONTROL, "multi", *targets, VARM, "sce"]
+    pairs = [
+        ("sft", PIVOT),
+        ("multi", "sft"),
+        (CONTROL, "sft"),
+        *((target, "sft") for target in targets),
+        (VARM, "sft"),
+        ("sce", "sft"),
+        *((target, "multi") for target in targets),
+        *((VARM, other) for other in (*targets, "multi", CONTROL)),
+    ]
+    tests = found.tests(pairs)
+    whole = found.intervals(rows)
+    domains = {domain: found.intervals(rows, domain) for domain in DOMAINS}
+    table = [["", "papers", "all", *DOMAINS, "against sft"]]
+    for name in rows:
+        against = tests.get((name, "sft"))
+        table.append(
+            [
+                name,
+                FIGURES.get(name, TARGETS if name in targets else ""),
+                _value(whole[name]),
+                *(_value(domains[domain][name]) for domain in DOMAINS),
+                against.shown() if against else "",
+            ]
+        )
+    others = [test for pair, test in tests.items() if pair[1] != "sft"]
+    picture = [tests[name, "sft"] for name in rows if (name, "sft") in tests] + others
+    forest(
+        [(f"{t.a} vs {t.b}", t.difference.relative, t.verdict) for t in picture],
+        "The ladder: change of held-out bits per byte",
+        folder / "ladder.png",
+    )
+    text = f"""\
+## The ladder
+
+MT-Bench averages of FuseChat / FusionChat beside bits per byte here.
+
+{_table(table)}
+
+{_table([["", "difference"], *([f"{t.a} vs {t.b}", t.shown()] for t in others)])}
+
+![differences with intervals](ladder.png)"""
+    return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
+
+
+def _merges(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
+    names = [merge.name for merge in found.ladder.scale.merges]
+    pairs = [(name, CONTROL) for name in names]
+    pairs += [(name, VARM) for name in names if name != VARM]
+    tests = found.tests(pairs)
+    whole = found.intervals([*names, CONTROL])
+    table = [["", "FusionChat", "all", f"against {CONTROL}", f"against {VARM}"]]
+    for merge in found.ladder.scale.merges:
+        name = merge.name
+        varm = tests.get((name, VARM))
+        table.append(
+            [
+                name,
+                "" if merge.paper is None else f"{merge.paper:.2f}",
+                _value(whole[name]),
+                tests[name, CONTROL].shown(),
+                varm.shown() if varm else "",
+            ]
+        )
+    forest(
+        [
+            (f"{name} vs {CONTROL}", t.difference.relative, t.verdict)
+            for name in names
+            for t in [tests[name, CONTROL]]
+        ],
+        "Merges of the two targets: change of held-out bits per byte",
+        folder / "merges.png",
+    )
+    text = f"""\
+## Merges of the same two targets
+
+The control, a linear merge of two SFT seeds, has {_value(whole[CONTROL])}. Task arithmetic adds the
+targets' updates at weight 0.7 (at 0.5 it is the linear merge), TIES and DARE keep half of each
+update (density 0.5, normalised), SCE selects all elements, or a tenth where the row says 0.1.
+
+{_table(table)}
+
+![differences with intervals](merges.png)"""
+    return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
+
+
+def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
+    scale = found.ladder.scale
+    factors = [v for v in scale.variants if v.strategy == "pairwise" and v.name != DEFAULT]
+    parts = _parts(scale)
+    pairs = [(f"{variant.name}: {part}", part) for variant in factors for part in parts]
+    tests = found.tests(pairs, seeds=scale.factor_seeds)
+    table = [["factor", "here", "instead of", *parts]]
+    for variant in factors:
+        of = [tests[f"{variant.name}: {part}", part].shown() for part in parts]
+        table.append([variant.factor, variant.level, variant.default_level, *of])
+    forest(
+        [
+            (f"{variant.factor}: {variant.level}, {part}", t.difference.relative, t.verdict)
+            for variant in factors
+            for part in parts
+            for t in [tests[f"{variant.name}: {part}", part]]
+        ],
+        "One factor otherwise: change of held-out bits per byte against the default",
+        folder / "factors.png",
+    )
+    text = f"""\
+## One factor otherwise
+
+The change against the default's, seed by seed ({scale.factor_seeds} seeds), below zero is better.
+
+{_table(table)}
+
+![differences with intervals](factors.png)"""
+    return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
+
+
+def _parts(scale: Scale) -> list[str]:
+    """What shows the single factors: targets, and their merge where there are all of them."""
+    if not scale.factor_sources:
+        return [*(f"target {source}" for source in scale.sources), VARM]
+    return [f"target {source}" for source in scale.factor_sources]
+
+
+def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
+    """The papers' claims, each with what is to be said of it here."""
+    targets = [f"target {source}" for source in sources]
+    granular = [f"varm {name}" for name in GRANULARITIES if name not in ("matrix", "module")]
+    others = ("linear", "slerp", "task arithmetic", "ties", "dare")
+    claims = [
+        ("SFT better than the pivot", [("sft", PIVOT)]),
+        ("multi better than SFT", [("multi", "sft")]),
+        ("each pairwise target better than SFT", [(target, "sft") for target in targets]),
+        ("each pairwise target better than multi", [(target, "multi") for target in targets]),
+        ("the merge (VaRM) better than SFT", [(VARM, "sft")]),
+        ("the merge better than each target", [(VARM, target) for target in targets]),
+        ("the merge better than multi", [(VARM, "multi")]),
+        (f"(control) the merge better than {CONTROL}", [(VARM, CONTROL)]),
+        *((f"{VARM} better than {name}", [(name, VARM)]) for name in (*others, *granular)),
+    ]
+    rows = [["claim", "here"]]
+    for claim, pairs in claims:
+        parts = []
+        for a, b in pairs:
+            # Where the worse one comes first, the sign is turned.
+            test = tests.get(f"{a} vs {b}")
+            turned = (a, b) != (VARM, CONTROL) and b == VARM
+            assert test is not None, (a, b)
+            holds = "worse" if turned else "better"
+            verdict = {holds: "holds", "within noise": "within noise"}.get(
+                test.verdict, "the other way round"
+            )
+            of = f"{a}: " if len(pairs) > 1 else ""
+            parts.append(f"{of}**{verdict}** ({_percent(test.difference.relative)})")
+        rows.append([claim, "; ".join(parts)])
+    return f"""\
+## Which of the papers' orderings hold
+
+The change in brackets is of the first against the second, and below zero the first is better;
+where the second is named first ("varm matrix better than ..."), of the second against the first.
+
+{_table(rows)}"""
+
+
+RECIPE = {
+    "λ": "0.9",
+    "k": "10",
+    "λ and k": "0.9 and 10 (the papers')",
+    "tail": "renormalize",
+    "vocabulary": "ms",
+    "positions": "bytes",
+    "template": "native",
+}
+"""What a recipe has where it says nothing."""
+
+WHY = {
+    "λ": "the papers' value for 7B models, whose sources know less that the text does not hold",
+    "k": "the papers' value; large models have nearly all of their mass there, small ones half, "
+    "and the store grows with k",
+    "λ and k": "the papers' values, from 7B models; see their own rows",
+    "tail": "the papers' way",
+}
+
+
+def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
+    lines = []
+    part = _parts(scale)[-1]
+    for variant in scale.variants:
+        test = tests.get(f"{variant.name}: {part} vs {part}")
+        if test is None:
+            continue
+        change = _percent(test.difference.relative)
+        better = {"better": variant.level, "worse": variant.default_level}.get(test.verdict)
+        said = (
+            f"**{better}** instead of "
+            f"{variant.default_level if better == variant.level else variant.level}"
+            if better
+            else f"{variant.level} or {variant.default_level}: no difference shown"
+        )
+        default = RECIPE.get(variant.factor)
+        note = ""
+        if default is not None and better is not None:
+            if better == default:
+                note = "; the recipe's default"
+            elif default in (variant.level, variant.default_level):
+                note = f"; the recipe's default is {default}: {WHY[variant.factor]}"
+        lines.append(f"- {variant.factor}: {said} ({change}, {part}){note}.")
+    differ = {
+        verdict: [m.name for m in scale.merges if m.name != VARM and _of(tests, m.name) == verdict]
+        for verdict in ("better", "worse", "within noise")
+    }
+    lines.append(
+        "- merge: against VaRM by matrices, the recipe's default, "
+        + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in differ.items() if names)
+        + "."
+    )
+    body = "\n".join(lines)
+    return f"""\
+## What to choose
+
+For small models and few data that are read often, as here; at another size, run the same command
+with a scale of your own before you trust it.
+
+{body}"""
+
+
+def _of(tests: Mapping[str, Test], merge: str) -> str:
+    return tests[f"{merge} vs {VARM}"].verdict
+
+
+# How numbers are written.
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _value(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.4f}"
+    return f"{interval.value:.4f} ±{(interval.high - interval.low) / 2:.4f}"
+
+
+def _percent(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:+.2%}"
+    return f"{interval.value:+.2%} [{interval.low:+.2%}, {interval.high:+.2%}]"
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    shown = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"]
+    shown += ["per_device_train_batch_size", "packing"]
+    return ", ".join(f"{key} {training[key]}" for key in shown if key in training)
+
+
+def _parameters(ladder: Ladder, name: str) -> str:
+    from transformers import AutoConfig
+
+    from fusechat_distill.estimating import shape
+
+    config = AutoConfig.from_pretrained(ladder.model(name))
+    count = shape(config).parameters
+    return f"({config.model_type}, {count / 1e6:.2g}M, {config.vocab_size:,})"
+
+
+def _hardware() -> str:
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        cpu = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} cores ({cpu})"
