@@ -9,7 +9,7 @@ TOKENIZERS := mistral-common==1.13.1 qwen-agent==0.0.34
 .PHONY: help venv demo test lint bench clean
 
 help:
-	@echo "make demo    train small models, merge them, show the result (offline once installed)"
+	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure speed and memory, as ratios"
@@ -30,6 +30,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python tests/merge/test_fuzz_headers.py 60
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
