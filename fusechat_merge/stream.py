@@ -34,7 +34,7 @@ from fusechat_merge.side_files import write_side_files
 
 MEMORY = 256 << 20
 """Default bound of all buffers together, bytes."""
-_START_UP = 430_000_000  # what mergekit and torch take once imported
+_START_UP = 510_000_000  # what mergekit, torch and numba take once imported
 
 
 class Broken(click.ClickException, OSError):
