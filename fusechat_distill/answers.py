@@ -5,7 +5,7 @@ template puts before an answer, as in training, so that a template without a gen
 do. Of a model with several training seeds the first one answers.
 
 Besides `report/answers.md` and `answers.json`, `answers/<questions>/` gets what these judges read
-(formats as of FastChat 0.2.36 and alpaca_eval 0.6; their judges themselves were not run here):
+(their judges themselves were not run):
 
 - FastChat's MT-Bench: a folder for `fastchat/llm_judge/data/`, with `question.jsonl` (a line each:
   `question_id`, `category`, `turns`) and `model_answer/<model>.jsonl` (`question_id`, `answer_id`,
