@@ -41,17 +41,20 @@ class Crew(Generic[Desk]):
         ]
         before = torch.get_num_threads()
         torch.set_num_threads(1)
+        waiting = list(threads)
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C reaches this thread only
+        except BaseException as error:
             self._fail(error)
-        finally:
-            for thread in threads:
-                thread.join()
-            torch.set_num_threads(before)
+            waiting = [thread for thread in threads if thread.ident is not None]
+        while waiting:
+            try:
+                waiting[-1].join()
+                waiting.pop()
+            except BaseException as error:  # Ctrl-C reaches this thread only, maybe repeatedly
+                self._fail(error)
+        torch.set_num_threads(before)
         if self._error is not None:
             raise self._error
 
@@ -70,7 +73,13 @@ class Crew(Generic[Desk]):
             self._changed.notify_all()
         try:
             for number in range(count):
-                self._help_until(lambda n=number: n in shared.results, shared)  # type: ignore[misc]
+
+                def there(number: int = number) -> bool:
+                    return number in shared.results or shared.error is not None
+
+                self._help_until(there, shared)
+                if shared.error is not None:
+                    raise shared.error
                 with self._changed:
                     result = shared.results.pop(number)
                     shared.taken += 1
@@ -94,7 +103,16 @@ class Crew(Generic[Desk]):
             with self._changed:
                 self._known.add(key)
                 self._changed.notify_all()
-        self._help_until(lambda: self._known.issuperset(keys))
+        todo = iter(keys)
+        at = next(todo, None)
+
+        def all_known() -> bool:
+            nonlocal at
+            while at in self._known:
+                at = next(todo, None)
+            return at is None
+
+        self._help_until(all_known)
 
     def _member(self, desk: Desk, todo: Iterator[Job], work: Callable[[Job], object]) -> None:
         torch.set_num_threads(1)
@@ -140,11 +158,14 @@ class Crew(Generic[Desk]):
                     self._changed.wait()
             try:
                 result = shared.work(number, self._own.desk)
-            except BaseException:
+            except BaseException as error:
                 with self._changed:
                     shared.under_way -= 1
+                    shared.next, shared.error = shared.count, error
                     self._changed.notify_all()
-                raise
+                if first is not None:
+                    raise
+                continue  # it is the job's own thread that knows what to say of it
             with self._changed:
                 shared.end(number, result)
                 self._changed.notify_all()
@@ -162,6 +183,7 @@ class _Shared(Generic[T]):
         self.taken = 0  # results handed on
         self.under_way = 0
         self.results: dict[int, T] = {}
+        self.error: BaseException | None = None
 
     @property
     def open(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,19 +48,26 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Memory that both factors take in float32."""
-        return 4 * (self.a.numel + self.b.numel)
+        """Memory that both factors take in float32, and one of them while it is read."""
+        largest = max(self.a, self.b, key=lambda at: at.numel)
+        return 4 * (self.a.numel + self.b.numel + largest.numel) + largest.nbytes
 
 
 class Factors:
     """Both factors in a device's memory, float32; the weight's update is scale · left @ right."""
 
     def __init__(
-        self, low_rank: LowRank, a: Tensor, b: Tensor, device: torch.device | str = "cpu"
+        self,
+        low_rank: LowRank,
+        read: Callable[[Location], Tensor],
+        device: torch.device | str = "cpu",
     ) -> None:
-        a, b = a.to(torch.float32), b.to(torch.float32)
-        left, right = (a.T.contiguous(), b.T.contiguous()) if low_rank.transposed else (b, a)
-        self._left, self._right = left.to(device), right.to(device)
+        def widened(at: Location) -> Tensor:
+            stored = read(at).T if low_rank.transposed else read(at)
+            return stored.to(torch.float32).contiguous().to(device)
+
+        ends = (low_rank.a, low_rank.b) if low_rank.transposed else (low_rank.b, low_rank.a)
+        self._left, self._right = map(widened, ends)
         self._scale = low_rank.scale
 
     def add_to(self, flat: Tensor, start: int) -> None:

@@ -82,7 +82,7 @@ class CheckpointLoader:
         low_rank = self._checkpoint.low_rank.get(name)
         if low_rank is None:
             return tensor
-        factors = Factors(low_rank, self._stored(low_rank.a), self._stored(low_rank.b))
+        factors = Factors(low_rank, self._stored)
         merged = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         factors.add_to(merged.view(-1), 0)
         return merged.to(tensor.dtype)

@@ -55,6 +55,7 @@ class Merger:
         self._plan, self._sources, self._sink = planned, sources, sink
         self._ring, self._progress = ring, progress
         self._by_name = {output.name: output for output in planned.outputs}
+        self._units: dict[str, dict[str, float]] = {}
 
     def run(self, outputs: Sequence[Output]) -> None:
         """Make them, a few at a time."""
@@ -100,8 +101,10 @@ class Merger:
             if how == "copy":
                 passes.write(lambda block, out: out.copy_(block.base))
             elif how == "fusechat_sce":
-                eta = sce.merge(passes, parameters["select_topk"], parameters["variant"])
+                variant = parameters["variant"]
+                eta, selection = sce.shares(passes, parameters["select_topk"], variant)
                 self._sink.note("weights", output.name, eta)
+                sce.write(passes, eta, selection, variant)
             elif shares is None:
                 varm.write_elements(
                     passes, parameters["weight"], parameters["statistic"], parameters["lambda"]
@@ -154,7 +157,15 @@ class Merger:
         statistic = output.parameters["statistic"]
         if output.unit is None:
             return self._tensor_sums(output, statistic)
-        members = self._plan.units[output.unit].members
+        unit = f"{statistic} {output.unit}"
+        found = self._units.get(unit)
+        if found is None:
+            found = self._units[unit] = self._unit_sums(output.unit, statistic)
+        return [found.get(source.model, 0.0) for source in output.sources[1:]]
+
+    def _unit_sums(self, unit: str, statistic: str) -> dict[str, float]:
+        """Σ over the unit of δ² (or |δ|), by target."""
+        members = self._plan.units[unit].members
         by_key = {f"{statistic} {name}": self._by_name[name] for name in members}
         self._crew.once(list(by_key), lambda key: self._tensor_sums(by_key[key], statistic))
         found: dict[str, list[float]] = {}
@@ -162,7 +173,7 @@ class Merger:
             sums = self._sink.done.statistics[key]
             for source, value in zip(member.sources[1:], sums, strict=True):
                 found.setdefault(source.model, []).append(value)
-        return [math.fsum(found.get(source.model, ())) for source in output.sources[1:]]
+        return {model: math.fsum(values) for model, values in found.items()}
 
     def _tensor_sums(self, output: Output, statistic: str) -> list[float]:
         key = f"{statistic} {output.name}"
@@ -218,7 +229,7 @@ def make_tasks(
     """Make the outputs that are mergekit's own tasks."""
     todo = []
     for output in outputs:
-        if output.name in sink.done.elements:
+        if sink.done.elements.get(output.name, 0) >= max(output.numel, 1):
             progress(output.name, output.nbytes)
         else:
             todo.append(output)

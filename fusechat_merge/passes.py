@@ -25,10 +25,12 @@ from fusechat_merge.lora import TILE, Factors
 from fusechat_merge.merge_plan import Output, Source
 from fusechat_merge.mergekit_loader import DTYPES
 from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
+from fusechat_merge.methods.sce import CANDIDATES
 
 _BLOCKS = 16
 _ACCELERATOR_BLOCKS = 128  # few, long copies
 _ALIGN = 64
+_SELECTING = 3 * 8 * CANDIDATES + (1 << 20)  # candidates, sorted; and counts on their way
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ class Ring:
         segment: bytes of each thread's buffer.
         scratch: bytes that the methods' own buffers take in each thread, at most; an accelerator
             has them in its own memory.
-        factors: bytes of adapters' factors in each thread, at most.
+        more: bytes that adapters' factors and SCE's selection take in each thread, at most.
         device: where to compute.
     """
 
@@ -51,12 +53,12 @@ class Ring:
     blocks: int
     segment: int
     scratch: int
-    factors: int
+    more: int
     device: torch.device
 
     @property
     def total(self) -> int:
-        return self.threads * (self.segment + self.scratch + self.factors)
+        return self.threads * (self.segment + self.scratch + self.more)
 
 
 def divide(
@@ -74,23 +76,25 @@ def divide(
     # float64 for every input and some ten intermediate results
     scratch = 8 * BLOCK * (10 + sources) if on_cpu else 0
     gaps = _ALIGN * (2 + 2 * sources) + 2 * PAGESIZE
-    factors = max((_factor_bytes(output) for output in outputs), default=0)
-    if factors:
-        factors += 8 * TILE
-    least = block + scratch + gaps + factors
+    more = max((_factor_bytes(output) for output in outputs), default=0)
+    if more:
+        more += 8 * TILE
+    if any(output.parameters.get("select_topk", 1.0) < 1.0 for output in outputs):
+        more += _SELECTING
+    least = block + scratch + gaps + more
     if least > memory:
         raise ValueError(f"--memory: at least {-(-least >> 20)}MiB is needed here")
     threads = threads or len(os.sched_getaffinity(0))
     # Fewer threads with longer segments: short ones wait for the interpreter's lock.
-    threads = max(1, min(threads, memory // (4 * (block + scratch) + gaps + factors)))
-    room = memory // threads - gaps - factors
+    threads = max(1, min(threads, memory // (4 * (block + scratch) + gaps + more)))
+    room = memory // threads - gaps - more
     blocks = max(1, min(_BLOCKS if on_cpu else _ACCELERATOR_BLOCKS, room // (block + scratch)))
     return Ring(
         threads,
         blocks,
         blocks * block + gaps,
         min(blocks, STRIP) * scratch,
-        factors,
+        more,
         torch.device(device),
     )
 
@@ -147,8 +151,7 @@ class SourceFiles:
         low_rank = source.low_rank
         if low_rank is None:
             return None
-        a, b = (self._whole(replace(source, location=at)) for at in (low_rank.a, low_rank.b))
-        return Factors(low_rank, a, b, device)
+        return Factors(low_rank, lambda at: self._whole(replace(source, location=at)), device)
 
     def _whole(self, source: Source) -> Tensor:
         at = source.location
@@ -262,8 +265,9 @@ class FilePasses:
     ) -> None:
         self.count = len(output.sources) - 1
         self._output, self._crew, self._writer = output, crew, writer
-        self._begin, self._finished = begin, finished
         self._step = BLOCK * ring.blocks
+        # Every pass has the same segments, which may have been others before an interruption.
+        self._begin, self._finished = begin // self._step * self._step, finished
         self._numel = output.numel
         self._inputs = [
             (_Reader(files, source), files.factors(source, ring.device))

@@ -236,7 +236,6 @@ def _place(planned: Plan) -> None:
             }
             position += output.nbytes
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-(8 + len(raw)) % _PAGE)  # so that most tensors begin on a page
         raw += b" " * (-(8 + len(raw)) % _PAGE)  # most tensors begin on a page then
         first = 8 + len(raw)
         planned.shards.append(Shard(name, len(raw).to_bytes(8, "little") + raw, first + position))

@@ -35,19 +35,26 @@ class ShardFiles:
         folder.mkdir(exist_ok=True)
         self._descriptors: dict[str, int] = {}
         self._direct: dict[str, int] = {}
-        lost = set()
+        self._forget_lost(planned, folder, journal)
         for shard in planned.shards:
             path = folder / shard.name
-            if not path.exists() or path.stat().st_size != shard.size:
-                lost.add(shard.name)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._descriptors[shard.name] = descriptor
             os.ftruncate(descriptor, shard.size)
             _reserve(descriptor, shard.size)
             with suppress(OSError, AttributeError):
                 self._direct[shard.name] = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            os.pwrite(descriptor, shard.header, 0)
+            self._write(shard.name, 0, memoryview(shard.header))
         sync_folder(folder)
+
+    @staticmethod
+    def _forget_lost(planned: Plan, folder: Path, journal: Journal) -> None:
+        """Before any file is made anew: or a start that broke would hide the loss."""
+        lost = set()
+        for shard in planned.shards:
+            path = folder / shard.name
+            if not path.exists() or path.stat().st_size != shard.size:
+                lost.add(shard.name)
         done = {
             o.name: 0 for o in planned.outputs if o.file in lost and o.name in journal.done.elements
         }
@@ -88,8 +95,9 @@ class ShardFiles:
             os.fdatasync(descriptor)
 
     def close(self) -> None:
-        for descriptor in (*self._descriptors.values(), *self._direct.values()):
-            os.close(descriptor)
+        for descriptors in (self._descriptors, self._direct):
+            while descriptors:
+                os.close(descriptors.popitem()[1])
 
 
 class Saver:
@@ -132,8 +140,9 @@ class Saver:
             self._noted += nbytes
             while self._noted - self._saved >= SAVE_EVERY and not self._error:
                 if not self._busy:
+                    saving = threading.Thread(target=self._save_aside, name="save")
+                    saving.start()
                     self._busy = True
-                    threading.Thread(target=self._save_aside, name="save").start()
                 if self._noted - self._saved < 2 * SAVE_EVERY:
                     break
                 self._changed.wait()
@@ -184,7 +193,7 @@ def _reserve(descriptor: int, size: int) -> None:
     offset = ctypes.c_int64  # glibc's and musl's off_t where the processor has 64 bits
     if libc.fallocate(descriptor, 0, offset(0), offset(size)):
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(code, os.strerror(code))
 
 

@@ -184,6 +184,11 @@ def identity(planned: Plan) -> dict[str, Any]:
             for name, checkpoint in planned.models.items()
             for file, at in checkpoint.files.items()
         },
+        "adapters": {
+            f"{name}/{tensor}": [low_rank.scale, low_rank.transposed]
+            for name, checkpoint in planned.models.items()
+            for tensor, low_rank in checkpoint.low_rank.items()
+        },
         "software": {
             "fusechat": __version__,
             "mergekit": version("mergekit"),

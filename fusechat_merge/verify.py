@@ -23,6 +23,8 @@ from fusechat_merge.planning import plan
 from fusechat_merge.side_files import merged_config, side_files
 from fusechat_merge.stream import MEMORY
 
+_PIECE = 4 << 20
+
 
 def verify(
     config: str | Path | Mapping[str, Any],
@@ -77,7 +79,10 @@ def verify(
     native = [output for output in chosen if output.how != "task"]
     everything = [output for output in planned.outputs if output.how != "task"]
     try:
-        ring = divide(everything, memory, threads, device)
+        try:
+            ring = divide(everything, memory, threads, device)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from None
         merger = Merger(planned, sources, comparison, ring, progress)
         merger.run(native)
         make_tasks(
@@ -157,13 +162,17 @@ class _Comparison:
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
         at = self._made.tensors[output.name]
-        there = os.pread(self._descriptors[at.file], data.nbytes, at.offset + first)
-        if there != data:
-            byte = next((i for i, (a, b) in enumerate(zip(there, data, strict=False)) if a != b), 0)
-            element = (first + byte) // output.dtype.itemsize
-            with self._lock:
-                known = self.differing.get(output.name, element)
-                self.differing[output.name] = min(known, element)
+        for start in range(0, data.nbytes, _PIECE):
+            piece = data[start : start + _PIECE]
+            there = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)
+            if there != piece:
+                pairs = enumerate(zip(there, piece, strict=False))
+                byte = next((i for i, (a, b) in pairs if a != b), len(there))
+                element = (first + start + byte) // output.dtype.itemsize
+                with self._lock:
+                    known = self.differing.get(output.name, element)
+                    self.differing[output.name] = min(known, element)
+                return
 
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ bits on every processor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,18 @@ def _compiled(function: Any) -> Any:
     """Compiled on its first call and kept beside the module, or in the user's cache."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # neither can be written to
         return njit(**options)(function)
+
+    @wraps(function)
+    def call(*arguments: Any) -> None:
+        try:
+            compiled(*arguments)
+        except OSError:  # no room to keep it there; it has been compiled all the same
+            compiled(*arguments)
+
+    return call
 
 
 @intrinsic

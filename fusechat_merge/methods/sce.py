@@ -27,7 +27,8 @@ from fusechat_merge.methods.varm import weights
 
 VARIANTS: tuple[str, ...] = ("paper", "fork")
 _DIGIT = 16
-_CANDIDATES = 1 << 20
+CANDIDATES = 1 << 17
+"""Variances, at most, that are collected to be sorted."""
 
 
 def sce(
@@ -72,10 +73,7 @@ def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> l
         NonFiniteError: an input holds NaN or Inf.
     """
     eta, selection = shares(passes, select_topk, variant)
-    if variant == "fork":
-        passes.write(lambda block, out: _write(block, out, _fork_update(eta)))
-    else:
-        passes.write(lambda block, out: _write(block, out, _paper_update(eta, selection)))
+    write(passes, eta, selection, variant)
     return eta
 
 
@@ -89,6 +87,14 @@ def shares(
     if variant == "fork" and not any(eta):
         eta = [1.0 / passes.count] * passes.count
     return eta, selection
+
+
+def write(
+    passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str = "paper"
+) -> None:
+    """Write the merged tensor by what ``shares`` has found."""
+    update = _fork_update(eta) if variant == "fork" else _paper_update(eta, selection)
+    passes.write(lambda block, out: _write(block, out, update))
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ def select(passes: Passes, tau: float) -> Selection:
     prefix, wanted = 0, -1
     for shift in range(64 - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        for found in passes.map(_digit_counter(shift, prefix)):
-            counts += found
+        for digits, found in passes.map(_digit_counter(shift, prefix)):
+            counts[digits] += found
         if wanted < 0:
             wanted = math.floor(tau * int(counts.sum()))
             if wanted == 0:
@@ -142,7 +148,7 @@ def select(passes: Passes, tau: float) -> Selection:
         prefix = (prefix << _DIGIT) | digit
         if wanted == counts[digit]:
             return Selection((prefix << shift) - 1)
-        if shift and counts[digit] <= _CANDIDATES:
+        if shift and counts[digit] <= CANDIDATES:
             keys = np.sort(np.concatenate(list(passes.map(_candidates(shift, prefix)))))
             prefix = int(keys[-wanted])
             wanted -= int((keys > prefix).sum())
@@ -185,10 +191,10 @@ def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
     return variance.div_(len(deltas)).view(torch.int64)
 
 
-def _digit_counter(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
+def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
     """Counts, by their digit at ``shift``, the non-zero variances that begin with ``prefix``."""
 
-    def count(block: Block) -> np.ndarray:
+    def count(block: Block) -> tuple[np.ndarray, np.ndarray]:
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
         for strip in block.strips():
             keys = _variance_keys(_deltas(strip))
@@ -202,7 +208,8 @@ def _digit_counter(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
                 counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
                 if prefix == 0:
                     counts[0] -= int((inside == 0).sum())
-        return counts
+        digits = np.flatnonzero(counts)
+        return digits, counts[digits]
 
     return count
 

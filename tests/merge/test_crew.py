@@ -6,6 +6,7 @@ import threading
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from fusechat_merge.crew import Crew
 
@@ -74,3 +75,38 @@ def test_a_failure_stops_all_and_is_raised(threads: int) -> None:
     with pytest.raises(OSError, match="no more"):
         working.run(range(100), lambda _: list(working.pieces(40, piece)))
     assert len(begun) <= 50 + threads
+
+
+def test_the_jobs_own_thread_tells_of_a_helpers_failure() -> None:
+    working, met, told = crew(2), threading.Barrier(2, timeout=30), []
+
+    def piece(number: int, _: object) -> None:
+        met.wait()
+        if threading.current_thread() is not told[0]:
+            raise ValueError("bare")
+
+    def job(_: int) -> None:
+        told.append(threading.current_thread())
+        try:
+            list(working.pieces(2, piece))
+        except ValueError as error:
+            raise ValueError(f"job: {error}") from None
+
+    with pytest.raises(ValueError, match="job: bare"):
+        working.run([0], job)
+
+
+def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "merge" and threading.active_count() > before:
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        crew(3).run(range(5), lambda _: threading.Event().wait(0.01))
+    assert torch.get_num_threads() == threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
-from fusechat_merge import stream
+from fusechat_merge import saving, stream
 from fusechat_merge.cli import main
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.journal import Journal
@@ -312,3 +315,90 @@ def test_a_journal_cut_short_is_believed_up_to_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another fusechat-merge"):
         Journal(path)
     journal.close()
+
+
+def stopped_at(
+    count: int, monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any
+) -> None:
+    """A merge whose disk fails at the ``count``-th note."""
+    plain, seen = saving.Saver.note, 0
+
+    def note(self: saving.Saver, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
+        nonlocal seen
+        plain(self, kind, name, value, nbytes)
+        seen += 1
+        if seen == count:
+            raise OSError(5, "stop")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "SAVE_EVERY", 20_000)
+        patched.setattr(saving.Saver, "note", note)
+        with pytest.raises(stream.Broken):
+            stream.merge(*arguments, **options)
+
+
+@pytest.mark.parametrize("method", ["linear", "varm"])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_lost_shard_is_made_again(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str, full: bool
+) -> None:
+    """Also where the first start after the loss found the disk full."""
+    models = [model | {"parameters": {"weight": 0.5}} for model in config["models"]]
+    config = config | {"merge_method": method, "models": models}
+    if method == "linear":
+        config = {key: config[key] for key in ("merge_method", "models")}
+    options: dict[str, Any] = {"shard_size": 20_000, "threads": 1}
+    expected = content(stream.merge(config, tmp_path / "whole", **options))
+    stopped_at(20, monkeypatch, config, tmp_path / "out", **options)
+    min((work_of(tmp_path / "out") / "model").iterdir()).unlink()
+    if full:
+        with monkeypatch.context() as patched:
+            no_room = OSError(errno.ENOSPC, "No space left on device")
+            patched.setattr(saving, "_reserve", Mock(side_effect=no_room))
+            with pytest.raises(stream.Broken, match="no room left"):
+                stream.merge(config, tmp_path / "out", **options)
+    assert content(stream.merge(config, tmp_path / "out", **options)) == expected
+
+
+def test_a_selection_with_ties_goes_on_with_other_memory(
+    tmp_path: Path, llama_family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(label: str, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor.float() * 4).round().div(4).to(BF16)
+
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, changes={"vocab_size": 40_000}, edit=coarse)
+    config = {
+        "merge_method": "fusechat_sce",
+        "base_model": str(paths[0]),
+        "models": [{"model": str(path)} for path in paths[1:]],
+        "parameters": {"select_topk": 0.3},
+    }
+    expected = content(stream.merge(config, tmp_path / "whole", threads=1))
+    out = tmp_path / "out"
+    stopped_at(8, monkeypatch, config, out, threads=1, memory=9_000_000)
+    done = Journal(work_of(out) / "journal")
+    assert any(0 < elements < 40_000 * 32 for elements in done.done.elements.values())
+    done.close()
+    assert content(stream.merge(config, out, threads=1)) == expected  # its report as well
+
+
+def test_an_adapter_scaled_otherwise_is_another_merge(tmp_path: Path, llama_family: Family) -> None:
+    base, target = llama_family(tmp_path / "in", (BF16,) * 2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    weights = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    factors = {weights.format("A"): torch.ones(2, 32), weights.format("B"): torch.ones(48, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    config = {
+        "merge_method": "varm",
+        "base_model": str(base),
+        "models": [{"model": f"{base}+{adapter}"}, {"model": str(target)}],
+    }
+    out = stream.merge(config, tmp_path / "out")
+    stream.merge(config, out)  # finished
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 400}))
+    with pytest.raises(ConfigError, match="in use by something other"):
+        stream.merge(config, out)
