@@ -8,7 +8,6 @@ the next run, and made anew once what it was made from has changed.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import corpus
-import torch
 import yaml
-from parts import Parts, command, digest, together
-from safetensors.torch import load_file
+from parts import Parts, command, digest, export, together
+from safetensors import deserialize
 
 HERE = Path(__file__).parent
 SOURCES = corpus.DOMAINS
@@ -53,7 +51,7 @@ def run(out: Path, settings: Settings) -> None:
     """Make what isn't there yet below `out`, then print the result."""
     # Everywhere the same number, since another one would change the last digits; and threads that
     # wait sleep, since two commands run at a time.
-    os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    export(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
     make = Parts(out).make
 
     made_from: list[object] = [sys.version, digest([HERE / "corpus.py", HERE / "models.py"])]
@@ -143,11 +141,11 @@ def recipe(
 
 
 def same_bits(one: Path, other: Path) -> bool:
-    """Whether two checkpoints of one file hold the same tensors, bit for bit."""
-    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first
+    """Whether two checkpoints of one file each hold the same tensors, bit for bit."""
+    first, second = (
+        dict(deserialize((folder / "model.safetensors").read_bytes())) for folder in (one, other)
     )
+    return first == second
 
 
 def installed(*packages: str) -> list[str]:

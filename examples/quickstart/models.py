@@ -72,13 +72,31 @@ class Design:
 
 DESIGNS = {
     "pivot": Design(  # 1.0 million parameters
-        "llama", TURNS, ("</s>", "<unk>", "<|prompter|>", "<|assistant|>"), True, 2048, 128, 3
+        family="llama",
+        template=TURNS,
+        specials=("</s>", "<unk>", "<|prompter|>", "<|assistant|>"),
+        sentencepiece=True,
+        vocabulary=2048,
+        hidden=128,
+        epochs=3,
     ),
     "documentation": Design(  # 1.3 million
-        "gpt_neox", CHATML, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"), False, 4096, 128, 2
+        family="gpt_neox",
+        template=CHATML,
+        specials=("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+        sentencepiece=False,
+        vocabulary=4096,
+        hidden=128,
+        epochs=2,
     ),
     "code": Design(  # 1.7 million
-        "phi3", ROLES, ("<|end|>", "<unk>", "<|user|>", "<|assistant|>"), True, 3072, 160, 1
+        family="phi3",
+        template=ROLES,
+        specials=("<|end|>", "<unk>", "<|user|>", "<|assistant|>"),
+        sentencepiece=True,
+        vocabulary=3072,
+        hidden=160,
+        epochs=1,
     ),
 }
 

@@ -61,6 +61,12 @@ def together(*jobs: Callable[[], Path]) -> list[Path]:
         return [running.result() for running in [pool.submit(job) for job in jobs]]
 
 
+def export(**variables: str) -> None:
+    """Print and set environment variables for the commands that follow."""
+    _log.print("$ export", *(f"{name}={value}" for name, value in variables.items()), style="bold")
+    os.environ |= variables
+
+
 def command(label: str | None, *words: str | Path) -> None:
     """Print and run a console command that is installed, or a Python script.
 
