@@ -194,12 +194,18 @@ class _Prompt:
 def _prompts(renderer: Renderer, chats: Sequence[Sequence[Message]]) -> list[_Prompt | None]:
     """The tokens before the answer that each chat waits for."""
     asked = [Conversation("", i, (*chat, PLACEHOLDER)) for i, chat in enumerate(chats)]
+    known = vocabulary(renderer.tokenizer)
     prompts: list[_Prompt | None] = []
     for conversation, rendering in zip(asked, renderer(asked), strict=True):
         last = [r for r in rendering.responses if r.turn == len(conversation.messages) - 1]
-        prompts.append(
-            _Prompt(rendering.input_ids[: last[0].first], last[0].pending) if last else None
-        )
+        if not last:
+            prompts.append(None)
+            continue
+        ids, pending = rendering.input_ids[: last[0].first], last[0].pending
+        # A space before an answer is most often part of its first token.
+        while len(ids) > 1 and known.tokens[ids[-1]] and not known.tokens[ids[-1]].strip(b" "):
+            ids, pending = ids[:-1], known.tokens[ids[-1]] + pending
+        prompts.append(_Prompt(ids, pending))
     return prompts
 
 

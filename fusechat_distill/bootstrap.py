@@ -6,14 +6,37 @@ seeds, which seeds. With y[s, i] the (linearised) difference of two models on sa
 
     y[s, i] = μ + a[s] + b[i] + e[s, i],      Var(mean) = σa²/S + σb²/n + σe²/(S·n).
 
-Samples are resampled (the same ones for all models and seeds: paired), 10,000 times; that gives the
-part of b. Three to five seeds are too few to be resampled: a percentile interval over them misses a
-factor n/(n-1) of the variance and the tails of Student's t, and covers 75 % at 3 seeds where 95 %
-are meant. So the seeds' part is a t interval with S - 1 degrees of freedom from the spread of the
+Samples are resampled, the same ones for all models and seeds; that gives the part of b. Three to
+five seeds are too few to be resampled: a percentile interval over them misses a factor n/(n - 1) of
+the variance and the tails of Student's t. So the seeds' part is a t interval from the spread of the
 seeds' ratios (which holds σa²/S and σe²/(S·n)), the samples' part is freed of σe²/(S·n), and the
 two are put together by the method of variance estimates recovery (Zou and Donner 2008): the squares
-of the two distances from the estimate add up.
+of the distances from the estimate to the two bounds add up.
+
+Measured: how often a 95 % interval held the truth, in per cent, over 200,000 draws of the mean
+squares of normal effects at n = 200 (tests/distill/test_bootstrap.py simulates whole samples):
+
+| σa²/S : σb²/n : σe²/(S·n) | S = 2 | S = 3 | S = 5 | S = 8 | resampled seeds, S = 3 |
+|---|---|---|---|---|---|
+| 1 : 0 : 0   | 95.0 | 95.0 | 95.0 | 94.9 | 74.9 |
+| 3 : 1 : 0   | 97.5 | 96.8 | 96.1 | 95.6 | 86.0 |
+| 1 : 1 : 0   | 98.3 | 97.5 | 96.6 | 95.9 | 90.8 |
+| 0.1 : 1 : 0 | 98.5 | 97.0 | 95.7 | 95.3 | 94.4 |
+| 0 : 1 : 0   | 95.0 | 95.1 | 95.0 | 95.0 | 94.9 |
+| 0 : 1 : 1   | 98.3 | 97.5 | 96.5 | 95.8 | 97.1 |
+| 0 : 0 : 1   | 95.7 | 95.6 | 95.5 | 95.5 | 97.9 |
+| 1 : 0 : 1   | 95.5 | 95.3 | 95.3 | 95.2 | 93.6 |
+
+So it holds 95 % where seeds or samples dominate, and is too wide rather than too narrow in between,
+most so at two seeds. Satterthwaite's degrees of freedom for the sum kept closer to 95 % in between,
+but fell to 92 % at 3 seeds (87 % at 2). Of lengths that vary
+much (log-normal, σ = 1), an interval over samples alone covers 92 to 94 % at 10 to 50 samples and
+95 % at 200; where the differences are skewed too (exponential), 89 to 90 % and 94 %. Under some 50
+conversations an interval says little.
 """
+
+# mypy: disable-error-code="import-untyped"
+# (SciPy has no types)
 
 from __future__ import annotations
 
@@ -29,8 +52,8 @@ RESAMPLES = 10_000
 DRAWN = 1 << 22
 """Sample indices that are drawn at a time."""
 
-LEVELS = 4096
-"""Levels at which an interval is looked at to find a p-value; neighbours differ by 0.2 %."""
+LEVELS = 1024
+"""Levels at which an interval is looked at to find a p-value; neighbours differ by 1 %."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +119,8 @@ def bootstrap(
     n = len(next(iter(models.values())).num_bytes)
     own = {}
     for name, losses in models.items():
-        parts = [_seed_part([(losses, 1.0)])]
-        own[name] = _Spread(values[name], ratios[name], n, parts).interval(level)
+        seeds = _seed_part([(losses, 1.0)])
+        own[name] = _Spread(values[name], ratios[name], n, seeds).interval(level)
     differences = {}
     for a, b in pairs:
         paired = models[a].seeds == models[b].seeds > 1
@@ -106,13 +129,13 @@ def bootstrap(
             values[a] - values[b],
             ratios[a] - ratios[b],
             n,
-            _parts(models[a], models[b], 1.0, paired=paired),
+            _seeds_of(models[a], models[b], 1.0, paired=paired),
         )
         relative = _Spread(
             change - 1,
             ratios[a] / ratios[b] - 1,
             n,
-            [part.over(values[b]) for part in _parts(models[a], models[b], change, paired=paired)],
+            _seeds_of(models[a], models[b], change, paired=paired).over(values[b]),
         )
         differences[a, b] = Difference(
             absolute.interval(level),
@@ -146,29 +169,41 @@ def _resampled(
 
 @dataclass(frozen=True)
 class _SeedPart:
-    """What one set of S training seeds adds to the variance of an estimate."""
+    """What training seeds add to the variance of an estimate."""
 
-    variance: float
+    variance: float = 0.0
     """Of the mean over seeds, from their spread: a's part and e's."""
-    interaction: float
+    interaction: float = 0.0
     """e's part, which resampling the samples shows as well."""
-    freedom: int
+    freedom: float = 1.0
+    """Degrees of freedom of `variance`."""
 
     def over(self, unit: float) -> _SeedPart:
         return _SeedPart(self.variance / unit**2, self.interaction / unit**2, self.freedom)
 
+    def plus(self, other: _SeedPart) -> _SeedPart:
+        """Of two models with seeds of their own; the degrees of freedom are Welch's."""
+        parts = [part for part in (self, other) if part.variance]
+        variance = sum(part.variance for part in parts)
+        freedom = sum(part.variance**2 / part.freedom for part in parts)
+        return _SeedPart(
+            variance,
+            self.interaction + other.interaction,
+            variance**2 / freedom if parts else 1.0,
+        )
 
-def _parts(a: Losses, b: Losses, change: float, *, paired: bool) -> list[_SeedPart]:
-    """The seeds' parts of r_a - change · r_b."""
+
+def _seeds_of(a: Losses, b: Losses, change: float, *, paired: bool) -> _SeedPart:
+    """The seeds' part of r_a - change · r_b."""
     if paired:
-        return [_seed_part([(a, 1.0), (b, -change)])]
-    return [_seed_part([(a, 1.0)]), _seed_part([(b, -change)])]
+        return _seed_part([(a, 1.0), (b, -change)])
+    return _seed_part([(a, 1.0)]).plus(_seed_part([(b, -change)]))
 
 
 def _seed_part(terms: Sequence[tuple[Losses, float]]) -> _SeedPart:
     seeds, n = terms[0][0].bits.shape
     if seeds == 1 or n < 2:
-        return _SeedPart(0.0, 0.0, 0)
+        return _SeedPart()
     ratios = sum(weight * losses.by_seed() for losses, weight in terms)
     # What each sample adds to a ratio: its residual over the mean number of bytes.
     residuals = sum(
@@ -187,16 +222,14 @@ def _seed_part(terms: Sequence[tuple[Losses, float]]) -> _SeedPart:
 class _Spread:
     """How an estimate varies over n samples (its resampled values) and over seeds."""
 
-    def __init__(
-        self, value: float, resampled: NDArray[np.float64], n: int, parts: Sequence[_SeedPart]
-    ):
+    def __init__(self, value: float, resampled: NDArray[np.float64], n: int, seeds: _SeedPart):
         self.value = value
         self._n = n
         self._deviations = np.sort(resampled - value)
-        self._parts = [part for part in parts if part.freedom]
+        self._seeds = seeds
         variance = float(np.var(resampled)) * n / max(1, n - 1)
-        interaction = sum(part.interaction for part in self._parts)
-        self._share = math.sqrt(max(0.0, 1 - interaction / variance)) if variance else 1.0
+        share = 1 - seeds.interaction / variance if variance else 1.0
+        self._share = math.sqrt(max(0.0, share))
 
     def interval(self, level: float) -> Interval:
         if self._n < 2:
@@ -219,10 +252,7 @@ class _Spread:
         """From the estimate to its lower and its upper bound, for each error probability."""
         # A resample of n has (n - 1)/n of the variance, and its quantiles are the normal's.
         widened = self._share * math.sqrt(self._n / (self._n - 1)) * _t_over_z(self._n - 1, errors)
-        of_seeds = sum(
-            (part.variance * _t(part.freedom, errors) ** 2 for part in self._parts),
-            start=np.zeros(len(errors)),
-        )
+        of_seeds = self._seeds.variance * _t(self._seeds.freedom, errors) ** 2
         of_samples = (
             -np.quantile(self._deviations, errors / 2),
             np.quantile(self._deviations, 1 - errors / 2),
@@ -230,7 +260,7 @@ class _Spread:
         return tuple(np.sqrt((np.maximum(d, 0) * widened) ** 2 + of_seeds) for d in of_samples)
 
 
-def _t(freedom: int, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+def _t(freedom: float, errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """What Student's t exceeds in absolute value with these probabilities."""
     from scipy.special import stdtrit
 

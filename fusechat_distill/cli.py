@@ -332,6 +332,9 @@ def evaluate(
     inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=opening)
     evaluation = opening.evaluation(inputs)
     processes = Processes(inputs.recipe.scoring.device)
+    if processes.count > 1:
+        problem = "runs in one process, on all devices of the machine; start it without a launcher"
+        raise RequestError("evaluate", [problem])
     found, answers = measure(evaluation, processes, Bar(processes))
     output = inputs.recipe.output_folder
     report = output / "report"

@@ -19,8 +19,8 @@ Keys of `evaluation.json`:
   value), `end_bits` (bits an answer for ending it, None where no answer has a stop), `left_out`
   (answers that this model could not be given).
 - `pairs`: `a`, `b`; `scope`: "seeds and samples", "this checkpoint only" where neither has several
-  seeds, or whose seeds (the pivot and the sources have none); `seeds` (of a and b); `paired`: seed i
-  with seed i; `groups` by name: `difference` (a minus b: below zero a is better) and `relative` (of
+  seeds, or whose seeds (pivot and sources have none); `seeds` (of a and b); `paired`: seed i with
+  seed i; `groups` by name: `difference` (a minus b: below zero a is better) and `relative` (of
   b), each with `value`, `low`, `high`; `p`, `p_holm`, and `verdict`: better, worse or no difference
   shown (at 5 % of `p_holm`).
 - `unfinished`: targets of the recipe that are not there yet.

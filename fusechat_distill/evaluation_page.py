@@ -191,7 +191,7 @@ def _forest(
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=0)
-    axes.locator_params(axis="x", nbins=4)
+    axes.locator_params(axis="x", nbins=6)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import chain
 import pytest
 import torch
 import yaml
+from chain import in_child, kill_at
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,45 +52,6 @@ def times(folder: Path) -> dict[Path, int]:
         for path in folder.rglob("*")
         if path.is_file() and path.name not in (".lock", "digests.json")
     }
-
-
-def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
-    """`work` in a forked process with one thread: its exit status, or minus the signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            before()
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def kill_at(part: str, number: int) -> Callable[[], None]:
-    """End without any clean-up when the n-th file below `part` is about to be written."""
-
-    def arm() -> None:
-        left = number
-
-        def hook(event: str, arguments: tuple) -> None:
-            nonlocal left
-            written = event in ("os.rename", "os.mkdir") or (
-                event == "open" and str(arguments[1]).startswith(("w", "a", "x"))
-            )
-            if written and any(part in str(a) for a in arguments[:2]):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-
-    return arm
 
 
 def recipe(

@@ -22,7 +22,7 @@ from transformers import (
 
 from fusechat_distill.errors import DistillError
 from fusechat_distill.scoring import Request, Scores
-from fusechat_distill.scoring.head import Head, topk_logprobs
+from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 from fusechat_distill.scoring.transformers_engine import TransformersScorer
 from fusechat_distill.scoring.vllm_engine import scores_from_prompt_logprobs
 
@@ -116,6 +116,36 @@ def test_scores_are_the_dense_reference(name):
     for request, scores in zip(wanted, results, strict=True):
         assert_scores(scores, *reference(model, request, 7), tolerance=5e-6)
         assert scores.finite
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap", "phi, bias"])
+def test_what_tokens_have_together(name):
+    model = build(name)
+    rng = np.random.default_rng(3)
+    wanted = [
+        dataclasses.replace(
+            request,
+            sets=tuple(
+                (int(row), np.sort(rng.choice(TOKENS, size, replace=False)))
+                for row, size in zip(
+                    rng.integers(len(request.positions), size=3), (1, 40, 0), strict=True
+                )
+            ),
+        )
+        for request in requests(rng)
+    ]
+    plain = TransformersScorer(model, TOKENS, top_k=1, batch_tokens=70)
+    for request, scores in zip(wanted, plain.score(wanted), strict=True):
+        logprobs, _ = reference(model, request, 1)
+        for (row, ids), found in zip(request.sets, scores.set_logprobs, strict=True):
+            expected = np.log(np.exp(logprobs[row, ids]).sum()) if len(ids) else -np.inf
+            assert found == pytest.approx(expected, abs=5e-6)
+    with torch.inference_mode(), plain._head() as head:
+        hidden = torch.randn(9, 48)
+        sets = [torch.tensor(TOKENS)[:5]] * 9
+        whole = set_logprobs(hidden, head, sets)
+        cut = set_logprobs(hidden, head, sets, tile_elements=2 * ROWS)
+        torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2, soft cap"])
