@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from variants import (
     CONTROL,
     DEFAULT,
     DOMAINS,
-    GRANULARITIES,
     VARM,
     Scale,
 )
@@ -55,6 +55,10 @@ class Test:
         if self.p >= LEVEL:
             return "within noise"
         return "better" if self.difference.absolute.value < 0 else "worse"
+
+    @property
+    def size(self) -> float:
+        return abs(self.difference.relative.value)
 
     def shown(self) -> str:
         return f"{_percent(self.difference.relative)}, {self.verdict}"
@@ -322,44 +326,44 @@ def _parts(scale: Scale) -> list[str]:
 def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
     """The papers' claims, each with what is to be said of it here."""
     targets = [f"target {source}" for source in sources]
-    granular = [f"varm {name}" for name in GRANULARITIES if name not in ("matrix", "module")]
-    others = ("linear", "slerp", "task arithmetic", "ties", "dare")
-    claims = [
-        ("SFT better than the pivot", [("sft", PIVOT)]),
-        ("multi better than SFT", [("multi", "sft")]),
-        ("each pairwise target better than SFT", [(target, "sft") for target in targets]),
-        ("each pairwise target better than multi", [(target, "multi") for target in targets]),
-        ("the merge (VaRM) better than SFT", [(VARM, "sft")]),
-        ("the merge better than each target", [(VARM, target) for target in targets]),
-        ("the merge better than multi", [(VARM, "multi")]),
-        (f"(control) the merge better than {CONTROL}", [(VARM, CONTROL)]),
-        *((f"{VARM} better than {name}", [(name, VARM)]) for name in (*others, *granular)),
+    better = [
+        ("sft", PIVOT),
+        ("multi", "sft"),
+        *((target, other) for other in ("sft", "multi") for target in targets),
+        *((VARM, other) for other in ("sft", "multi", *targets, CONTROL)),
+        *((VARM, name) for name in ("linear", "slerp", "task arithmetic", "ties", "dare")),
+        *((VARM, f"varm {name}") for name in ("layer", "model", "element")),
     ]
-    rows = [["claim", "here"]]
-    for claim, pairs in claims:
-        parts = []
-        for a, b in pairs:
-            # Where the worse one comes first, the sign is turned.
-            test = tests.get(f"{a} vs {b}")
-            turned = (a, b) != (VARM, CONTROL) and b == VARM
-            assert test is not None, (a, b)
-            holds = "worse" if turned else "better"
-            verdict = {holds: "holds", "within noise": "within noise"}.get(
-                test.verdict, "the other way round"
-            )
-            of = f"{a}: " if len(pairs) > 1 else ""
-            parts.append(f"{of}**{verdict}** ({_percent(test.difference.relative)})")
-        rows.append([claim, "; ".join(parts)])
+    small = _small(tests)
+    rows = [["the papers' order", "here", "change"]]
+    count: Counter[str] = Counter()
+    for first, second in better:
+        test = tests.get(f"{first} vs {second}") or tests[f"{second} vs {first}"]
+        holds = "better" if test.a == first else "worse"
+        verdict = {holds: "holds", "within noise": "within noise"}.get(test.verdict, "reversed")
+        count[verdict] += 1
+        if verdict != "within noise" and test.size < small:
+            verdict += ", but hardly"
+        change = f"{test.a} vs {test.b}: {_percent(test.difference.relative)}"
+        rows.append([f"{first} better than {second}", f"**{verdict}**", change])
+    said = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
     return f"""\
 ## Which of the papers' orderings hold
 
-The change in brackets is of the first against the second, and below zero the first is better;
-where the second is named first ("varm matrix better than ..."), of the second against the first.
+Of {len(better)}: {said}. *Hardly* is a difference that is shown, but is smaller than what averaging
+two SFT seeds gains ({small:.2%}), so that it is none to choose by. ({CONTROL} is this page's
+control, no claim of the papers.)
 
 {_table(rows)}"""
 
 
+def _small(tests: Mapping[str, Test]) -> float:
+    """A relative difference that averaging two seeds makes; below it nothing is chosen."""
+    return tests[f"{CONTROL} vs sft"].size
+
+
 RECIPE = {
+    "strategy": "pairwise",
     "λ": "0.9",
     "k": "10",
     "λ and k": "0.9 and 10 (the papers')",
@@ -371,58 +375,65 @@ RECIPE = {
 """What a recipe has where it says nothing."""
 
 WHY = {
-    "λ": "the papers' value for 7B models, whose sources know less that the text does not hold",
-    "k": "the papers' value; large models have nearly all of their mass there, small ones half, "
-    "and the store grows with k",
-    "λ and k": "the papers' values, from 7B models; see their own rows",
-    "tail": "the papers' way",
+    "strategy": "the papers' main result, and a source can be added later without training the "
+    "other targets anew; two sources whose strengths exclude each other, as here, are where one "
+    "target for all has the most to gain",
+    "λ": "the papers' value, chosen at 7B with answers that strong models wrote; nothing of that "
+    "size was measured here",
+    "k": "the papers' value; models as small as these keep about half of their mass in the top 10, "
+    "so that they need more, and each entry costs about 3 bytes a token in every store",
+    "λ and k": "the papers' values; see the rows of both",
+    "tail": "the papers' way, and at 10 entries the two are not the same choice as at 64",
+    "vocabulary": "FuseChat's choice, and it needs no map over the whole vocabulary",
 }
+"""Why the recipe keeps its default where another level is better here."""
 
 
 def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
+    small, part = _small(tests), _parts(scale)[-1]
+    compared = [("strategy", "multi", "pairwise", tests.get(f"{VARM} vs multi"), True)]
+    compared += [
+        (v.factor, v.level, v.default_level, tests.get(f"{v.name}: {part} vs {part}"), False)
+        for v in scale.variants
+    ]
     lines = []
-    part = _parts(scale)[-1]
-    for variant in scale.variants:
-        test = tests.get(f"{variant.name}: {part} vs {part}")
+    for factor, level, default_level, test, turned in compared:
         if test is None:
             continue
-        change = _percent(test.difference.relative)
-        better = {"better": variant.level, "worse": variant.default_level}.get(test.verdict)
-        said = (
-            f"**{better}** instead of "
-            f"{variant.default_level if better == variant.level else variant.level}"
-            if better
-            else f"{variant.level} or {variant.default_level}: no difference shown"
-        )
-        default = RECIPE.get(variant.factor)
+        of = f"({test.a} vs {test.b}: {_percent(test.difference.relative)})"
+        if test.verdict == "within noise" or test.size < small:
+            lines.append(
+                f"- {factor}: {level} or {default_level}, no difference to choose by {of}."
+            )
+            continue
+        wins = (test.verdict == "better") != turned
+        better, other = (level, default_level) if wins else (default_level, level)
+        default = RECIPE.get(factor)
         note = ""
-        if default is not None and better is not None:
-            if better == default:
-                note = "; the recipe's default"
-            elif default in (variant.level, variant.default_level):
-                note = f"; the recipe's default is {default}: {WHY[variant.factor]}"
-        lines.append(f"- {variant.factor}: {said} ({change}, {part}){note}.")
-    differ = {
-        verdict: [m.name for m in scale.merges if m.name != VARM and _of(tests, m.name) == verdict]
-        for verdict in ("better", "worse", "within noise")
-    }
+        if default == better:
+            note = " It is the recipe's default."
+        elif default == other:
+            note = f" The recipe's default is {default}: {WHY.get(factor, 'the papers have it')}."
+        lines.append(f"- {factor}: **{better}** instead of {other} {of}.{note}")
+    against = [tests[f"{m.name} vs {VARM}"] for m in scale.merges if m.name != VARM]
+    sorts: dict[str, list[str]] = {"better": [], "worse": [], "no difference to choose by": []}
+    for test in against:
+        sort = test.verdict if test.size >= small else "no difference to choose by"
+        sorts[sort if sort in sorts else "no difference to choose by"].append(test.a)
     lines.append(
         "- merge: against VaRM by matrices, the recipe's default, "
-        + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in differ.items() if names)
+        + "; ".join(f"{sort}: {', '.join(names)}" for sort, names in sorts.items() if names)
         + "."
     )
     body = "\n".join(lines)
     return f"""\
 ## What to choose
 
-For small models and few data that are read often, as here; at another size, run the same command
-with a scale of your own before you trust it.
+For small models and few data that are read often, as here, with sources that know more than the
+data hold; at another size, run this with a scale of your own before you trust it. A difference to
+choose by is one that is shown and is at least {small:.2%}, what averaging two SFT seeds gains.
 
 {body}"""
-
-
-def _of(tests: Mapping[str, Test], merge: str) -> str:
-    return tests[f"{merge} vs {VARM}"].verdict
 
 
 # How numbers are written.
@@ -441,9 +452,10 @@ def _value(interval: Interval) -> str:
 
 
 def _percent(interval: Interval) -> str:
+    digits = 2 if abs(interval.value) >= 0.0005 else 4
     if interval.low is None or interval.high is None:
-        return f"{interval.value:+.2%}"
-    return f"{interval.value:+.2%} [{interval.low:+.2%}, {interval.high:+.2%}]"
+        return f"{interval.value:+.{digits}%}"
+    return f"{interval.value:+.{digits}%} [{interval.low:+.{digits}%}, {interval.high:+.{digits}%}]"
 
 
 def _training(training: Mapping[str, Any]) -> str:
