@@ -168,26 +168,34 @@ def _heading(found: Found, jobs: Mapping[str, Any], command: str) -> str:
     sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in models)
     counts = {domain: int((found.domains == domain).sum()) for domain in sorted(set(found.domains))}
     held = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
+    shown = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size")
+    training = ", ".join(f"{key} {scale.training[key]}" for key in shown)
+    epochs = scale.training.get("num_train_epochs", "part of an")
+    factors = ", ".join(_parts(scale))
     return f"""\
 # The ladder in the small
 
-Written by `{command}` on {datetime.date.today()}; nothing in it is edited by hand.
-{scale.processes} processes of one thread on {_hardware()}; {wall / 60:.0f} minutes of wall time
-({cpu / 60:.0f} of CPU time); Python {platform.python_version()}, {versions}.
+Written by `{command}` on {datetime.date.today()};
+nothing in it is edited by hand. {scale.processes} processes of one thread on {_hardware()};
+{wall / 60:.0f} minutes of wall time ({cpu / 60:.0f} of CPU time); Python
+{platform.python_version()}, {versions}.
 
 - Text: questions and answers about Python's standard library, of two domains, {", ".join(DOMAINS)}.
   Each source has seen its own domain, the pivot a little of both, and none of them what targets
   learn from and are measured on.
-- Models: {sizes} (family, parameters, tokens).
-- Targets: {_training(scale.training)}. The default recipe of this page has λ 0.5 and k 64, and of
-  everything else what `fusechat-distill` has; each other recipe differs in what its row says.
-- Training seeds: {scale.seeds} for the ladder and the merges (0 to {scale.seeds - 1}),
-  {scale.factor_seeds} for the single factors; they decide the order of the rows. Pivot, sources and
-  text are the same for all.
-- Measured: bits per UTF-8 byte of {len(found.domains)} held-out answers ({held}), less is better.
+- Models (family, parameters, tokens): {sizes}.
+- Targets: {1 - scale.eval_fraction:.0%} of {scale.corpus["target_bytes"]:,} bytes of answers,
+  {epochs} epochs, {training}.
+  The default here is λ 0.5, k 64, and of everything else what `fusechat-distill` has; each other
+  recipe differs in what its row says.
+- Training seeds: {scale.seeds} for the ladder and the merges, the first {scale.factor_seeds} of
+  them for the single factors (shown on {factors}). They decide the order of the rows; pivot,
+  sources and text are the same for all, so that no interval says how much another pivot or other
+  text would change.
+- Measured: bits per UTF-8 byte of {len(found.domains)} held-out answers ({held}); less is better.
   Intervals are of 95 %, over answers and seeds, differences are paired by both
-  (`fusechat_distill/bootstrap.py`); *within noise* is a p-value of {LEVEL} or more after Holm's
-  correction for the table's family of tests. A row with one checkpoint (pivot, sources) has an
+  (`fusechat_distill/bootstrap.py`). *Within noise* is a p-value of {LEVEL} or more after Holm's
+  correction for the table's family of tests. What has one checkpoint (pivot, sources) has an
   interval over answers only.
 
 The papers measured 7B models with MT-Bench; no figure of theirs is comparable with one of these,
@@ -291,10 +299,19 @@ def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     parts = _parts(scale)
     pairs = [(f"{variant.name}: {part}", part) for variant in factors for part in parts]
     tests = found.tests(pairs, seeds=scale.factor_seeds)
-    table = [["factor", "here", "instead of", *parts]]
+    last = parts[-1]
+    further = [(f"{variant.name}: {last}", "sft") for variant in factors]
+    names = [variant.name for variant in factors]
+    at_ten = [(a, "k-10") for a in ("gold-k-10", "lambda-0.9-k-10") if {a, "k-10"} <= {*names}]
+    further += [(f"{a}: {last}", f"{b}: {last}") for a, b in at_ten]
+    others = found.tests([(last, "sft"), *further], seeds=scale.factor_seeds)
+    table = [["factor", "here", "instead of", *parts, f"{last} against sft"]]
+    table.append(["", "the default", "", *("" for _ in parts), others[last, "sft"].shown()])
     for variant in factors:
         of = [tests[f"{variant.name}: {part}", part].shown() for part in parts]
+        of.append(others[f"{variant.name}: {last}", "sft"].shown())
         table.append([variant.factor, variant.level, variant.default_level, *of])
+    ten = [f"{a} against {b} {others[f'{a}: {last}', f'{b}: {last}'].shown()}" for a, b in at_ten]
     forest(
         [
             (f"{variant.factor}: {variant.level}, {part}", t.difference.relative, t.verdict)
@@ -308,12 +325,16 @@ def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
     text = f"""\
 ## One factor otherwise
 
-The change against the default's, seed by seed ({scale.factor_seeds} seeds), below zero is better.
+The change against the default's, seed by seed ({scale.factor_seeds} seeds), below zero is better;
+and, a family of tests of its own, against SFT.
 
 {_table(table)}
 
+{"At k 10: " + "; ".join(ten) + "." if ten else ""}
+
 ![differences with intervals](factors.png)"""
-    return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
+    del others[last, "sft"]  # the ladder has it with all its seeds
+    return text, {f"{a} vs {b}": test for (a, b), test in (others | tests).items()}
 
 
 def _parts(scale: Scale) -> list[str]:
@@ -330,7 +351,7 @@ def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
         ("sft", PIVOT),
         ("multi", "sft"),
         *((target, other) for other in ("sft", "multi") for target in targets),
-        *((VARM, other) for other in ("sft", "multi", *targets, CONTROL)),
+        *((VARM, other) for other in ("sft", "multi", *targets)),
         *((VARM, name) for name in ("linear", "slerp", "task arithmetic", "ties", "dare")),
         *((VARM, f"varm {name}") for name in ("layer", "model", "element")),
     ]
@@ -346,13 +367,16 @@ def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
             verdict += ", but hardly"
         change = f"{test.a} vs {test.b}: {_percent(test.difference.relative)}"
         rows.append([f"{first} better than {second}", f"**{verdict}**", change])
-    said = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
+    names = {"holds": "hold", "reversed": "are reversed", "within noise": "are within noise"}
+    said = ", ".join(f"{count[verdict]} {name}" for verdict, name in names.items())
+    control = tests[f"{VARM} vs {CONTROL}"]
     return f"""\
 ## Which of the papers' orderings hold
 
-Of {len(better)}: {said}. *Hardly* is a difference that is shown, but is smaller than what averaging
-two SFT seeds gains ({small:.2%}), so that it is none to choose by. ({CONTROL} is this page's
-control, no claim of the papers.)
+Of {len(better)}, {said}. *Hardly* is a difference that is shown, but is smaller than what
+averaging two SFT seeds gains ({small:.2%}), so that it is none to choose by. This page's own
+control: {control.a} against {control.b}, that is, against averaging without any source,
+{control.shown()}.
 
 {_table(rows)}"""
 
@@ -368,6 +392,7 @@ RECIPE = {
     "k": "10",
     "λ and k": "0.9 and 10 (the papers')",
     "tail": "renormalize",
+    "tail at k 10": "renormalize",
     "vocabulary": "ms",
     "positions": "bytes",
     "template": "native",
@@ -383,7 +408,7 @@ WHY = {
     "k": "the papers' value; models as small as these keep about half of their mass in the top 10, "
     "so that they need more, and each entry costs about 3 bytes a token in every store",
     "λ and k": "the papers' values; see the rows of both",
-    "tail": "the papers' way, and at 10 entries the two are not the same choice as at 64",
+    "tail at k 10": "the papers' way, with λ 0.9, where it costs less; with a smaller λ take gold",
     "vocabulary": "FuseChat's choice, and it needs no map over the whole vocabulary",
 }
 """Why the recipe keeps its default where another level is better here."""
@@ -396,11 +421,13 @@ def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
         (v.factor, v.level, v.default_level, tests.get(f"{v.name}: {part} vs {part}"), False)
         for v in scale.variants
     ]
+    ten = tests.get(f"gold-k-10: {part} vs k-10: {part}")
+    compared.append(("tail at k 10", "gold", "renormalize", ten, False))
     lines = []
     for factor, level, default_level, test, turned in compared:
         if test is None:
             continue
-        of = f"({test.a} vs {test.b}: {_percent(test.difference.relative)})"
+        of = f"({_percent(test.difference.relative)})"
         if test.verdict == "within noise" or test.size < small:
             lines.append(
                 f"- {factor}: {level} or {default_level}, no difference to choose by {of}."
@@ -425,13 +452,19 @@ def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
         + "; ".join(f"{sort}: {', '.join(names)}" for sort, names in sorts.items() if names)
         + "."
     )
+    papers = tests.get(f"lambda-0.9-k-10: {part} vs sft")
+    if papers is not None:
+        lines.append(
+            f"- The recipe's defaults as they are, λ 0.9 and k 10, against SFT: {papers.shown()}."
+        )
     body = "\n".join(lines)
     return f"""\
 ## What to choose
 
 For small models and few data that are read often, as here, with sources that know more than the
 data hold; at another size, run this with a scale of your own before you trust it. A difference to
-choose by is one that is shown and is at least {small:.2%}, what averaging two SFT seeds gains.
+choose by is one that is shown and is at least {small:.2%}, what averaging two SFT seeds gains. In
+brackets: the VaRM merge against multi, and below it the first named against the second on {part}.
 
 {body}"""
 
@@ -456,12 +489,6 @@ def _percent(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.{digits}%}"
     return f"{interval.value:+.{digits}%} [{interval.low:+.{digits}%}, {interval.high:+.{digits}%}]"
-
-
-def _training(training: Mapping[str, Any]) -> str:
-    shown = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"]
-    shown += ["per_device_train_batch_size", "packing"]
-    return ", ".join(f"{key} {training[key]}" for key in shown if key in training)
 
 
 def _parameters(ladder: Ladder, name: str) -> str:
