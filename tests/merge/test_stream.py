@@ -321,7 +321,7 @@ def test_memory_threads_and_shards_change_no_byte(tmp_path: Path, llama_family: 
         for number, (paths, options) in enumerate(
             [
                 (one, {}),
-                (one, {"memory": 4_500_000, "threads": 1}),
+                (one, {"memory": 9_000_000, "threads": 1}),
                 (one, {"memory": 60 << 20, "threads": 5}),
                 (many, {"memory": 12_000_000, "shard_size": 100_000}),
             ]
