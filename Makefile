@@ -31,7 +31,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python tests/merge/test_fuzz_headers.py 60
+	$(BIN)/python tests/merge/test_fuzz_headers.py 1000000 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -353,10 +353,6 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
 
 
 def _entry_problem(name: str, entry: Any, data_length: int) -> str | None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return f"the tensor name {name!r} is no valid text"
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         return f"{name!r} needs dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -457,6 +453,11 @@ def _no_weights(name: str, present: set[str]) -> str:
 def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(raw.decode(), object_pairs_hook=_unique)
+        if b"\\u" in raw:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which Python's parser lets pass
+        text = error.object[max(0, error.start - 40) : error.start + 40]
+        raise CheckpointError([f"{where}: {text!r} is no valid text"]) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError([f"{where}: not to be read as JSON ({one_line(error)})"]) from error
     if not isinstance(parsed, dict):
