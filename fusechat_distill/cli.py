@@ -315,14 +315,14 @@ def evaluate(
       lm-eval run --model hf --model_args pretrained=runs/fusechat/targets/NAME,dtype=bfloat16 \\
         --tasks gsm8k,mmlu --apply_chat_template
     """
-    from fusechat_distill.answers import export, markdown, side_by_side, write_text
+    from fusechat_distill.answers import export, markdown, side_by_side
     from fusechat_distill.evaluation import Opening
     from fusechat_distill.evaluation import evaluate as measure
     from fusechat_distill.evaluation_page import tables, write_picture
+    from fusechat_distill.files import write_json, write_text
     from fusechat_distill.inputs import open_inputs
     from fusechat_distill.processes import Processes
     from fusechat_distill.report_page import require_matplotlib
-    from fusechat_distill.store import write_json
 
     _quieten()
     require_matplotlib("evaluate")

@@ -49,12 +49,13 @@ from fusechat_distill.answers import Questions, answer, held_out_questions, read
 from fusechat_distill.bits import AnswerBits, answer_request
 from fusechat_distill.bootstrap import RESAMPLES, Difference, Interval, Losses, bootstrap, holm
 from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.files import write_json
 from fusechat_distill.fusing import held_out
 from fusechat_distill.inputs import Inputs, OpenModel, limits, rendering_problems
 from fusechat_distill.models import PLACEMENT, open_checkpoint
 from fusechat_distill.pipeline import NON_FINITE_SHARE, Progress, placement
 from fusechat_distill.recipe import FOLDER_NAME, PIVOT
-from fusechat_distill.store import Manifest, stale, write_json
+from fusechat_distill.store import Manifest, stale
 from fusechat_distill.tokens import vocabulary
 from fusechat_distill.training import train_stages
 

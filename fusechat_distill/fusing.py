@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fusechat_distill.aligning import AlignedSample, AlignStage, aligned_samples
 from fusechat_distill.errors import DistillError
+from fusechat_distill.files import write_json
 from fusechat_distill.fusion import Fused, Scores, fuse, segment_sums, target_models
 from fusechat_distill.pipeline import Progress, StageStatus
 from fusechat_distill.recipe import PIVOT
@@ -24,7 +25,6 @@ from fusechat_distill.store import (
     ScoreStore,
     Shards,
     stale,
-    write_json,
 )
 
 if TYPE_CHECKING:

@@ -207,7 +207,7 @@ class Digests:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def save(self) -> None:
-        from fusechat_distill.store import write_json
+        from fusechat_distill.files import write_json
 
         write_json(self._cache, self._known)
 

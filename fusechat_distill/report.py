@@ -52,9 +52,10 @@ from fusechat_distill.aligning import (
 )
 from fusechat_distill.alignment import Responses, match_positions
 from fusechat_distill.errors import RequestError
+from fusechat_distill.files import write_json
 from fusechat_distill.fusing import fuse_stages
 from fusechat_distill.fusion import CrossEntropy, Scores, fuse
-from fusechat_distill.store import ScoredSample, ScoreStore, Shards, write_json
+from fusechat_distill.store import ScoredSample, ScoreStore, Shards
 from fusechat_distill.tokens import Vocabulary, vocabulary
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.files import replacing, write_json
 
 SHARD_SAMPLES = 256
 FORMAT = 1
@@ -183,10 +184,9 @@ class Shards:
         }
         table = table.replace_schema_metadata({METADATA: json.dumps(footer, sort_keys=True)})
         path = self.path(samples)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         # Ids and half floats compress best with their bytes in streams of their own: 42 bytes a
         # position at k = 10 instead of 55.
-        with open(part, "wb") as file:
+        with replacing(path) as file:
             pq.write_table(
                 table,
                 file,
@@ -196,10 +196,6 @@ class Shards:
                 write_statistics=False,
                 write_page_checksum=True,
             )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_folder(self.folder)
         return path
 
     def read(self, samples: SampleRange, columns: Sequence[str] | None = None) -> pa.Table:
@@ -440,26 +436,6 @@ class ScoreStore(Mapping[str, ScoredSample]):
             if len(self._cache) > self._cached_shards:
                 self._cache.popitem(last=False)
         return self._cache[samples]
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` beside `path`, then rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

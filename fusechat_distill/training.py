@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.card import model_card
 from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.files import sync_folder, write_json
 from fusechat_distill.fusing import FuseStage, fuse_stages
 from fusechat_distill.inputs import existing, readable_size
 from fusechat_distill.models import ModelFiles
@@ -25,7 +26,7 @@ from fusechat_distill.settings import (
     fusion_config,
     lora_config,
 )
-from fusechat_distill.store import Manifest, Shards, stale, sync_folder, write_json
+from fusechat_distill.store import Manifest, Shards, stale
 
 if TYPE_CHECKING:
     from datasets import Dataset
