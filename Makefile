@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Real vocabularies for the tests; only their data files are used, so none of their dependencies.
 TOKENIZERS := mistral-common==1.13.1 qwen-agent==0.0.34
 
-.PHONY: help venv demo test lint ladder bench clean
+.PHONY: help venv demo test lint ladder bench reliability clean
 
 help:
 	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make ladder  measure the papers' claims in the small, about an hour"
 	@echo "make bench   measure speed and memory, as ratios"
+	@echo "make reliability  crashes, bad inputs, races, memory: docs/reliability.md, about 25 minutes"
 	@echo "make clean   remove .venv, runs/ and caches"
 
 venv: $(STAMP)
@@ -46,6 +47,9 @@ bench: bench-merge bench-score bench-align bench-train
 bench-merge: BENCH := small
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/bench_$*.py $(BENCH)
+
+reliability: $(STAMP)
+	$(BIN)/python tests/reliability/run.py
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
