@@ -67,7 +67,7 @@ def markdown(figures: list[Figure], scale: float, seed: int, picture: bool) -> s
         for figure in mine:
             if figure.unexpected:
                 lines += ["", f"Not as expected in “{figure.what}”, the first:", ""]
-                lines += [f"- `{case.replace('`', "'")}`" for case in figure.unexpected]
+                lines += ["- `" + case.replace("`", "'") + "`" for case in figure.unexpected]
     return "\n".join(lines) + "\n"
 
 
