@@ -6,16 +6,20 @@ STAMP := .venv/.installed
 # Real vocabularies for the tests; only their data files are used, so none of their dependencies.
 TOKENIZERS := mistral-common==1.13.1 qwen-agent==0.0.34
 
-.PHONY: help venv demo test lint dist-check ladder bench clean
+.PHONY: help venv demo test lint docs-check dist-check coverage mutation reliability ladder bench clean
 
 help:
-	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make dist-check  build wheel and sdist, install, run every command"
-	@echo "make ladder  measure the papers' claims in the small, about an hour"
-	@echo "make bench   measure speed and memory, as ratios"
-	@echo "make clean   remove .venv, runs/ and caches"
+	@echo "make demo         small chat models: distil, merge, evaluate (offline once installed)"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs-check   run every command and code block of the README and docs/"
+	@echo "make dist-check   build wheel and sdist, install them elsewhere, run every command"
+	@echo "make coverage     run the tests, list the lines and branches that none of them reaches"
+	@echo "make mutation     break the arithmetic in every way, list what no test notices"
+	@echo "make reliability  crashes, bad inputs, races, memory: writes docs/reliability.md"
+	@echo "make ladder       measure the papers' claims in the small, about an hour"
+	@echo "make bench        measure speed and memory, as ratios"
+	@echo "make clean        remove .venv, runs/ and caches"
 
 venv: $(STAMP)
 
@@ -39,8 +43,20 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs-check: $(STAMP)
+	$(BIN)/python tests/docs_check.py
+
 dist-check: $(STAMP)
 	$(BIN)/python tests/dist_check.py
+
+coverage: $(STAMP)
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+reliability: $(STAMP)
+	$(BIN)/python tests/reliability/run.py
 
 ladder: $(STAMP)
 	$(BIN)/python examples/reproduction/ladder.py --scale cpu

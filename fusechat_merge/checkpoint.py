@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -317,7 +318,9 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
     found: list[tuple[int, int, str, str, tuple[int, ...]]] = []
     for name, entry in entries.items():
         if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+            if entry is not None and not (
+                isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
+            ):
                 problems.append(f"{where}: __metadata__ may map strings to strings only")
             continue
         problem = _entry_problem(name, entry, data_length)
@@ -401,6 +404,21 @@ def read_weights_file(
     return located, WeightsFile(size, modified, hashlib.sha256(header[1]).hexdigest())
 
 
+def read_settings(store: Store, file: str, name: str) -> Any:
+    """A model's ``config.json`` or an adapter's, whose text any JSON parser may have written.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        size, _ = store.stat(file)
+        if size > MAX_HEADER:
+            raise ValueError(f"{size} bytes is too long")
+        return json.loads(store.read(file, 0, size))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError([f"{name}: {file} can't be read ({one_line(error)})"]) from error
+
+
 def _read_index(store: Store, name: str) -> dict[str, str]:
     """The index's weight_map; file names in it are judged as they stand, links not followed."""
     file = "model.safetensors.index.json"
@@ -452,7 +470,13 @@ def _no_weights(name: str, present: set[str]) -> str:
 
 def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(raw.decode(), object_pairs_hook=_unique)
+        parsed = json.loads(
+            raw.decode(),
+            object_pairs_hook=_unique,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
         if b"\\u" in raw:
             json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # half a surrogate pair, which Python's parser lets pass
@@ -463,6 +487,21 @@ def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CheckpointError([f"{where}: a JSON object belongs here"])
     return parsed
+
+
+def _whole(text: str) -> int | float:
+    """As safetensors' parser: what doesn't fit 64 bits is no whole number, nor is -0."""
+    if text.isdecimal() and len(text) < 20:
+        return int(text)
+    fits = text != "-0" and len(text) < 21 and -(1 << 63) <= int(text) < 1 << 64
+    return int(text) if fits else _finite(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text!r:.40} is out of range")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fusechat_merge.checkpoint import (
     Store,
     download_model,
     read_checkpoint,
+    read_settings,
 )
 from fusechat_merge.errors import ConfigError, nearest, one_line
 from fusechat_merge.lora import with_adapter
@@ -41,7 +42,7 @@ def read_config(
         try:
             source = Path(config).read_text(encoding="utf-8")
             raw = yaml.safe_load(source)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except Exception as error:  # what reads a date or a number raises what it likes
             raise ConfigError([f"{config}: can't be read as YAML ({one_line(error)})"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(["a mergekit configuration is a YAML mapping with merge_method in it"])
@@ -107,12 +108,12 @@ def name_adapters(config: MergeConfiguration) -> None:
     entries = [entry for piece in pieces for entry in piece.models or []]
     entries += [s for piece in pieces for part in piece.slices or [] for s in part.sources]
     for entry in entries:
-        folder = Path(entry.model.model.path)
+        folder = entry.model.model.path
         if (
             base is not None
             and entry.model.lora is None
-            and (folder / "adapter_config.json").is_file()
-            and not (folder / "config.json").exists()
+            and os.path.isfile(os.path.join(folder, "adapter_config.json"))
+            and not os.path.exists(os.path.join(folder, "config.json"))
         ):
             entry.model = ModelReference(model=base.model, lora=entry.model.model)
 
@@ -134,9 +135,9 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
 
 def _store(model: ModelPath, options: Options, download: bool) -> Store:
     path = model.path
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # False too for what can be no path at all
         return Folder(Path(path))
-    if Path(path).exists():
+    if os.path.exists(path):
         raise CheckpointError([f"{path}: a model is a folder, this is a file"])
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise CheckpointError([f"{path}: no such folder"])
@@ -147,10 +148,9 @@ def _store(model: ModelPath, options: Options, download: bool) -> Store:
 def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:
     """What keeps a checkpoint from being merged because its weights are not plain numbers."""
     try:
-        size, _ = store.stat("config.json")
-        config = json.loads(store.read("config.json", 0, size))
-    except (OSError, ValueError) as error:
-        return [f"{checkpoint.name}: config.json can't be read ({one_line(error)})"]
+        config = read_settings(store, "config.json", checkpoint.name)
+    except CheckpointError as error:
+        return error.problems
     scheme = config.get("quantization_config") if isinstance(config, dict) else None
     if scheme:
         kind = scheme.get("quant_method", "quantised") if isinstance(scheme, dict) else "quantised"

@@ -33,9 +33,8 @@ class TensorError(click.ClickException, ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    """What an exception says, its lines joined."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

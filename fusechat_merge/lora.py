@@ -7,10 +7,9 @@ its bits don't depend on the caller's buffers.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from fusechat_merge.checkpoint import (
     CheckpointError,
     Location,
     Store,
+    read_settings,
     read_weights_file,
 )
 
@@ -93,16 +93,14 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
     Raises:
         CheckpointError: no LoRA adapter, or one with parts that can't be merged by blocks.
     """
-    try:
-        size, _ = store.stat("adapter_config.json")
-        config = json.loads(store.read("adapter_config.json", 0, size))
-    except (OSError, ValueError) as error:
-        raise CheckpointError([f"{name}: adapter_config.json can't be read ({error})"]) from error
+    config = read_settings(store, "adapter_config.json", name)
     problems = _unsupported(config, name)
     try:
         locations, file = read_weights_file(store, _FILE, f"{name}: {_FILE}")
     except CheckpointError as error:
         raise CheckpointError(problems + error.problems) from error
+    if problems:
+        raise CheckpointError(problems)
     path = _FILE if store.folder is None else str((store.folder / _FILE).absolute())
     locations = {key: replace(at, file=path) for key, at in locations.items()}
 
@@ -139,7 +137,8 @@ def _unsupported(config: Any, name: str) -> list[str]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         return [f"{name}: peft_type {kind!r} can't be merged by blocks; merge_and_unload it first"]
-    return [
+    wrong = _wrong_values(config)
+    return [f"{name}: adapter_config.json: {problem}" for problem in wrong] + [
         f"{name}: {what} can't be merged by blocks; merge_and_unload the adapter first"
         for what, used in (
             ("DoRA (use_dora)", config.get("use_dora")),
@@ -149,6 +148,31 @@ def _unsupported(config: Any, name: str) -> list[str]:
         )
         if used
     ]
+
+
+def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("r", "lora_alpha"):
+        value = config.get(key, 1)
+        if not _is_number(value, key == "r"):
+            yield f"{key} must be a number{' above 0' * (key == 'r')}, not {value!r:.80}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            yield f"{key} must map names to numbers, not {patterns!r:.80}"
+            continue
+        for pattern, value in patterns.items():
+            if not _is_number(value, key == "rank_pattern"):
+                yield f"{key} gives {pattern!r:.80} the value {value!r:.80}, which is no such number"
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                yield f"{key}: {pattern!r:.80} is no regular expression ({error})"
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value < 1e9 if positive else -1e9 < value < 1e9
 
 
 def _pair(

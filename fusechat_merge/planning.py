@@ -106,7 +106,7 @@ def _plan_outputs(planned: Plan) -> None:
     except ConfigError:
         raise
     except Exception as error:  # what mergekit refuses is refused; its errors have no common base
-        planned.problems.append(_architecture_remedy(one_line(error)))
+        planned.problems.append(_remedy(error))
         return
 
     maker = OutputMaker(planned, config)
@@ -148,9 +148,13 @@ def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _architecture_remedy(message: str) -> str:
+def _remedy(error: Exception) -> str:
+    message = one_line(error)
     if "--allow-crimes" in message:
         return "the models have different architectures; --allow-crimes tries all the same"
+    if isinstance(error, (LookupError, TypeError, AttributeError)):
+        name = type(error).__name__
+        return f"a model's config.json or the YAML is not as mergekit needs it ({name}: {message})"
     return message
 
 

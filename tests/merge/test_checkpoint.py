@@ -142,7 +142,7 @@ def test_every_damaged_shard_is_named_at_once(tmp_path):
         ({"a": entry("U8", [1], 0, 1)}, b"abc", "2 bytes after the last tensor belong to none"),
         ({"a": entry("F32", [1], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
         ({"a": entry("U8", [1 << 62, 1 << 62], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
-        ({"a": entry("U8", [0, 1 << 70], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
+        ({"a": entry("U8", [0, 1 << 63], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
         ({"a": entry("F4", [3], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
         ({"a": entry("U8", [2], 2, 0)}, b"ab", "doesn't take the -2 bytes"),
         ({"a": entry("U8", [-1], 0, 2)}, b"ab", "list of sizes"),

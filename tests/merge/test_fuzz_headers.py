@@ -100,6 +100,26 @@ def test_half_a_surrogate_pair_is_no_name(name):
     )
 
 
+@pytest.mark.parametrize(
+    "number", ["0", "-0", "0.0", "18446744073709551615", "18446744073709551616"]
+)
+def test_a_number_is_one_of_64_bits(number):
+    raw = b'{"a":{"dtype":"U8","shape":[0,%s],"data_offsets":[0,0]}}' % number.encode()
+    assert check(len(raw).to_bytes(8, "little") + raw) == (number in {"0", "18446744073709551615"})
+
+
+@pytest.mark.parametrize("value", ["null", "1.0", "1e400", "-1e400", "NaN", "Infinity", "9" * 400])
+def test_what_is_not_looked_at_must_be_json_all_the_same(value):
+    entry = b'"shape":[0],"data_offsets":[0,0]'
+    raw = b'{"a":{"dtype":"U8",%s,"more":%s}}' % (entry, value.encode())
+    assert check(len(raw).to_bytes(8, "little") + raw) == (value in {"null", "1.0"})
+
+
+def test_no_metadata():
+    raw = b'{"__metadata__":null}'
+    assert check(len(raw).to_bytes(8, "little") + raw)
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=64))
 def test_any_bytes_are_refused_or_read(raw):

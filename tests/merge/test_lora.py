@@ -97,6 +97,13 @@ def test_16_bits_are_rounded_once_and_memory_changes_no_byte(
         ({"use_dora": True}, "DoRA (use_dora) can't be merged by blocks; merge_and_unload"),
         ({"bias": "all"}, "bias can't be merged by blocks"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' can't be merged by blocks"),
+        ({"r": 0}, "adapter_config.json: r must be a number above 0, not 0"),
+        ({"r": "4"}, "adapter_config.json: r must be a number above 0, not '4'"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, not None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, not nan"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map names to numbers"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' the value 0"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is no regular expression"),
     ],
 )
 def test_adapters_that_are_refused(

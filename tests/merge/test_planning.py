@@ -307,3 +307,43 @@ def test_a_model_on_the_hub_is_planned_from_its_headers(
 def test_a_model_that_the_hub_does_not_have(hub: list[tuple[str, str | None]]) -> None:
     problems = plan({"merge_method": "linear", "models": [{"model": "o/none"}]}).problems
     assert any("o/none: no folder of this name, and not to be had" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: 2024-13-45", "month must be in 1..12"),
+        ("merge_method: !!bool x", "can't be read as YAML"),
+        ("merge_method: !!timestamp x", "can't be read as YAML"),
+        ("merge_method: !!float x", "could not convert string to float"),
+        ("a: " + "[" * 3000, "recursion"),
+        ("a: b\n  c: d", "line 2, column 4"),
+        ("a: !!python/object/apply:os.mkdir [made]", "could not determine a constructor"),
+    ],
+)
+def test_text_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    yml = tmp_path / "merge.yml"
+    yml.write_text(text)
+    result = CliRunner().invoke(main, ["plan", str(yml)])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "can't be read as YAML" in result.stderr
+
+
+def test_a_name_that_can_be_no_path(paths: list[Path]) -> None:
+    config = configuration(paths)
+    config["models"][1]["model"] = "/" + "x" * 300
+    (problem,) = plan(config).problems
+    assert problem.endswith("xxx: no such folder")
+
+
+def test_a_config_that_mergekit_stumbles_over(paths: list[Path]) -> None:
+    set_config(paths[0], architectures={"a": 1})
+    (problem,) = plan(configuration(paths)).problems
+    assert problem.startswith("a model's config.json or the YAML is not as mergekit needs it (")
+
+
+def test_a_config_nested_too_deeply(paths: list[Path]) -> None:
+    (paths[0] / "config.json").write_text("[" * 100_000)
+    (problem,) = plan(configuration(paths)).problems
+    assert "config.json can't be read (maximum recursion depth" in problem
