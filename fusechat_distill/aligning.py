@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from fusechat_distill.store import (
     ScoredSample,
     ScoreStore,
     Shards,
+    replacing,
     stale,
 )
 from fusechat_distill.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
@@ -411,12 +411,8 @@ class AlignStage:
             built = build(pivot, source, roles)
         path = self.vocabulary_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with open(part, "wb") as file:
+        with replacing(path) as file:
             np.savez_compressed(file, ids=built.ids, kinds=built.kinds)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
 
     def _read_vocabulary(self) -> VocabularyMap | None:
         path = self.vocabulary_file()

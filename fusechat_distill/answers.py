@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy as np
 
 from fusechat_distill.conversations import Conversation, Message, Renderer
 from fusechat_distill.errors import RequestError
-from fusechat_distill.store import sync_folder, write_json
+from fusechat_distill.store import replacing, write_json
 from fusechat_distill.tokens import vocabulary
 
 if TYPE_CHECKING:
@@ -391,11 +390,6 @@ def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, then rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
+    """Write `text` to `path`, complete or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.evaluation import ALL
-from fusechat_distill.store import sync_folder
+from fusechat_distill.store import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,13 +168,8 @@ def write_picture(found: Mapping[str, Any], path: Path) -> None:
     if pairs:
         _names(axes[1, 0], [title(pair) for pair in pairs])
         figure.supxlabel(_legend(pairs), x=0.01, ha="left", fontsize=8)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
 
 
 def _forest(

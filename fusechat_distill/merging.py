@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,13 +122,3 @@ def merge_problems(recipe: Recipe) -> list[str]:
         if parameter.required and name not in section.parameters
     ]
     return problems
-
-
-def write_merge_yaml(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

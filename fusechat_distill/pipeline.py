@@ -22,6 +22,7 @@ from fusechat_distill.store import (
     ScoredResponse,
     ScoredSample,
     Shards,
+    no_link,
     scores_table,
 )
 
@@ -245,7 +246,7 @@ class ScoreStage:
             "seconds": round(seconds, 3),
             "process": processes.index,
         }
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(entry) + "\n")
 
     def _finish(self, shards: Shards) -> StageStatus:

@@ -429,9 +429,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep=True)
         except (ValueError, TypeError) as error:  # no such day; a list as a mapping's key
             message = " ".join(str(error).split())
-            raise yaml.constructor.ConstructorError(
-                None, None, message, node.start_mark
-            ) from error
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.errors import RequestError
 from fusechat_distill.report import REASONS
-from fusechat_distill.store import sync_folder
+from fusechat_distill.store import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,13 +138,8 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
             "source_run_over": "source token runs over the end",
         },
     )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
 
 
 def _column(found: Sequence[Mapping[str, Any]], section: str, name: str) -> list[float | None]:

@@ -10,10 +10,10 @@ from fusechat_distill.aligning import align_stages, align_status
 from fusechat_distill.errors import RequestError
 from fusechat_distill.fusing import fuse_status
 from fusechat_distill.fusion import target_models
-from fusechat_distill.merging import edited, merge_yaml, write_merge_yaml
+from fusechat_distill.merging import edited, merge_yaml
 from fusechat_distill.pipeline import Progress, Stage, StageStatus, score_stages, score_status
 from fusechat_distill.recipe import Recipe
-from fusechat_distill.store import Shards
+from fusechat_distill.store import Shards, replacing
 from fusechat_distill.training import train_stages, train_status
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class MergeStage:
             if problem := next(iter(self.problems()), None):
                 raise RequestError(str(self.path), [problem])
             if not self.status().complete:
-                write_merge_yaml(self.path, self._text())
+                with replacing(self.path) as file:
+                    file.write(self._text().encode())
         return self.status()
 
     def _text(self) -> str:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +135,7 @@ class Shards:
         """
         import fcntl
 
-        with open(self.folder / ".lock", "w") as lock:
+        with open(self.folder / ".lock", "w", opener=no_link) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -149,7 +149,7 @@ class Shards:
     def clean(self) -> list[str]:
         """Remove what a stopped run left half written; set torn and foreign shards aside.
 
-        Every shard is read whole (pages carry checksums). Only the one run that holds the folder
+        Every shard is read whole. Only the one run that holds the folder
         may call this. Returns a line for each shard that went to `quarantine/`.
         """
         for path in self.folder.glob(".*.part"):
@@ -181,34 +181,33 @@ class Shards:
             "manifest": self.manifest.digest,
             "summary": dict(summary),
         }
+        footer |= {"footer_sha256": _footer_digest(footer), "sha256": UNKNOWN}
         table = table.replace_schema_metadata({METADATA: json.dumps(footer, sort_keys=True)})
-        path = self.path(samples)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         # Ids and half floats compress best with their bytes in streams of their own: 42 bytes a
         # position at k = 10 instead of 55.
-        with open(part, "wb") as file:
-            pq.write_table(
-                table,
-                file,
-                compression="zstd",
-                use_dictionary=False,
-                use_byte_stream_split=_number_lists(table.schema),
-                write_statistics=False,
-                write_page_checksum=True,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_folder(self.folder)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(
+            table,
+            buffer,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=_number_lists(table.schema),
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+        raw = buffer.getvalue().to_pybytes()
+        path = self.path(samples)
+        with replacing(path) as file:
+            file.write(_with_digest(raw, hashlib.sha256(raw).hexdigest()))
         return path
 
     def read(self, samples: SampleRange, columns: Sequence[str] | None = None) -> pa.Table:
-        """One shard's rows.
+        """One shard's rows; all columns together are checked against the shard's digest.
 
         Raises:
             DistillError: it is torn, or was not written for this folder and range.
         """
-        with self._shard(samples) as file:
+        with self._shard(samples, whole=columns is None) as file:
             return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
     def summary(self, samples: SampleRange) -> dict[str, Any]:
@@ -218,17 +217,19 @@ class Shards:
             return summary
 
     @contextlib.contextmanager
-    def _shard(self, samples: SampleRange) -> Iterator[pq.ParquetFile]:
+    def _shard(self, samples: SampleRange, *, whole: bool = False) -> Iterator[pq.ParquetFile]:
         path = self.path(samples)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            # Pages carry checksums, but what says where they lie and how they are packed does not.
+            source = pa.py_buffer(_intact(path.read_bytes())) if whole else path
+            with pq.ParquetFile(source, page_checksum_verification=True) as file:
                 footer = _footer(file)
                 if footer["manifest"] != self.manifest.digest:
                     raise DistillError(f"{path}: was made with another fingerprint")
                 if footer["range"] != [samples.start, samples.stop]:
                     raise DistillError(f"{path}: holds samples {footer['range']}")
                 yield file
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DistillError(f"{path}: can't be read ({_first_line(error)})") from error
 
     def _quarantine(self, path: Path) -> Path:
@@ -443,15 +444,32 @@ class ScoreStore(Mapping[str, ScoredSample]):
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` beside `path`, then rename."""
+    """Write `data` to `path`, complete or not at all."""
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place once the block has ended and it is on disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part.unlink(missing_ok=True)  # of an earlier process with this number
+    try:
+        with open(part, "xb") as file:  # through no link that lies there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def no_link(path: str, flags: int) -> int:
+    """For `open`: a file of this very folder, never what a link in a brought folder points to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -483,9 +501,39 @@ def _number_lists(schema: pa.Schema) -> list[str]:
     ]
 
 
+UNKNOWN = "0" * 64
+"""Stands in a shard for the digest of all its bytes while that is computed."""
+
+
+def _with_digest(raw: bytes, digest: str) -> bytes:
+    """A shard's bytes with another digest in its footer; ValueError where there is none."""
+    # What looks the same in the footer's JSON has its quotes escaped, and pages lie before.
+    key = b'"sha256": "'
+    at = raw.rindex(key) + len(key)
+    return raw[:at] + digest.encode() + raw[at + len(digest) :]
+
+
+def _intact(raw: bytes) -> bytes:
+    """A shard's bytes; ValueError where they are not those that were written."""
+    blank = _with_digest(raw, UNKNOWN)
+    if _with_digest(blank, hashlib.sha256(blank).hexdigest()) != raw:
+        raise ValueError(
+            "it was changed or damaged after it was written; the stage that made it sets it aside "
+            "and makes it anew"
+        )
+    return raw
+
+
 def _footer(file: pq.ParquetFile) -> dict[str, Any]:
     footer: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
+    if footer.pop("footer_sha256") != _footer_digest(footer):
+        raise ValueError("its footer was changed or damaged after it was written")
     return footer
+
+
+def _footer_digest(footer: Mapping[str, Any]) -> str:
+    stated = {name: footer[name] for name in ("range", "manifest", "summary")}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where anything lies in nested lists and mappings."""
     if path:
         yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in items:
         yield from places(part, (*path, key))
 
@@ -235,4 +241,184 @@ def keep(work: Path, name: str, raw: bytes) -> None:
         (Path(folder) / name).write_bytes(raw)
 
 
-SECTIONS: list[tuple[str, Section]] = [("fuzz-recipes", fuzz_recipes)]
+# ----------------------------------------------------------------------------------------- shards
+
+
+def scored_store(folder: Path, chance: random.Random) -> Any:
+    """A store of two shards with eight samples each, as a scorer could have made it."""
+    import numpy as np
+
+    from fusechat_distill.store import (
+        Manifest,
+        ScoredResponse,
+        ScoredSample,
+        Shards,
+        scores_table,
+    )
+
+    random_numbers = np.random.default_rng(chance.randrange(2**32))
+
+    def sample(row: int) -> ScoredSample:
+        responses = []
+        for turn in range(chance.randint(1, 3)):
+            n, k = chance.randint(1, 12), 4
+            responses.append(
+                ScoredResponse(
+                    turn=turn,
+                    begin=0,
+                    end=3 * n,
+                    first=turn + 1,
+                    pending=b" " * (turn % 2),
+                    stop="special",
+                    tokens=random_numbers.integers(0, 300, n, np.uint32),
+                    ends=np.arange(3, 3 * n + 1, 3, dtype=np.int32),
+                    ids=random_numbers.integers(0, 300, (n, k), np.uint32),
+                    logprobs=-random_numbers.random((n, k)).astype(np.float16),
+                    gold_logprobs=-random_numbers.random(n).astype(np.float32),
+                )
+            )
+        return ScoredSample(f"{chance.getrandbits(128):032x}", row, tuple(responses))
+
+    shards = Shards.create(folder, Manifest("scores", 16, {"model": "m"}, 8))
+    for samples in shards.manifest.ranges():
+        rows = [sample(row) for row in range(samples.start, samples.stop)]
+        summary = {"samples": len(rows), "input_tokens": 1234, "left_out": [[3, "too long"]]}
+        shards.write(samples, scores_table(rows), summary)
+    return shards
+
+
+def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """A shard that another program could have written over the one it read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = table.schema.metadata
+    names = table.column_names
+    kind = chance.choice(
+        ["rows out of order", "a row twice", "a row less", "a column less", "columns renamed"]
+        + [
+            "another type",
+            "numbers shifted",
+            "footer edited",
+            "no footer",
+            "the other shard",
+            "no rows",
+        ]
+    )
+    if kind == "rows out of order":
+        table = table.take(chance.sample(range(8), 8)[::-1])
+    elif kind == "a row twice":
+        table = pa.concat_tables([table, table.slice(chance.randrange(8), 1)])
+    elif kind == "a row less":
+        table = table.slice(chance.randint(0, 1), 7)
+    elif kind == "no rows":
+        table = table.slice(0, 0)
+    elif kind == "a column less":
+        table = table.drop_columns([chance.choice(names)])
+    elif kind == "columns renamed":
+        i, j = chance.sample(range(3, 8), 2)
+        swapped = list(names)
+        swapped[i], swapped[j] = names[j], names[i]
+        table = table.rename_columns(swapped)
+    elif kind == "another type":
+        table = table.set_column(1, "row", table["row"].cast(pa.int64()))
+    elif kind == "numbers shifted":
+        table = table.set_column(5, "ids", pa.chunked_array([table["ids"].combine_chunks()[::-1]]))
+    elif kind == "footer edited":
+        key = next(iter(metadata))
+        metadata = {key: metadata[key].replace(b"1234", b"1%d34" % chance.randrange(10))}
+    elif kind == "no footer":
+        metadata = {}
+    else:
+        return kind, other
+    sink = pa.BufferOutputStream()
+    table = table.replace_schema_metadata(metadata)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return kind, sink.getvalue().to_pybytes()
+
+
+def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    from fusechat_distill.errors import DistillError
+    from fusechat_distill.store import scored_samples
+
+    shards = scored_store(work / "scores", random.Random(seed))
+    samples = shards.manifest.ranges()[0]
+    path = shards.path(samples)
+    other = shards.path(shards.manifest.ranges()[1]).read_bytes()
+    raw, table, summary = path.read_bytes(), shards.read(samples), shards.summary(samples)
+
+    def outcome(found: bytes) -> tuple[str, str]:
+        """refused, the same, or another value; and the error's text."""
+        path.write_bytes(found)
+        same = True
+        said = ""
+        for read, expected in ((shards.read, table), (shards.summary, summary)):
+            try:
+                value = read(samples)
+                if value is not expected and not (
+                    value.equals(expected) if read == shards.read else value == expected
+                ):
+                    return "another value", f"of {read.__name__}"
+                if read == shards.read:
+                    scored_samples(value)
+            except DistillError as error:
+                same, said = False, str(error)
+        return ("the same", "") if same else ("refused", said)
+
+    def batch(cases: list[int], make: Callable[[random.Random], tuple[str, bytes]]) -> list[Any]:
+        found = []
+        for case in cases:
+            kind, made = make(random.Random(f"{seed}/{case}"))
+            if made == raw:
+                continue
+            try:
+                result, said = outcome(made)
+            except BaseException as error:
+                result, said = "raised", repr(error)[:200]
+            fine = result == "the same" or (result == "refused" and path.name in said)
+            found.append([case, kind, result, said, fine])
+        return found
+
+    def one_bit(chance: random.Random) -> tuple[str, bytes]:
+        found = bytearray(raw)
+        found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
+        return "a bit", bytes(found)
+
+    def cut(chance: random.Random) -> tuple[str, bytes]:
+        return "cut", raw[: chance.randrange(len(raw))]
+
+    def any_damage(chance: random.Random) -> tuple[str, bytes]:
+        return "bytes", damaged(
+            raw, chance, [b"PAR1", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\x15\x02"]
+        )
+
+    for what, make, count in (
+        ("a bit of a shard's flipped", one_bit, 20_000),
+        ("a shard cut short", cut, 1000),
+        ("bytes of a shard changed, removed, put in, moved", any_damage, 10_000),
+        (
+            "a shard rewritten: rows, columns, types, numbers, footer changed",
+            partial(rewritten, table, other),
+            500,
+        ),
+    ):
+        tally = Tally(TITLE, what)
+        refused = same = 0
+        cases = list(range(times(count, scale)))
+        for start in range(0, len(cases), 500):
+            found = forked(lambda: batch(cases[start : start + 500], make))
+            if isinstance(found, str):  # pyarrow itself died
+                tally.count(False, f"seed {seed}, cases from {start}: {found}")
+                continue
+            for case, kind, result, said, fine in found:
+                refused += result == "refused"
+                same += result == "the same"
+                tally.count(fine, f"seed {seed}, case {case}: {kind}: {result} {said}")
+        path.write_bytes(raw)
+        yield tally.figure(f"{refused:,} refused by name, {same:,} read the same values")
+
+
+SECTIONS: list[tuple[str, Section]] = [
+    ("fuzz-recipes", fuzz_recipes),
+    ("fuzz-shards", fuzz_shards),
+]
