@@ -39,6 +39,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def no_link(path: str, flags: int) -> int:
+    """For `open`: a file of this very folder, never what a link in a brought folder points to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def sync_folder(folder: Path) -> None:
     """Have names that were added or changed in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

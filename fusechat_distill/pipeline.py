@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fusechat_distill.errors import DistillError
+from fusechat_distill.files import no_link
 from fusechat_distill.inputs import Inputs, OpenModel
 from fusechat_distill.scoring import Request, Scorer, Scores
 from fusechat_distill.store import (
@@ -245,7 +246,7 @@ class ScoreStage:
             "seconds": round(seconds, 3),
             "process": processes.index,
         }
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(entry) + "\n")
 
     def _finish(self, shards: Shards) -> StageStatus:

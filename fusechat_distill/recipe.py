@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,14 +53,14 @@ def _load_keys(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 
 def _folder_name(value: str) -> str:
     if not FOLDER_NAME.fullmatch(value):
         raise ValueError(
             f"{value!r} can't name a folder; use a letter or digit, then letters, digits and "
-            ". _ + -"
+            ". _ + -, 128 at most"
         )
     return value
 
@@ -275,6 +277,13 @@ def training_problems(training: Training) -> list[str]:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
+    try:
+        os.lstat(recipe.output_folder / "manifest.json")
+    except ValueError as error:
+        problems.append(f"output: can't be a folder's name ({error}); set another")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            problems.append("output: is too long for a folder's name; set another")
     if not recipe.sources and recipe.fusion.strategy != "sft":
         problems.append(
             "sources: is empty; name at least one model, or set fusion.strategy: sft for the "
@@ -307,7 +316,9 @@ def _parse(raw: dict[Any, Any]) -> tuple[Recipe | None, list[str]]:
         except ValidationError as error:
             errors = error.errors(include_url=False)
             problems += [_problem(e) for e in errors if e["loc"] not in left_out]
-            if any(e["type"] == "missing" for e in errors):
+            # A key that is no text can't be found again by its place, nor left out.
+            stuck = left_out >= {e["loc"] for e in errors}
+            if stuck or any(e["type"] == "missing" for e in errors):
                 return None, problems
             left_out |= {e["loc"] for e in errors}
             raw = _without(raw, left_out)
@@ -322,6 +333,8 @@ def _problem(error: Any) -> str:
         return f"{name}: {unknown_key(str(loc[-1]), known, 'a key here')}"
     if error["type"] == "missing":
         return f"{name}: is missing"
+    if error["type"] == "invalid_key":
+        return f"{name}: the key {found!r} is no text, as every key here is"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     if isinstance(found, (dict, list)):
@@ -379,19 +392,68 @@ def _without(raw: Any, locs: Iterable[Sequence[str | int]]) -> Any:
     return dict(kept) if isinstance(raw, Mapping) else [value for _, value in kept]
 
 
+DEPTH = 50
+NODES = 100_000
+"""Values in a recipe, each counted as often as an alias repeats it."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `5e-6` is a number, as everyone who writes one means it, and no key twice."""
+    """YAML 1.1, but `5e-6` is a number, as everyone who writes one means it, and no key twice.
+
+    Nothing is nested deeper than `DEPTH`; aliases may not lead back to themselves, nor stand for
+    more than `NODES` values in all.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {DEPTH}", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _expanded(node, {}) > NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {NODES:,} values", node.start_mark
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            # All at once, so that an alias inside of what it stands for is an error.
+            return super().construct_object(node, deep=True)
+        except (ValueError, TypeError) as error:  # no such day; a list as a mapping's key
+            message = " ".join(str(error).split())
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key `{key}` is there twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for once its aliases are followed."""
+    if node not in known:
+        known[node] = 1
+        if isinstance(node, yaml.MappingNode):
+            known[node] += sum(_expanded(part, known) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            known[node] += sum(_expanded(part, known) for part in node.value)
+    return known[node]
 
 
 _Loader.add_implicit_resolver(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fusechat_distill.errors import DistillError, RequestError
-from fusechat_distill.files import replacing, write_json
+from fusechat_distill.files import no_link, replacing, write_json
 
 SHARD_SAMPLES = 256
 FORMAT = 1
@@ -136,7 +136,7 @@ class Shards:
         """
         import fcntl
 
-        with open(self.folder / ".lock", "w") as lock:
+        with open(self.folder / ".lock", "w", opener=no_link) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -150,7 +150,7 @@ class Shards:
     def clean(self) -> list[str]:
         """Remove what a stopped run left half written; set torn and foreign shards aside.
 
-        Every shard is read whole (pages carry checksums). Only the one run that holds the folder
+        Every shard is read whole. Only the one run that holds the folder
         may call this. Returns a line for each shard that went to `quarantine/`.
         """
         for path in self.folder.glob(".*.part"):
@@ -182,29 +182,33 @@ class Shards:
             "manifest": self.manifest.digest,
             "summary": dict(summary),
         }
+        footer |= {"footer_sha256": _footer_digest(footer), "sha256": UNKNOWN}
         table = table.replace_schema_metadata({METADATA: json.dumps(footer, sort_keys=True)})
-        path = self.path(samples)
         # Ids and half floats compress best with their bytes in streams of their own: 42 bytes a
         # position at k = 10 instead of 55.
+        buffer = pa.BufferOutputStream()
+        pq.write_table(
+            table,
+            buffer,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=_number_lists(table.schema),
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+        raw = buffer.getvalue().to_pybytes()
+        path = self.path(samples)
         with replacing(path) as file:
-            pq.write_table(
-                table,
-                file,
-                compression="zstd",
-                use_dictionary=False,
-                use_byte_stream_split=_number_lists(table.schema),
-                write_statistics=False,
-                write_page_checksum=True,
-            )
+            file.write(_with_digest(raw, hashlib.sha256(raw).hexdigest()))
         return path
 
     def read(self, samples: SampleRange, columns: Sequence[str] | None = None) -> pa.Table:
-        """One shard's rows.
+        """One shard's rows; all columns together are checked against the shard's digest.
 
         Raises:
             DistillError: it is torn, or was not written for this folder and range.
         """
-        with self._shard(samples) as file:
+        with self._shard(samples, whole=columns is None) as file:
             return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
     def summary(self, samples: SampleRange) -> dict[str, Any]:
@@ -214,17 +218,19 @@ class Shards:
             return summary
 
     @contextlib.contextmanager
-    def _shard(self, samples: SampleRange) -> Iterator[pq.ParquetFile]:
+    def _shard(self, samples: SampleRange, *, whole: bool = False) -> Iterator[pq.ParquetFile]:
         path = self.path(samples)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            # Pages carry checksums, but what says where they lie and how they are packed does not.
+            source = pa.py_buffer(_intact(path.read_bytes())) if whole else path
+            with pq.ParquetFile(source, page_checksum_verification=True) as file:
                 footer = _footer(file)
                 if footer["manifest"] != self.manifest.digest:
                     raise DistillError(f"{path}: was made with another fingerprint")
                 if footer["range"] != [samples.start, samples.stop]:
                     raise DistillError(f"{path}: holds samples {footer['range']}")
                 yield file
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DistillError(f"{path}: can't be read ({_first_line(error)})") from error
 
     def _quarantine(self, path: Path) -> Path:
@@ -459,9 +465,39 @@ def _number_lists(schema: pa.Schema) -> list[str]:
     ]
 
 
+UNKNOWN = "0" * 64
+"""Stands in a shard for the digest of all its bytes while that is computed."""
+
+
+def _with_digest(raw: bytes, digest: str) -> bytes:
+    """A shard's bytes with another digest in its footer; ValueError where there is none."""
+    # What looks the same in the footer's JSON has its quotes escaped, and pages lie before.
+    key = b'"sha256": "'
+    at = raw.rindex(key) + len(key)
+    return raw[:at] + digest.encode() + raw[at + len(digest) :]
+
+
+def _intact(raw: bytes) -> bytes:
+    """A shard's bytes; ValueError where they are not those that were written."""
+    blank = _with_digest(raw, UNKNOWN)
+    if _with_digest(blank, hashlib.sha256(blank).hexdigest()) != raw:
+        raise ValueError(
+            "it was changed or damaged after it was written; the stage that made it sets it aside "
+            "and makes it anew"
+        )
+    return raw
+
+
 def _footer(file: pq.ParquetFile) -> dict[str, Any]:
     footer: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA])
+    if footer.pop("footer_sha256") != _footer_digest(footer):
+        raise ValueError("its footer was changed or damaged after it was written")
     return footer
+
+
+def _footer_digest(footer: Mapping[str, Any]) -> str:
+    stated = {name: footer[name] for name in ("range", "manifest", "summary")}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -125,7 +125,7 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
         (
             MINIMAL.replace("[org/source]", "[{model: org/x, name: ../x}]"),
             "sources[0].name: '../x' can't name a folder; use a letter or digit, then letters, "
-            "digits and . _ + -",
+            "digits and . _ + -, 128 at most",
         ),
         (MINIMAL + "max_length: true\n", "max_length: should be a valid integer, found True"),
         (
@@ -184,3 +184,35 @@ def test_unreadable_files_name_the_remedy(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes("output: caf\xe9".encode("latin-1"))
     assert read_recipe(path)[1] == ["is not UTF-8 text (byte 11); save it as UTF-8"]
+
+
+EXPLOSION = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("? [a]\n: b\n", "is not YAML: unhashable type: 'list'"),
+        ("output: 2024-99-99\n", "is not YAML: month must be in 1..12"),
+        ("max_length: !!int seven\n", "is not YAML: invalid literal for int()"),
+        ("max_length: " + "9" * 9999, "is not YAML: Exceeds the limit (4300 digits)"),
+        ("merge: " + "[" * 10_000, "is not YAML: nested deeper than 50"),
+        ("merge: &a {parameters: *a}\n", "is not YAML: found unconstructable recursive node"),
+        (EXPLOSION, "is not YAML: its aliases stand for more than 100,000 values"),
+        (MINIMAL + "null: x\n", "None: the key None is no text"),
+        (MINIMAL.replace("out\n", '"a\\0b"\n'), "output: can't be a folder's name (embedded null"),
+        (MINIMAL.replace("out\n", "o" * 999 + "\n"), "output: is too long for a folder's name"),
+        (MINIMAL.replace("source]", f"{'o' * 999}]"), "sources[0].name: 'ooo"),
+    ],
+)
+def test_what_yaml_allows_and_a_recipe_cannot_be_is_refused(tmp_path, text, problem):
+    assert problems(tmp_path, text)[0].startswith(problem)
+
+
+def test_a_section_can_be_said_once(tmp_path):
+    text = MINIMAL.replace("pivot: org/pivot", "pivot: &a {model: org/pivot, dtype: float32}")
+    text = text.replace("[org/source]", "[{<<: *a, model: org/source}]")
+    (source,) = load_recipe(write(tmp_path, text)).sources
+    assert (source.model, source.dtype) == ("org/source", "float32")

@@ -22,9 +22,11 @@ from fusechat_distill.store import (
     ScoredSample,
     ScoreStore,
     Shards,
+    replacing,
     scored_samples,
     scores_table,
     stale,
+    write_json,
 )
 
 MANIFEST = Manifest("scores", 10, {"model": {"name": "m", "revision": "a"}, "top_k": 3}, 4)
@@ -167,7 +169,7 @@ def test_torn_and_foreign_shards_are_set_aside(tmp_path):
         str(path) for path in sorted([first, second, third, tmp_path / "00000000-00000256.parquet"])
     ]
     assert "not a sample range of this folder; moved to" in lines[1]
-    assert "can't be read (could not verify page integrity" in lines[2]
+    assert "can't be read (it was changed or damaged after" in lines[2]
     assert "was made with another fingerprint; moved to" in lines[3]
     assert shards.missing() == MANIFEST.ranges()
     assert len(list((tmp_path / "quarantine").iterdir())) == 4
@@ -245,3 +247,49 @@ def test_one_run_at_a_time(tmp_path):
     )
     free = subprocess.run(command, capture_output=True, text=True, check=True)
     assert free.stdout.strip() == "held"
+
+
+def test_no_bit_of_a_shard_may_flip(tmp_path):
+    """Neither in the values nor in what says how they are packed, nor in the summary."""
+    shards = filled(tmp_path)
+    first = MANIFEST.ranges()[0]
+    path = shards.path(first)
+    raw = path.read_bytes()
+    summary = shards.summary(first)
+    for at in range(0, len(raw), 7):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DistillError, match=path.name):
+            shards.read(first)
+        try:
+            assert shards.summary(first) == summary
+        except DistillError:
+            continue
+
+
+def test_a_link_that_lies_in_the_folder_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    shards = filled(tmp_path / "store")
+    first = MANIFEST.ranges()[0]
+    path = shards.path(first)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for link in (path, part, shards.folder / ".lock"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(victim)
+    shards.write(first, scores_table(samples()[:4]), {})
+    with pytest.raises(OSError, match="symbolic links"), shards.exclusive():
+        pass
+    assert victim.read_text() == "mine"
+    assert not path.is_symlink()
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "digests.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(OSError, match="No space"), replacing(path) as file:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
