@@ -82,17 +82,31 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.argument("folder", metavar="[DIR]", default=".", type=click.Path(file_okay=False))
 def init(folder: str) -> None:
     """Write a commented recipe, recipe.yaml, to DIR (default: here)."""
-    from fusechat_distill.recipe import TEMPLATE
+    from fusechat_distill.reference import commented_recipe
 
     path = Path(folder) / "recipe.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(TEMPLATE)
+            file.write(commented_recipe())
     except FileExistsError:
         problem = "is there already; name another folder, or move it away"
         raise RequestError(str(path), [problem]) from None
     click.echo(str(path))
+
+
+@command
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them.
+
+    \b
+      fusechat-distill schema > recipe.schema.json
+    and, as the first line of a recipe in the same folder:
+      # yaml-language-server: $schema=recipe.schema.json
+    """
+    from fusechat_distill.reference import schema as make
+
+    click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
 
 
 @command
