@@ -6,12 +6,13 @@ STAMP := .venv/.installed
 # Real vocabularies for the tests; only their data files are used, so none of their dependencies.
 TOKENIZERS := mistral-common==1.13.1 qwen-agent==0.0.34
 
-.PHONY: help venv demo test lint ladder bench clean
+.PHONY: help venv demo test lint docs-check ladder bench clean
 
 help:
 	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs-check  run every command and code block of the README and docs/"
 	@echo "make ladder  measure the papers' claims in the small, about an hour"
 	@echo "make bench   measure speed and memory, as ratios"
 	@echo "make clean   remove .venv, runs/ and caches"
@@ -37,6 +38,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs-check: $(STAMP)
+	$(BIN)/python tests/docs_check.py
 
 ladder: $(STAMP)
 	$(BIN)/python examples/reproduction/ladder.py --scale cpu
