@@ -24,35 +24,61 @@ LISTED_ROWS = 20
 """Rows that are left out of the dataset and shown; `--json` lists all."""
 
 
+def _remember_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_DEBUG] = True  # one mapping for the group and its commands
+
+
+_DEBUG = "fusechat.debug"
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show the traceback of an error.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fusechat", prog_name="fusechat-distill")
+@debug_option
 def commands() -> None:
-    """Fuse chat LLMs into one: score, align and fuse their distributions, train the targets."""
+    """Fuse chat LLMs into one: score, align and fuse their distributions, train the targets.
+
+    \b
+    Example: fusechat-distill init, edit recipe.yaml, fusechat-distill run recipe.yaml
+    """
 
 
 def main() -> None:
     commands(prog_name="fusechat-distill")
 
 
-def command(function: Callable[..., None]) -> click.Command:
+def command(short_help: str) -> Callable[[Callable[..., None]], click.Command]:
     """Make a command that ends an error with one `Error: ...` line and the exit status for it."""
 
+    def made(function: Callable[..., None]) -> click.Command:
+        run = _with_one_line_errors(function)
+        return debug_option(commands.command(short_help=short_help)(run))
+
+    return made
+
+
+def _with_one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
-    def run(debug: bool, **options: Any) -> None:
+    def run(**options: Any) -> None:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         try:
             function(**options)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except BaseException as error:
-            if debug:
+            if click.get_current_context().meta.get(_DEBUG):
                 raise
             _say(error)
             raise click.exceptions.Exit(getattr(error, "exit_status", 1)) from None
 
-    return commands.command()(
-        click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
-    )
+    return run
 
 
 def _say(error: BaseException) -> None:
@@ -78,10 +104,14 @@ trust_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@command
+@command("Write a commented recipe, recipe.yaml.")
 @click.argument("folder", metavar="[DIR]", default=".", type=click.Path(file_okay=False))
 def init(folder: str) -> None:
-    """Write a commented recipe, recipe.yaml, to DIR (default: here)."""
+    """Write a commented recipe, recipe.yaml, to DIR (default: here).
+
+    \b
+    Example: fusechat-distill init my-run
+    """
     from fusechat_distill.reference import commented_recipe
 
     path = Path(folder) / "recipe.yaml"
@@ -95,12 +125,12 @@ def init(folder: str) -> None:
     click.echo(str(path))
 
 
-@command
+@command("Print the JSON schema of recipes, for editors.")
 def schema() -> None:
     """Print the JSON schema of recipes, by which editors complete and check them.
 
     \b
-      fusechat-distill schema > recipe.schema.json
+    Example: fusechat-distill schema > recipe.schema.json
     and, as the first line of a recipe in the same folder:
       # yaml-language-server: $schema=recipe.schema.json
     """
@@ -109,7 +139,7 @@ def schema() -> None:
     click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
 
 
-@command
+@command("Check a recipe and all that it names, without weights.")
 @recipe_argument
 @click.option(
     "--estimate",
@@ -124,6 +154,9 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
 
     Models' configurations, tokenizers and templates, the dataset, the disk, and what earlier runs
     left: every problem is named in one message.
+
+    \b
+    Example: fusechat-distill validate recipe.yaml --estimate
     """
     if estimate:
         _estimate(recipe, trust_remote_code, as_json)
@@ -166,7 +199,7 @@ def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
             click.echo(line)
 
 
-@command
+@command("Score every conversation with the pivot and the sources.")
 @recipe_argument
 @click.option("--model", "names", metavar="NAME", multiple=True, help="Only this model.")
 @trust_option
@@ -175,6 +208,9 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 
     Goes on from where an earlier run stopped. On several devices or machines, start it with
     `accelerate launch -m fusechat_distill score RECIPE`; the result is the same.
+
+    \b
+    Example: fusechat-distill score recipe.yaml --model pivot
     """
     from fusechat_distill.pipeline import score_stages
 
@@ -184,7 +220,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--model": names}, trust_remote_code=trust_remote_code)
 
 
-@command
+@command("Turn the sources' scores into distributions over the pivot's tokens.")
 @recipe_argument
 @click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source.")
 @trust_option
@@ -193,6 +229,9 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 
     Needs what `score` makes; goes on from where an earlier run stopped. `accelerate launch` shares
     the work among processes here too.
+
+    \b
+    Example: fusechat-distill align recipe.yaml
     """
     from fusechat_distill.aligning import align_stages
 
@@ -202,7 +241,7 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
-@command
+@command("Fuse the aligned distributions and train the targets.")
 @recipe_argument
 @click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source's target.")
 @trust_option
@@ -212,6 +251,9 @@ def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     Needs what `align` makes; goes on from the last checkpoint of an earlier run. On several
     devices, start it with `accelerate launch -m fusechat_distill train RECIPE`. When all targets
     are there, `merge.yml` is written.
+
+    \b
+    Example: fusechat-distill train recipe.yaml
     """
     from fusechat_distill.running import target_stages
 
@@ -221,13 +263,16 @@ def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
-@command
+@command("Do all of a recipe that is not done yet.")
 @recipe_argument
 @trust_option
 def run(recipe: str, trust_remote_code: bool) -> None:
     """Score, align, fuse, train and write merge.yml: all of RECIPE that is not done yet.
 
     Can be stopped at any moment and started again, and under `accelerate launch`.
+
+    \b
+    Example: fusechat-distill run recipe.yaml
     """
     from fusechat_distill.running import run_stages
 
@@ -237,11 +282,15 @@ def run(recipe: str, trust_remote_code: bool) -> None:
     _run(recipe, stages, {}, trust_remote_code=trust_remote_code)
 
 
-@command
+@command("Show how far the stages of a recipe are.")
 @recipe_argument
 @json_option
 def status(recipe: str, as_json: bool) -> None:
-    """Show how far the stages of RECIPE are: samples or steps, bytes, rate, and what is left."""
+    """Show how far the stages of RECIPE are: samples or steps, bytes, rate, and what is left.
+
+    \b
+    Example: fusechat-distill status recipe.yaml --json
+    """
     from fusechat_distill.recipe import load_recipe
     from fusechat_distill.running import run_status
 
@@ -253,7 +302,7 @@ def status(recipe: str, as_json: bool) -> None:
         click.echo(_line(state))
 
 
-@command
+@command("Show how well the sources' distributions arrive.")
 @recipe_argument
 @trust_option
 @json_option
@@ -261,6 +310,9 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     """Show how well each source's distributions arrive, and which model predicts better.
 
     Over what `align` has made so far. Writes `report/report.json` and a page, `report/report.png`.
+
+    \b
+    Example: fusechat-distill report recipe.yaml
     """
     from fusechat_distill.inputs import open_inputs
     from fusechat_distill.report import report as read_report
@@ -283,7 +335,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     click.echo("written: " + ", ".join(map(str, paths)))
 
 
-@command
+@command("Compare models by bits per byte of held-out answers.")
 @recipe_argument
 @click.option(
     "--model",
@@ -328,6 +380,9 @@ def evaluate(
     \b
       lm-eval run --model hf --model_args pretrained=runs/fusechat/targets/NAME,dtype=bfloat16 \\
         --tasks gsm8k,mmlu --apply_chat_template
+
+    \b
+    Example: fusechat-distill evaluate recipe.yaml --model merged=merged
     """
     from fusechat_distill.answers import export, markdown, side_by_side
     from fusechat_distill.evaluation import Opening

@@ -202,26 +202,46 @@ def download_model(
     Raises:
         CheckpointError: no such model, or no way to reach it.
     """
-    import huggingface_hub
-
     try:
-        return Folder(
-            Path(
-                huggingface_hub.snapshot_download(
-                    repository,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model",
-                                    "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"],
-                    ignore_patterns=["*/*.safetensors"],
-                )
-            )
-        )  # fmt: skip
+        return _snapshot(repository, revision, cache_dir)
     except Exception as error:  # the client's errors have no common base
         at = f"{repository}@{revision}" if revision else repository
         raise CheckpointError(
             [f"{at}: can't be fetched from the hub ({one_line(error)})"]
         ) from error
+
+
+def cached_model(
+    repository: str, revision: str | None = None, cache_dir: str | None = None
+) -> Folder | None:
+    """What the cache holds of a model, without asking the hub."""
+    try:
+        return _snapshot(repository, revision, cache_dir, local_files_only=True)
+    except Exception:  # the client's errors have no common base
+        return None
+
+
+def _snapshot(
+    repository: str,
+    revision: str | None,
+    cache_dir: str | None,
+    local_files_only: bool = False,
+) -> Folder:
+    import huggingface_hub
+
+    return Folder(
+        Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model",
+                                "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"],
+                ignore_patterns=["*/*.safetensors"],
+            )
+        )
+    )  # fmt: skip
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:

@@ -21,8 +21,26 @@ T = TypeVar("T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def _remember_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_DEBUG] = True  # one mapping for the group and its commands
+
+
+_DEBUG = "fusechat.debug"
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show the traceback of an error.",
+)
+
+
 class _Commands(click.Group):
     """A group whose commands end in one ``Error: …`` line, without a traceback."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(_debug_option(cmd), name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,19 +48,21 @@ class _Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            if ctx.params.get("debug"):
+            if ctx.meta.get(_DEBUG):
                 raise
             name = type(error).__name__
-            raise click.ClickException(
-                f"{name}: {error} (fusechat-merge --debug … shows where)"
-            ) from None
+            raise click.ClickException(f"{name}: {error} (--debug shows where)") from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fusechat-merge")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
-    """Merge target checkpoints by variation ratio (VaRM) or SCE, from a mergekit YAML."""
+@_debug_option
+def main() -> None:
+    """Merge target checkpoints by variation ratio (VaRM) or SCE, from a mergekit YAML.
+
+    \b
+    Example: fusechat-merge run merge.yml merged
+    """
     # mergekit calls transformers in ways that it warns of, which no user can change.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -125,7 +145,7 @@ def _bytes_options(command: _F) -> _F:
     return command
 
 
-@main.command()
+@main.command(short_help="Merge the models of CONFIG into the folder OUT.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -204,7 +224,7 @@ def run(
     _say(as_json, f"wrote {out}", event="done", out=str(out))
 
 
-@main.command()
+@main.command(short_help="Show what CONFIG would read and write, and every problem.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @_engine_options
@@ -236,7 +256,7 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
         raise ConfigError(planned.problems)
 
 
-@main.command()
+@main.command(short_help="Check that OUT is what CONFIG makes.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
@@ -339,7 +359,7 @@ def _print_plan(summary: dict[str, Any]) -> None:
             click.echo(f"{what}: {text}")
 
 
-@main.command()
+@main.command(short_help="Show the merge weights of every unit.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -18,6 +18,7 @@ from fusechat_merge.checkpoint import (
     Folder,
     HubRepository,
     Store,
+    cached_model,
     download_model,
     read_checkpoint,
     read_settings,
@@ -141,8 +142,16 @@ def _store(model: ModelPath, options: Options, download: bool) -> Store:
         raise CheckpointError([f"{path}: a model is a folder, this is a file"])
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise CheckpointError([f"{path}: no such folder"])
-    fetch = download_model if download else HubRepository
-    return fetch(path, model.revision, options.transformers_cache)
+    found = (path, model.revision, options.transformers_cache)
+    if download:
+        return download_model(*found)
+    try:
+        return HubRepository(*found)
+    except CheckpointError:
+        cached = cached_model(*found)  # offline, say
+        if cached is None:
+            raise
+        return cached
 
 
 def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:

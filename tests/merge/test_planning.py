@@ -347,3 +347,24 @@ def test_a_config_nested_too_deeply(paths: list[Path]) -> None:
     (paths[0] / "config.json").write_text("[" * 100_000)
     (problem,) = plan(configuration(paths)).problems
     assert "config.json can't be read (maximum recursion depth" in problem
+
+
+def test_without_the_hub_its_cache_is_used(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    for name, folder in zip(("base", "one"), paths, strict=False):
+        cached = tmp_path / "cache" / f"models--o--{name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("c" * 40)
+        (cached / "snapshots" / ("c" * 40)).mkdir(parents=True)
+        for file in folder.iterdir():
+            (cached / "snapshots" / ("c" * 40) / file.name).symlink_to(file)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    planned = plan({"merge_method": "varm", "base_model": "o/base", "models": [{"model": "o/one"}]})
+    assert planned.problems == []
+    assert all(model.folder is not None for model in planned.models.values())
+    planned = plan({"merge_method": "linear", "models": [{"model": "o/none"}]})
+    assert any("o/none: no folder of this name, and not to be had" in p for p in planned.problems)
