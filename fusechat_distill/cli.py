@@ -217,7 +217,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     def stages(inputs: Inputs) -> list[Stage]:
         return score_stages(inputs, names or None, trust_remote_code=trust_remote_code)
 
-    _run(recipe, stages, {"--model": names}, trust_remote_code=trust_remote_code)
+    _run(recipe, stages, {"--model": names}, names or None, trust_remote_code=trust_remote_code)
 
 
 @command("Turn the sources' scores into distributions over the pivot's tokens.")
@@ -434,10 +434,14 @@ def _run(
     recipe: str,
     stages: Callable[[Inputs], list[Stage]],
     asked: dict[str, tuple[str, ...]],
+    only: tuple[str, ...] | None = None,
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Check everything, then run the stages one after the other, on all processes."""
+    """Check everything, then run the stages one after the other, on all processes.
+
+    `only` is as in `open_inputs`.
+    """
     from fusechat_distill.inputs import open_inputs
     from fusechat_distill.processes import Processes
     from fusechat_distill.recipe import PIVOT, read_recipe
@@ -446,7 +450,7 @@ def _run(
         found = stages(inputs)
         problems = [problem for stage in found for problem in stage.problems()]
         for option, names in asked.items():
-            known = [n for n in inputs.models if option == "--model" or n != PIVOT]
+            known = [n for n in inputs.recipe.models if option == "--model" or n != PIVOT]
             problems += [
                 f"{option} {name}: is no {option[2:]} of it; there are {', '.join(known)}"
                 for name in names
@@ -458,7 +462,7 @@ def _run(
         return problems
 
     def check() -> Inputs:
-        return open_inputs(recipe, trust_remote_code=trust_remote_code, further=further)
+        return open_inputs(recipe, only=only, trust_remote_code=trust_remote_code, further=further)
 
     readable, _ = read_recipe(recipe)
     processes = Processes(readable.scoring.device if readable else "cpu")

@@ -162,10 +162,12 @@ class Opening:
         self._unfinished: list[str] = []
 
     def __call__(self, inputs: Inputs) -> list[str]:
-        self._models = [
-            Evaluated(name, "pivot" if name == PIVOT else "source", (model,))
-            for name, model in inputs.models.items()
-        ]
+        for name, model in inputs.models.items():
+            if model.files.weights:
+                role: Role = "pivot" if name == PIVOT else "source"
+                self._models.append(Evaluated(name, role, (model,)))
+            else:
+                log.warning("%s (%s): is left out, it has no weights", name, model.spec.model)
         return [
             *self._held_out_problems(inputs),
             *self._targets(inputs),

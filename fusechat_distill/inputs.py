@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import RequestError
+from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.estimate import score_bytes
 from fusechat_distill.models import PLACEMENT, Digests, ModelFiles, open_model
 from fusechat_distill.recipe import PIVOT, Merge, Model, Recipe, read_recipe
-from fusechat_distill.store import Manifest, stale
+from fusechat_distill.store import Manifest, Shards, stale
 
 if TYPE_CHECKING:
     from fusechat_distill.conversations import Conversation, Conversations, Renderer, Rendering
@@ -73,7 +73,7 @@ class Inputs:
             kind="scores",
             samples=len(self.conversations),
             fingerprint={
-                "model": model.files.identity(self.digests),
+                "model": self._identity(model),
                 "load": load,
                 "dtype": model.spec.dtype or scoring.dtype,
                 "engine": scoring.engine,
@@ -86,16 +86,31 @@ class Inputs:
             },
         )
 
+    def _identity(self, model: OpenModel) -> dict[str, Any]:
+        """A folder without weights is the model that its scores name, as far as can be told."""
+        own = model.files.identity(self.digests)
+        if model.files.weights or "weights" not in own:
+            return own
+        try:
+            found = Shards.open(self.scores_folder(model)).manifest.fingerprint["model"]
+        except (DistillError, KeyError):
+            return own
+        return found if found.get("config", own["config"]) == own["config"] else own
+
 
 def open_inputs(
     path: str | Path,
     *,
+    only: Collection[str] | None = None,
     trust_remote_code: bool = False,
     further: Callable[[Inputs], list[str]] = lambda inputs: [],
 ) -> Inputs:
     """Open everything that the recipe at `path` names, except weights.
 
-    `further` looks for more problems once all of it is open.
+    Args:
+        only: the models that are asked for; of the others the pivot alone is opened, for its
+            tokenizer. None: all of them.
+        further: looks for more problems once all of it is open.
 
     Raises:
         RequestError: with every problem found, of whatever kind.
@@ -104,7 +119,8 @@ def open_inputs(
     if recipe is None:
         raise RequestError(str(path), problems)
     conversations = _open_conversations(recipe, problems)
-    models = _open_models(recipe, problems, trust_remote_code)
+    asked = set(recipe.models if only is None else only)
+    models = _open_models(recipe, asked, problems, trust_remote_code)
     problems += _output_problems(recipe) + _device_problems(recipe)
     problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
     if conversations is not None and PIVOT in models:
@@ -112,8 +128,8 @@ def open_inputs(
             recipe, conversations, models, Digests(recipe.output_folder / "digests.json")
         )
         problems += rendering_problems(inputs)
-        if len(models) == len(recipe.models):
-            problems += _store_problems(inputs) + further(inputs)
+        if len(models) == len({PIVOT, *asked} & set(recipe.models)):
+            problems += _store_problems(inputs, asked) + further(inputs)
         if not problems:
             return inputs
     raise RequestError(str(path), problems)
@@ -137,17 +153,27 @@ def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | 
 
 
 def _open_models(
-    recipe: Recipe, problems: list[str], trust_remote_code: bool
+    recipe: Recipe, asked: Collection[str], problems: list[str], trust_remote_code: bool
 ) -> dict[str, OpenModel]:
     from fusechat_distill.conversations import Renderer
 
     models: dict[str, OpenModel] = {}
     pivot_template: str | None = None
     for name, spec in recipe.models.items():
+        if name != PIVOT and name not in asked:
+            continue
+        # A source's weights are there to be scored with, the pivot's to be trained as well.
+        scored = None if name == PIVOT else _shards_here(recipe.scores_folder / name)
         try:
-            files = open_model(spec, trust_remote_code=trust_remote_code)
+            files = open_model(
+                spec,
+                trust_remote_code=trust_remote_code,
+                need_weights=name in asked and not (scored and scored[0] == scored[1]),
+            )
         except RequestError as error:
             problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
+            if scored:
+                problems.append(f"{name} ({spec.model}): {_what_scores_spare(*scored)}")
             continue
         problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
         borrows = spec.template == "pivot" and name != PIVOT
@@ -163,6 +189,24 @@ def _open_models(
             pivot_template = renderer.template
         models[name] = OpenModel(name, files, renderer)
     return models
+
+
+def _shards_here(folder: Path) -> tuple[int, int] | None:
+    """How many shards of a model's scores are there, and of how many; None without a store."""
+    try:
+        shards = Shards.open(folder)
+    except DistillError:
+        return None
+    return len(shards.present()), len(shards.manifest.ranges())
+
+
+def _what_scores_spare(here: int, shards: int) -> str:
+    if here < shards:
+        return f"{here} of its {shards} shards of scores are here; with all it needs no weights"
+    return (
+        "its scores are all here, so that it needs no weights, but its config.json, tokenizer and "
+        "chat template; copy these, and name their folder as its `model`"
+    )
 
 
 def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
@@ -265,10 +309,12 @@ def expected_bytes(inputs: Inputs, model: OpenModel) -> int:
     return int(tokens * per_token * len(inputs.conversations) / max(1, len(model.probed)))
 
 
-def _store_problems(inputs: Inputs) -> list[str]:
+def _store_problems(inputs: Inputs, asked: Collection[str]) -> list[str]:
     problems = []
     needed = 0
     for name, model in inputs.models.items():
+        if name not in asked:
+            continue
         folder = inputs.scores_folder(model)
         there = sum(path.stat().st_size for path in folder.glob("*.parquet"))
         needed += max(0, expected_bytes(inputs, model) - there)

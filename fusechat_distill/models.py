@@ -33,6 +33,8 @@ class ModelFiles:
     tokenizer: Any
     base: ModelFiles | None = None
     """What an adapter was trained on."""
+    weights: bool = True
+    """Whether its weights can be loaded."""
 
     @cached_property
     def token_ids(self) -> list[int]:
@@ -51,8 +53,13 @@ class ModelFiles:
         return {"name": self.spec.model, "commit": self.config._commit_hash}
 
 
-def open_model(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
+def open_model(
+    spec: Model, *, trust_remote_code: bool = False, need_weights: bool = True
+) -> ModelFiles:
     """Read what there is beside the weights.
+
+    Args:
+        need_weights: whether a model without weights is a problem.
 
     Raises:
         RequestError: with every reason why the model can't be scored.
@@ -69,7 +76,8 @@ def open_model(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
         config = AutoConfig.from_pretrained(spec.model, **source)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
         raise RequestError(spec.model, [_config_problem(spec, error)]) from error
-    problems = list(_weight_problems(spec, config))
+    without = list(_weight_problems(spec, config))
+    problems = without if need_weights else []
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
@@ -77,7 +85,7 @@ def open_model(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
         problems.append(f"its tokenizer can't be read: {first_line(error)}")
     if problems:
         raise RequestError(spec.model, problems)
-    return ModelFiles(spec, config, tokenizer)
+    return ModelFiles(spec, config, tokenizer, weights=not without)
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:

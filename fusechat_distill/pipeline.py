@@ -111,7 +111,13 @@ class ScoreStage:
                 stack.enter_context(shards.exclusive())
                 for line in shards.clean():
                     log.warning("%s", line)
-                return shards, shards.missing()
+                missing = shards.missing()
+                if missing and not self.model.files.weights:
+                    raise DistillError(
+                        f"{self.name} ({self.model.spec.model}): has no weights to make the scores "
+                        f"that are missing with ({_listed(missing)}); copy the one or the other"
+                    )
+                return shards, missing
 
             shards, missing = processes.first(prepare)
             mine = missing[processes.index :: processes.count]
@@ -330,6 +336,11 @@ def placement(device: str, processes: Processes) -> str:
     if processes.count == 1 and torch.cuda.device_count() > 1:
         return "spread"
     return processes.device
+
+
+def _listed(ranges: Sequence[SampleRange]) -> str:
+    names = ", ".join(samples.file_name for samples in ranges[:3])
+    return names + (f" and {len(ranges) - 3} more" if len(ranges) > 3 else "")
 
 
 def _positions(rendering: Rendering) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,3 +354,69 @@ def test_the_papers_recipes_are_recipes(path):
 
 def test_there_are_the_papers_recipes():
     assert {"fusechat", "fusechat-baseline", "fusellm", "fusionchat"} <= {p.stem for p in RECIPES}
+
+
+@pytest.fixture
+def brought(whole, models, tmp_path) -> Path:
+    """A recipe whose source has its scores, made elsewhere, but of the model itself no weights."""
+    shutil.copytree(models, tmp_path / "models", ignore=lambda *_: ["twin"])
+    path = recipe(tmp_path, tmp_path / "models")
+    stored = load_recipe(whole).scores_folder / "neox"
+    shutil.copytree(stored, load_recipe(path).scores_folder / "neox")
+    (tmp_path / "models" / "neox" / "model.safetensors").unlink()
+    return path
+
+
+def test_scores_from_elsewhere_stand_for_a_source_without_weights(brought, whole):
+    result = run("run", brought)
+    assert result.exit_code == 0, result.output
+    found, expected = (files(load_recipe(path).output_folder) for path in (brought, whole))
+    assert found["targets/neox/model.safetensors"] == expected["targets/neox/model.safetensors"]
+    result = run("evaluate", brought)
+    assert result.exit_code == 0, result.output
+    measured = json.loads((load_recipe(brought).output_folder / "evaluation.json").read_text())
+    assert list(measured["models"]) == ["pivot", "target neox"]
+
+
+def test_without_weights_every_shard_must_be_there(brought):
+    folder = load_recipe(brought).scores_folder / "neox"
+    damaged = folder / "00000000-00000256.parquet"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:100] + b"x" + content[101:])
+    result = run("run", brought)
+    assert (result.exit_code, result.stderr.count("Error: ")) == (1, 1), result.output
+    assert "to make the scores that are missing with (00000000-00000256.parquet)" in result.stderr
+    result = run("run", brought)
+    assert result.exit_code == 2, result.output
+    assert "1 of its 2 shards of scores are here; with all it needs no weights" in result.stderr
+
+
+def test_scores_of_another_model_do_not_stand_for_it(brought):
+    config = brought.parent / "models" / "neox" / "config.json"
+    changed = json.loads(config.read_text()) | {"hidden_act": "relu"}
+    config.write_text(json.dumps(changed))
+    result = run("validate", brought)
+    assert result.exit_code == 2, result.output
+    assert "scores/neox was made otherwise (model.config was" in result.stderr
+
+
+def test_without_its_tokenizer_what_to_copy_is_said(brought):
+    shutil.rmtree(brought.parent / "models" / "neox")
+    result = run("validate", brought)
+    assert result.exit_code == 2, result.output
+    assert "needs no weights, but its config.json, tokenizer and chat template" in result.stderr
+
+
+def test_one_model_is_scored_where_the_others_are_not(models, whole, tmp_path):
+    shutil.copytree(models, tmp_path / "models", ignore=lambda *_: ["twin"])
+    (tmp_path / "models" / "pivot" / "model.safetensors").unlink()
+    both = [str(tmp_path / "models" / name) for name in ("neox", "twin")]
+    path = recipe(tmp_path, tmp_path / "models", sources=both)
+    result = run("score", path, "--model", "neox")
+    assert result.exit_code == 0, result.output
+    found, expected = (files(load_recipe(p).scores_folder / "neox") for p in (path, whole))
+    assert found == expected
+    assert [p.name for p in load_recipe(path).scores_folder.iterdir()] == ["neox"]
+    result = run("score", path, "--model", "nex")
+    assert result.exit_code == 2, result.output
+    assert "--model nex: is no model of it; there are pivot, neox, twin" in result.stderr
