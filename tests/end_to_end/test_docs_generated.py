@@ -1,5 +1,6 @@
 """What docs/ has from the code is what the code says now."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -154,3 +155,34 @@ def test_schema_refuses_what_the_recipe_refuses(change: dict[str, Any], problem:
 
 def test_schema_wants_what_has_no_default() -> None:
     assert _check({}) == [f"recipe.{key}: missing" for key in ("output", "pivot", "dataset")]
+
+
+def _texts(package: Path) -> list[str]:
+    """Every string that a package's code may print; `…` where something is put in."""
+    found = []
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value.replace("%s", "…").replace("%d", "…"))
+    return found
+
+
+def _quoted() -> list[str]:
+    """The messages of troubleshooting.md: the code spans before the colon of each entry."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^- ((?:`[^`]+`(?:,| or| and)? ?)+)", page, re.MULTILINE)
+    return [quoted for entry in entries for quoted in re.findall(r"`([^`]+)`", entry)]
+
+
+def test_quoted_messages_are_the_programs_own() -> None:
+    texts = _texts(ROOT / "fusechat_merge") + _texts(ROOT / "fusechat_distill")
+    quoted = _quoted()
+    assert len(quoted) > 60
+    for message in quoted:
+        parts = [part.strip(" ;") for part in message.split("…") if part.strip(" ;")]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(map(pattern.search, texts)), f"no program says {message!r}"
