@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from fusechat_distill.files import no_link, replacing, write_json
 SHARD_SAMPLES = 256
 FORMAT = 1
 METADATA = b"fusechat_distill"
+MADE_FROM = ("pivot_scores ", "source_scores ", "aligned.", "fused ")
+"""How differences of the stages before begin, in the fingerprints of those that follow."""
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 class SampleRange(NamedTuple):
@@ -253,10 +257,16 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
         return None
     if found is None or found.digest == manifest.digest:
         return None
-    changes = "; ".join(found.differences(manifest))
+    changes = found.differences(manifest)
+    # What was made from what is stale tells nothing new: the change is told where it was made.
+    own = [line for line in changes if not line.startswith((*MADE_FROM, "samples was"))]
+    if own or not any(line.startswith(MADE_FROM) for line in changes):
+        shown = HASH.sub(r"\1...", "; ".join(changes))
+        why = f"was made otherwise ({shown})"
+    else:
+        why = "was made from what has changed"
     return (
-        f"was made otherwise ({changes}); move it away or delete it to make it anew, or set "
-        "another `output`"
+        f"{why}; undo that, or move it away or delete it to make it anew, or set another `output`"
     )
 
 
@@ -448,7 +458,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, None where there is none; ValueError where it can't be read."""
     try:
         return Manifest.from_json(json.loads((folder / "manifest.json").read_text("utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(_first_line(error)) from error

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,8 @@ class TrainStage:
         for what, folder in (("target", self.folder), ("training of target", self.work)):
             if manifest and (problem := stale(folder, manifest)):
                 problems.append(f"{what} {self.name}: {folder} {problem}")
+        if not problems and (problem := incomplete(self.folder)):
+            problems.append(f"target {self.name}: {self.folder} {problem}")
         problems += self._disk_problems()
         evaluates = self.inputs.recipe.training.sft.get("eval_strategy", "no") != "no"
         if evaluates and not self.fused.held_out():
@@ -130,7 +132,7 @@ class TrainStage:
 
             def prepare() -> tuple[bool, str | None]:
                 """Whether there is something to do, and the checkpoint to go on from."""
-                if problem := stale(self.folder, self.manifest()):
+                if problem := stale(self.folder, self.manifest()) or incomplete(self.folder):
                     raise RequestError(str(self.folder), [problem])
                 if (self.folder / "manifest.json").exists():
                     shutil.rmtree(self.work, ignore_errors=True)
@@ -170,7 +172,8 @@ class TrainStage:
             with contextlib.suppress(OSError, ValueError):
                 # The trainer writes its state last.
                 json.loads((folder / STATE).read_text("utf-8"))
-                return str(folder)
+                if _resumable({path.name for path in folder.iterdir()}):
+                    return str(folder)
             shutil.rmtree(folder)
         return None
 
@@ -246,8 +249,9 @@ class TrainStage:
             shutil.copytree(runs, part / "runs")
         made_of = self.made_of(metrics)
         write_json(part / "fusechat_distill.json", made_of)
+        files = sorted(path.name for path in part.glob("*") if path.is_file())
         (part / "README.md").write_text(model_card(made_of), encoding="utf-8")
-        write_json(part / "manifest.json", self.manifest().as_json())
+        write_json(part / "manifest.json", self.manifest().as_json() | {"files": files})
         for path in part.rglob("*"):
             if path.is_file():
                 _sync(path)
@@ -304,9 +308,35 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
+def incomplete(target: Path) -> str | None:
+    """What keeps a folder from being a target, where there is one."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    try:
+        manifest = json.loads((target / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "holds no manifest.json that can be read; move it away or delete it to train anew"
+    lost = [name for name in manifest.get("files", ()) if not (target / name).exists()]
+    if lost:
+        return f"lacks {', '.join(lost)}; copy them back, or delete it to train anew"
+    return None
+
+
+def _resumable(names: Collection[str]) -> bool:
+    """Whether a checkpoint has lost nothing that the trainer would do without in silence."""
+    if any(name.startswith("global_step") for name in names):
+        return True  # DeepSpeed's, which looks itself
+
+    def has(*beginnings: str) -> bool:
+        return any(name.startswith(beginnings) for name in names)
+
+    state = {has("optimizer"), has("scheduler"), has("rng_state")}  # none with `save_only_model`
+    return len(state) == 1 and has("model", "adapter_model", "pytorch_model")
+
+
 def train_status(name: str, target: Path, work: Path) -> StageStatus:
     """Steps done and to be done, from the target or from its last checkpoint."""
-    if (target / "manifest.json").exists():
+    if (target / "manifest.json").exists() and not incomplete(target):
         folders = [target]
     else:
         folders = [*sorted(work.glob("checkpoint-*"), key=_step, reverse=True), work]

@@ -334,7 +334,7 @@ def test_a_changed_recipe_or_model_is_refused_with_what_changed(recipe, tmp_path
     before = shard_files(folder)
 
     change(recipe, ("scoring: {", "scoring: {top_k: 5, "))
-    remedy = "move it away or delete it to make it anew, or set another `output`"
+    remedy = "undo that, or move it away or delete it to make it anew, or set another `output`"
     for command in ("validate", "score"):
         result = run(command, recipe)
         assert result.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,10 @@ def test_a_changed_recipe_is_refused_before_anything_is_done(whole, models, sect
         assert result.exit_code == 2, result.output
         if not ("alignment" in sections and name == "train"):
             assert message.format(out=out) in result.stderr
+            # What follows from it is not explained by hashes.
+            assert not re.search("[0-9a-f]{13}", result.stderr.replace(str(out), ""))
+            follows = f"target neox: {out}/targets/neox was made from what has changed; undo that"
+            assert (follows in result.stderr) == ("training" not in sections)
         assert "move it away or delete it to make it anew" in result.stderr
     assert times(out) == before
 

@@ -198,8 +198,8 @@ def test_a_changed_fingerprint_is_refused_with_what_changed(tmp_path):
         Shards.create(tmp_path, changed)
     assert str(caught.value) == (
         f"{tmp_path}: was made otherwise (dtype was None, is 'x'; model.revision was 'a', is 'b'; "
-        "top_k was 3, is None; samples was 10, is 11); move it away or delete it to make it anew, "
-        "or set another `output`"
+        "top_k was 3, is None; samples was 10, is 11); undo that, or move it away or delete it to "
+        "make it anew, or set another `output`"
     )
     assert caught.value.exit_status == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

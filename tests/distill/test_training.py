@@ -248,6 +248,33 @@ def test_what_decides_about_the_weights_is_not_changed_silently(make, monkeypatc
         other.run(Processes("cpu"), Silent())
 
 
+@pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_that_lost_a_file_is_not_gone_on_from(make, monkeypatch, lost):
+    stage = make()
+    stopped(stage, 3, monkeypatch)
+    (stage.work / "checkpoint-2" / lost).unlink()
+    assert stage._last_checkpoint() is None
+
+
+def test_a_target_that_lost_files_is_not_taken_for_one(make):
+    stage = make()
+    run(stage)
+    (stage.folder / "README.md").unlink()  # people write their own
+    assert stage.problems() == []
+    (stage.folder / "model.safetensors").unlink()
+    (stage.folder / "config.json").unlink()
+    remedy = "lacks config.json, model.safetensors; copy them back, or delete it to train anew"
+    assert stage.problems() == [f"target neox: {stage.folder} {remedy}"]
+    assert not stage.status().complete
+    with pytest.raises(RequestError, match="lacks config.json, model.safetensors"):
+        stage.run(Processes("cpu"), Silent())
+    (stage.folder / "manifest.json").unlink()
+    (problem,) = stage.problems()
+    assert problem.startswith(f"target neox: {stage.folder} holds no manifest.json")
+    with pytest.raises(RequestError, match="holds no manifest.json"):
+        stage.run(Processes("cpu"), Silent())
+
+
 def test_as_many_processes_go_on_as_began(make, monkeypatch):
     stage = make()
     stopped(stage, 3, monkeypatch)
