@@ -128,7 +128,10 @@ def open_conversations(
     try:
         dataset = _load(path, name, split)
     except Exception as error:  # `datasets` raises some twenty unrelated classes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` itself says only that something went wrong
+            cause = cause.__cause__
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise RequestError(where, [f"can't be opened: {lines[0]}"]) from error
     try:
         conversations = Conversations(dataset, column, max_samples)
@@ -354,7 +357,6 @@ class Renderer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, name: str = ""
     ) -> None:
-        from jinja2.exceptions import TemplateSyntaxError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         where = f"tokenizer {name or tokenizer.name_or_path}"
@@ -367,8 +369,11 @@ class Renderer:
                 ) from error
         try:
             self._compiled = _compile_jinja_template(template)
-        except TemplateSyntaxError as error:
-            raise RequestError(where, [f"its chat template is not valid Jinja: {error}"]) from error
+        except Exception as error:  # Jinja's, and Python's for what it makes of the template
+            message = " ".join(str(error).split())
+            raise RequestError(
+                where, [f"its chat template is not valid Jinja: {message}"]
+            ) from error
         vocabulary(tokenizer)
         self.tokenizer = tokenizer
         self.template = template
@@ -425,8 +430,6 @@ class Renderer:
         return between if plain and between.strip() else ""
 
     def _render(self, messages: Sequence[Message]) -> str:
-        from jinja2.exceptions import TemplateError
-
         values = {
             **self.tokenizer.special_tokens_map,
             "messages": [message._asdict() for message in messages],
@@ -437,7 +440,7 @@ class Renderer:
         }
         try:
             return self._compiled.render(**values)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:  # a template is a program, and may break in any way
             raise _UnusableError(f"the chat template refuses it: {error}") from error
 
     def _text(self, messages: tuple[Message, ...]) -> _Text | str:
@@ -493,7 +496,10 @@ class Renderer:
             if message.role != "assistant":
                 continue
             try:
-                responses.append(self._response(turn, message.content, text, tokens))
+                response = self._response(turn, message.content, text, tokens)
+                if responses and response.first < responses[-1].tokens().stop:
+                    raise _UnusableError("the chat template puts it before an earlier answer")
+                responses.append(response)
             except _UnusableError as problem:
                 skipped.append(Skipped(turn, str(problem)))
         length = responses[-1].tokens().stop if responses else 0

@@ -246,7 +246,8 @@ class _Reading:
         self.normalizer = backend.normalizer
         decoder = list(_components(backend.decoder))
         normalizer = list(_components(backend.normalizer))
-        everywhere = decoder + list(_components(backend.pre_tokenizer)) + normalizer
+        splits = list(_components(backend.pre_tokenizer))
+        everywhere = decoder + splits + normalizer
         self.normalizes_to_bytes = any(part["type"] == "ByteLevel" for part in normalizer)
         piece_bytes: Callable[[str], bytes]
         if any(part["type"] == "ByteLevel" for part in everywhere):
@@ -257,6 +258,8 @@ class _Reading:
         self.markers: list[tuple[str, str]] = []
         self.byte_fallback = bool(getattr(backend.model, "byte_fallback", False))
         problem = _lossy(backend.model)
+        if any(map(_removes, splits)):
+            problem = "its pre-tokenizer removes white space"
         for part in decoder:
             kind = part["type"]
             if kind == "Replace" and "String" in part["pattern"]:
@@ -456,6 +459,18 @@ def byte_offsets(text: str) -> NDArray[np.int64]:
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _removes(pre_tokenizer: Mapping[str, Any]) -> bool:
+    """Whether text is lost between the pieces that a pre-tokenizer makes."""
+    if pre_tokenizer.get("behavior") == "Removed":
+        return not pre_tokenizer.get("invert")  # else the pattern says what is kept: everything
+    return pre_tokenizer["type"] in (
+        "Whitespace",
+        "WhitespaceSplit",
+        "BertPreTokenizer",
+        "CharDelimiterSplit",
+    )
 
 
 def _lossy(model: Any) -> str | None:

@@ -105,6 +105,7 @@ def test_the_key_depends_on_the_messages_alone():
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', {}, "no assistant turn"),
         ("a.txt", "x", {}, "unknown file type '.txt'"),
         ("a.jsonl", '{"messages": []}\n', {"split": "valid"}, "valid"),
+        ("a.jsonl", '{"messages": [}\n', {}, "can't be opened: JSON parse error: "),
         ("missing/a.jsonl", None, {}, "can't be opened"),
     ],
 )
@@ -387,3 +388,27 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", asked)
     with pytest.raises(RequestError, match="there is no such file or folder here"):
         open_conversations(path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{{ raise_exception.__globals__.os }}",
+    ],
+)
+def test_a_template_that_breaks_is_a_reason(qwen, template):
+    (rendering,) = Renderer(qwen, template)([conversation("Hi", "Yes")])
+    assert rendering.problem.startswith("the chat template refuses it: ")
+    with pytest.raises(RequestError, match="not valid Jinja"):
+        Renderer(qwen, "{{ " + "(" * 500 + "1" + ")" * 500 + " }}")
+
+
+def test_answers_that_a_template_puts_in_another_order_are_left_out(qwen):
+    backwards = CHATML.replace("in messages", "in messages | reverse")
+    rendering = rendered(qwen, "Hi", "Yes", "And", "No", template=backwards)
+    assert [response.turn for response in rendering.responses] == [1]
+    assert rendering.responses[0].tokens().stop <= len(rendering.input_ids)
+    assert "before an earlier answer" in rendering.skipped[0].reason

@@ -8,7 +8,16 @@ import pytest
 import real_tokenizers
 from hypothesis import given, settings
 from texts import PIECES, texts
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_distill.errors import RequestError
@@ -237,3 +246,29 @@ def test_first_tokens_are_those_of_mid_text(mistral, qwen):
     assert first[4:7] == [b"\n", "日".encode(), b"  "]
     assert first[7] == b"\xe6"
     assert first[8] == b"</"
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "refused"),
+    [
+        (pre_tokenizers.Whitespace(), True),
+        (pre_tokenizers.Split(" ", "removed"), True),
+        (pre_tokenizers.Split(Regex(r"\w+|\W+"), "removed", invert=True), False),
+        (pre_tokenizers.Split(" ", "isolated"), False),
+    ],
+)
+def test_a_pre_tokenizer_that_loses_text_is_refused(pre_tokenizer, refused):
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, level])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        ["a cat"], trainers.BpeTrainer(initial_alphabet=level.alphabet(), show_progress=False)
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if refused:
+        with pytest.raises(RequestError, match="its pre-tokenizer removes white space"):
+            vocabulary(made)
+    else:
+        ids = made("a cat", add_special_tokens=False)["input_ids"]
+        assert b"".join(token_bytes(made, ids)) == b"a cat"

@@ -20,7 +20,7 @@ SLOWEST = 1.0
 JUNK: list[Any] = [
     *(None, True, False, 0, -1, 1, 7, 2**31, 2**64, 10**30, -0.0, 0.5, 1.5, 1e308),
     *(float("inf"), float("nan"), "", " ", "x", "null", "1", "0.5", "1e-5", "no", "../../x", "/"),
-    *("a/b/c", "~", "\0", "\ud800", "é\u0301", "\u202e", "a" * 5000, "{{ 1 }}", "${HOME}", b"\xff"),
+    *("a/b/c", "~", "\0", "é\u0301", "\u202e", "a" * 5000, "{{ 1 }}", "${HOME}", b"\xff"),
     *([], {}, [[]], {"": ""}, {"a": {"b": []}}, [None], ["x", 1, {}], {1: 2}, {None: None}),
 ]
 
@@ -417,7 +417,505 @@ def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         yield tally.figure(f"{refused:,} refused by name, {same:,} read the same values")
 
 
+# ------------------------------------------------------------------------- rows and dataset files
+
+CHATS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief — 短く."},
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "4"},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": " Yes 🙂\n"},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    {"prompt": "Hi", "completion": "Hello."},
+    {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "completion": [{"role": "assistant", "content": "Hello."}],
+    },
+    {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello."]}},
+    {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "Sunny."},
+        ]
+    },
+]
+TEXTS = ["", " ", "\n", "\0", "<|im_end|>", "<|im_start|>", "</s>", "\ue000\ue001\ue000",
+         "x" * 20_000, "é" * 300, "🙂👩🏽‍🚀", "e\u0301", "{{ 1 / 0 }}", "{% raise %}", "human", "gpt", "tool", "system",
+         "assistant", "developer", "\u202eabc", "\ufeff", "\r\n\t ", "a\u2028b", "Ġ▁"]  # fmt: skip
+
+
+def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
+    """Read again, in another way, from the documentation: (role, text) of a row, None if unusable."""
+    roles = {"human": "user", "gpt": "assistant"} | {
+        role: role for role in ("system", "user", "assistant", "tool")
+    }
+    if "messages" in row or "conversations" in row:
+        turns = row["messages"] if "messages" in row else row["conversations"]
+        if isinstance(turns, dict):
+            if not all(isinstance(part, list) for part in turns.values()):
+                return None
+            if len({len(part) for part in turns.values()}) > 1:
+                return None
+            turns = [dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)]
+    else:
+        turns = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            part = row.get(name)
+            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+    if not isinstance(turns, list):
+        return None
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("tool_calls"):
+            return None
+        role = turn["role"] if "role" in turn else turn.get("from")
+        text = turn["content"] if "content" in turn else turn.get("value")
+        if not isinstance(role, str) or role not in roles or not isinstance(text, str):
+            return None
+        if roles[role] == "assistant" and not text.strip():
+            return None
+        found.append((roles[role], text))
+    return found if "assistant" in dict(found) else None
+
+
+def spaceless(text: bytes) -> bytes:
+    """Some pre-tokenizers and added tokens add or swallow spaces, as these are said to."""
+    return text.replace(b" ", b"").replace(b"\n", b"").replace(b"\t", b"").replace(b"\r", b"")
+
+
+def lost(tokenizer: Any, text: bytes) -> bool:
+    """Whether the tokenizer drops one of the text's characters without a trace."""
+    from fusechat_distill.tokens import token_bytes
+
+    for c in set(text.decode()) - set(" \n\r\t"):
+        ids = tokenizer(c, add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(token_bytes(tokenizer, ids)):
+            return True
+    return False
+
+
+def check_renderings(renderer: Any, conversations: list[Any]) -> str | None:
+    """What is wrong with how conversations are rendered, by the texts and the tokens' bytes."""
+    from fusechat_distill.tokens import token_bytes
+
+    for conversation, rendering in zip(conversations, renderer(conversations), strict=True):
+        for response in rendering.responses:
+            message = conversation.messages[response.turn]
+            if message.role != "assistant":
+                return f"turn {response.turn} of {conversation.messages!r} is no answer"
+            answer = message.content.encode()
+            if answer[: response.begin].strip() or answer[response.end :].strip():
+                return f"more than white space is cut from {answer!r}"
+            ids = rendering.input_ids[response.tokens()]
+            ends = response.ends
+            known = [int(i) for i in (ends >= 0).nonzero()[0]]
+            if list(ends[known]) != sorted(ends[known]) or any(ends[known] > response.end):
+                return f"ends {ends} of {answer!r}"
+            if renderer.tokenizer.backend_tokenizer.normalizer is not None:
+                continue
+            if response.begin < response.end and (not known or ends[known[-1]] != response.end):
+                continue  # its end is not known, as documented
+            joined = b"".join(token_bytes(renderer.tokenizer, ids[: known[-1] + 1].tolist()))
+            expected = response.pending + answer[response.begin : response.end]
+            if spaceless(joined) != spaceless(expected) and not lost(renderer.tokenizer, expected):
+                return f"tokens {joined!r} of {response.pending!r} + {answer!r}"
+    return None
+
+
+def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    sys.path.insert(0, str(ROOT / "tests" / "distill"))
+    import chain
+
+    from fusechat_distill.conversations import (
+        Conversation,
+        Renderer,
+        _key,
+        _layout,
+        _messages,
+        _turns,
+        _UnusableError,
+    )
+
+    renderers = [
+        Renderer(chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], chain.CHATML)),
+        Renderer(chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)),
+    ]
+    tally = Tally(TITLE, "rows of conversations with values, keys, turns, roles and types changed")
+    usable = 0
+    for case in range(times(30_000, scale)):
+        chance = random.Random(f"{seed}/{case}")
+        row = mutated(chance.choice(CHATS), chance, [*JUNK, *TEXTS, *CHATS])
+        try:
+            if not isinstance(row, dict) or not {"messages", "conversations"} & set(row):
+                row = {"prompt": None, "completion": None} | (row if isinstance(row, dict) else {})
+            expected = turns_found(row)
+            try:
+                found = _messages(_turns(row, _layout(list(map(str, row)), None)[1]))
+            except (_UnusableError, ValueError) as error:
+                found, problem = None, None if str(error).strip() else "no reason is given"
+            else:
+                usable += 1
+                problem = check_renderings(
+                    chance.choice(renderers), [Conversation(_key(found), 0, found)]
+                )
+            if (found and [tuple(m) for m in found]) != expected:
+                problem = f"read as {found!r}, expected {expected!r}"
+        except Exception as error:
+            problem = repr(error)
+        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+    yield tally.figure(f"{usable:,} usable ones rendered, their tokens' bytes compared with the text")
+
+
+def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**chance.choice(CHATS[:2]), "domain": "x"} for _ in range(6)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    arrow = pa.BufferOutputStream()
+    with pa.ipc.new_stream(arrow, pa.Table.from_pylist(rows).schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return {
+        "jsonl": lines.encode(),
+        "json": json.dumps(rows).encode(),
+        "parquet": sink.getvalue().to_pybytes(),
+        "arrow": arrow.getvalue().to_pybytes(),
+        "csv": b"prompt,completion\nHi,Hello.\n",
+    }
+
+
+JSON_FRAGMENTS = [
+    *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"1e999", b"NaN", b"\\ud800", b"\\u0000", b"\xff"),
+    *(b"\n", b"\n\n", b"\0", b"\xef\xbb\xbf", b"[" * 2000, b'{"a":' * 600, b'"role"', b'"assistant"', b"9" * 400),
+]  # fmt: skip
+
+
+def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    import datasets
+
+    from fusechat_distill.conversations import open_conversations
+    from fusechat_distill.errors import RequestError
+
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = work / "cache"
+    files = dataset_files(work, random.Random(seed))
+
+    def batch(cases: list[int]) -> list[Any]:
+        import logging
+
+        logging.disable(logging.CRITICAL)
+        found = []
+        for case in cases:
+            chance = random.Random(f"{seed}/{case}")
+            kind = chance.choice(list(files))
+            raw = damaged(files[kind], chance, JSON_FRAGMENTS)
+            path = work / f"case-{case}.{kind}"
+            path.write_bytes(raw)
+            try:
+                conversations = open_conversations(str(path))
+                read = conversations[:]
+                fine = bool(read) and all(m.content.encode() is not None for c in read for m in c.messages)
+                result = "read"
+            except RequestError as error:
+                fine = str(path) in str(error) and "\n" not in str(error)
+                result = "refused" if fine else f"refused: {error}"
+            except BaseException as error:
+                fine, result = False, repr(error)[:200]
+            if not fine:
+                keep(work, path.name, raw)
+            path.unlink()
+            found.append([case, kind, result, fine])
+        return found
+
+    tally = Tally(TITLE, "dataset files (JSONL, JSON, Parquet, Arrow, CSV) with bytes changed")
+    read = 0
+    cases = list(range(times(1500, scale)))
+    for start in range(0, len(cases), 100):
+        found = forked(lambda start=start: batch(cases[start : start + 100]))
+        if isinstance(found, str):  # the process died
+            tally.count(False, f"seed {seed}, cases from {start}: {found}")
+            continue
+        for case, kind, result, fine in found:
+            read += result == "read"
+            tally.count(fine, f"seed {seed}, case {case}, {kind}: {result}")
+    yield tally.figure(f"{read:,} read, the others refused by a line that names the file")
+
+
+# ------------------------------------------------------------------------ templates and tokenizers
+
+TEMPLATES = {
+    "trims": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}",
+    "drops the system prompt": "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}",
+    "refuses a system prompt": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}</s>{% endfor %}",
+    "merges the system prompt": "{% set s = namespace(t='') %}{% for m in messages %}{% if m.role == 'system' %}{% set s.t = m.content + '\n\n' %}{% else %}<{{ m.role }}>{{ (s.t if m.role == 'user' else '') + m.content }}</s>{% set s.t = '' %}{% endif %}{% endfor %}",
+    "last turn first": "{% for m in messages | reverse %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}",
+    "every answer twice": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.content }}</s>{% endfor %}",
+    "capitals": "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}</s>{% endfor %}",
+    "cuts": "{% for m in messages %}[{{ m.role }}]{{ m.content[:3] }}</s>{% endfor %}",
+    "only the last turn": "{{ messages[-1].role }}: {{ messages[-1].content }}</s>",
+    "escapes": "{% for m in messages %}[{{ m.role }}]{{ m.content | e }}</s>{% endfor %}",
+    "JSON": "{% for m in messages %}{{ m | tojson }}</s>{% endfor %}",
+    "strips thoughts": "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1].lstrip() }}</s>{% endfor %}",
+    "depends on lengths": "{% for m in messages %}[{{ m.content | length }}]{{ m.content }}</s>{% endfor %}",
+    "strict turns": "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}{% endif %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}",
+    "starts with the answer": "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
+    "no end": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "nothing": "",
+    "divides by zero": "{{ 1 // 0 }}",
+    "unknown attribute": "{{ messages.foo.bar }}",
+    "undefined filter": "{{ messages | nonsense }}",
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "much too long": "{{ 'x' * 10 ** 30 }}",
+    "more than may be looped": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "leaves the sandbox by a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "leaves the sandbox by format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "leaves the sandbox by a function": "{{ raise_exception.__globals__['__builtins__'] }}",
+    "leaves the sandbox by attr": "{{ (raise_exception | attr('__globals__'))['os'].system('touch HARMED') }}",
+    "leaves the sandbox by cycler": "{{ cycler.__init__.__globals__.os.system('touch HARMED') }}",
+    "changes the messages": "{{ messages.append(1) }}",
+    "changes a message": "{{ messages[0].update({'content': 'x'}) }}",
+    "includes a file": "{% include '/etc/passwd' %}",
+    "imports a file": "{% import '/etc/passwd' as x %}",
+    "breaks off": "{% for m in messages %}{{ m.content }}",
+    "no template": "{{ } %}",
+    "a tag of no kind": "{% nonsense %}",
+    "deeply nested": "{{ " + "(" * 500 + "1" + ")" * 500 + " }}",
+    "today": "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+    "an integer": "{{ 3 + messages }}",
+}  # fmt: skip
+
+CHATS_TO_RENDER = [
+    [("user", "Hi"), ("assistant", "Hello.")],
+    [("system", "Be brief."), ("user", " 2+2? "), ("assistant", "4"), ("user", "Hm"), ("assistant", " Yes 🙂\n")],
+    [("assistant", "I begin, naïve"), ("user", "x"), ("assistant", "<think>é</think> y")],
+    [("user", "a"), ("user", "b"), ("assistant", "</s> spelt"), ("tool", "t"), ("assistant", "x" * 300)],
+    [("system", "only"), ("assistant", "4")],
+]  # fmt: skip
+
+
+def conversations_to_render() -> list[Any]:
+    from fusechat_distill.conversations import Conversation, Message
+
+    return [
+        Conversation(f"{i:032x}", i, tuple(Message(*turn) for turn in chat))
+        for i, chat in enumerate(CHATS_TO_RENDER)
+    ]
+
+
+def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    sys.path.insert(0, str(ROOT / "tests" / "distill"))
+    import chain
+
+    from fusechat_distill.conversations import Renderer
+    from fusechat_distill.errors import RequestError
+
+    os.chdir(work)
+    tokenizer = chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)
+    conversations = conversations_to_render()
+
+    def outcome(template: str) -> str | None:
+        started = time.process_time()
+        try:
+            problem = check_renderings(Renderer(tokenizer, template), conversations)
+        except RequestError:
+            problem = None
+        except Exception as error:
+            problem = repr(error)
+        if (work / "HARMED").exists():
+            return "it ran a command"
+        if (seconds := time.process_time() - started) > SLOWEST:
+            return f"took {seconds:.1f} s"
+        return problem
+
+    tally = Tally(TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox")
+    for name, template in TEMPLATES.items():
+        problem = outcome(template)
+        tally.count(problem is None, f"{name}: {problem}")
+    yield tally.figure("answers found byte for byte or left out, with a reason; nothing is run")
+
+    tally = Tally(TITLE, "chat templates with bytes changed")
+    fragments = [b"{{", b"}}", b"{%", b"%}", b" | trim", b"{% endfor %}", b"{{ 1/0 }}", b"-%}", b"</s>", b"[-1]"]
+    known = [t for t in (*TEMPLATES.values(), chain.CHATML, chain.PLAIN) if "10 **" not in t]
+    for case in range(times(3000, scale)):
+        chance = random.Random(f"{seed}/{case}")
+        raw = damaged(chance.choice(known).encode(), chance, fragments)
+        problem = outcome(raw.decode(errors="replace"))
+        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+    yield tally.figure("rendered byte for byte, or refused with a reason")
+
+
+def random_tokenizer(chance: random.Random) -> Any:
+    """A tokenizer put together from parts that may or may not fit."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+    specials = [AddedToken(t, special=True) for t in ("</s>", "<s>", "<unk>")]
+    pre = chance.choice(
+        [
+            None,
+            *(pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r) for p in (False, True) for r in (False, True)),
+            *(pre_tokenizers.Metaspace(prepend_scheme=s, split=p) for s in ("first", "always", "never") for p in (False, True)),
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+            pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]),
+        ]
+    )
+    space = normalizers.Replace(" ", "▁")
+    normalizer = chance.choice(
+        [None, None, None, normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
+        + [normalizers.StripAccents(), normalizers.Sequence([normalizers.Prepend("▁"), space]), normalizers.ByteLevel()]
+        + [normalizers.Replace("\n", " "), normalizers.Prepend("x")]
+    )
+    replace = decoders.Replace("▁", " ")
+    fitting: list[Any] = [decoders.ByteLevel()] if "ByteLevel" in repr(pre) else [decoders.Metaspace(), decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])]
+    decoder = chance.choice(
+        fitting * 4 + [None, decoders.ByteLevel(), decoders.Metaspace(), decoders.WordPiece(), decoders.BPEDecoder(), decoders.Fuse(), replace, decoders.CTC()]
+    )
+    kind = chance.choice(["BPE", "BPE", "BPE", "Unigram", "WordPiece", "WordLevel"])
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
+    model, trainer = {
+        "BPE": lambda: (
+            models.BPE(unk_token=chance.choice([None, "<unk>"]), byte_fallback=chance.random() < 0.3, fuse_unk=chance.random() < 0.5),
+            trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
+        ),
+        "Unigram": lambda: (models.Unigram(), trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False)),
+        "WordPiece": lambda: (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)),
+        "WordLevel": lambda: (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(vocab_size=300, special_tokens=specials, show_progress=False)),
+    }[kind]()  # fmt: skip
+    backend = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre is not None:
+        backend.pre_tokenizer = pre
+    if decoder is not None:
+        backend.decoder = decoder
+    corpus = [text for text in TEXTS if len(text) < 400]
+    backend.train_from_iterator([*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer)
+    for _ in range(chance.randint(0, 4)):
+        text = chance.choice(["  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2", "<0x41>", "cat sat", "[user]", "🙂"])
+        flags = {name: chance.random() < 0.3 for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        token = AddedToken(text, special=chance.random() < 0.3, **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    return backend
+
+
+def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
+    """What is wrong with the tokens' bytes and ends, by the text and the library's own offsets."""
+    from fusechat_distill.tokens import byte_offsets, token_bytes, tokenize
+
+    plain = tokenizer.backend_tokenizer.normalizer is None
+    for text, found in zip(texts, tokenize(tokenizer, texts), strict=True):
+        raw, at = text.encode(), byte_offsets(text)
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        pieces = token_bytes(tokenizer, found.ids.tolist())
+        known = [i for i in range(len(found.ids)) if found.ends[i] >= 0]
+        ends = [int(found.ends[i]) for i in known]
+        if ends != sorted(ends) or any(end > len(raw) for end in ends):
+            return f"{text!r}: ends {ends}"
+        for i in known:
+            following = [a for a, b in spans[i + 1 :] if a > spans[i][0]]
+            last = at[following[0]] if following else len(raw)
+            if not at[spans[i][0]] <= found.ends[i] <= max(last, at[spans[i][1]]):
+                return f"{text!r}: token {i} ends at {found.ends[i]}, its characters are {spans[i]}"
+        if not plain or "▁" in text:  # which these tokenizers write for a space
+            continue
+        if not any(found.special) and known == list(range(len(found.ids))):
+            if lost(tokenizer, raw):
+                continue
+            for i, end in enumerate(found.ends):
+                before = b"".join(pieces[: i + 1])
+                if spaceless(before) != spaceless(raw[:end]):
+                    return f"{text!r}: up to byte {end} are the tokens {before!r}"
+    return None
+
+
+def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    sys.path.insert(0, str(ROOT / "tests" / "distill"))
+    import chain
+    from transformers import PreTrainedTokenizerFast
+
+    from fusechat_distill.conversations import Renderer
+    from fusechat_distill.errors import RequestError
+
+    conversations = conversations_to_render()
+    usable = [t for t in TEXTS if len(t) < 400 and t]
+    texts = [*usable, *(t for chat in CHATS_TO_RENDER for _, t in chat), "the cat </s> the  mat<s>", "<0x41>"]
+
+    def outcome(backend: Any) -> tuple[str, str | None]:
+        try:
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+            )
+            renderer = Renderer(tokenizer, chain.PLAIN)
+            return "read", check_tokens(tokenizer, texts) or check_renderings(renderer, conversations)
+        except RequestError:
+            return "refused", None
+        except BaseException as error:
+            return "raised", repr(error)
+
+    tally = Tally(TITLE, "tokenizers of parts put together by chance")
+    read = 0
+    for case in range(times(1000, scale)):
+        chance = random.Random(f"{seed}/{case}")
+        try:
+            backend = random_tokenizer(chance)
+        except BaseException:  # the library itself won't have it
+            continue
+        result, problem = outcome(backend)
+        read += result == "read"
+        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+    yield tally.figure(f"{read:,} read, bytes and ends of all tokens checked; the others refused")
+
+    from fusechat_distill.models import open_model
+    from fusechat_distill.recipe import Model
+
+    chain.save_models(work)
+    folder = work / "pivot"
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    tally = Tally(TITLE, "tokenizer.json with values, keys and bytes changed")
+    read = 0
+    for case in range(times(600, scale)):
+        chance = random.Random(f"{seed}/json/{case}")
+        if chance.random() < 0.7:
+            shallow = {k: v for k, v in whole.items() if k != "model"} | {"model": whole["model"] | {"vocab": {}, "merges": []}}
+            changed = mutated(shallow, chance, JUNK)
+            if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
+                for name in ("vocab", "merges"):
+                    if changed["model"].get(name) in ({}, []):
+                        changed["model"][name] = whole["model"][name]
+            raw = json.dumps(changed, default=str).encode()
+        else:
+            raw = damaged((json.dumps(whole)).encode(), chance, JSON_FRAGMENTS)
+        (folder / "tokenizer.json").write_bytes(raw)
+        try:
+            files = open_model(Model(model=str(folder)))
+            Renderer(files.tokenizer)(conversations)
+            problem = check_tokens(files.tokenizer, texts)
+            read += 1
+        except RequestError:
+            problem = None
+        except BaseException as error:
+            problem = repr(error)
+        if problem:
+            keep(work, f"tokenizer-{case}.json", raw)
+        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+    yield tally.figure(f"{read:,} read, the others refused")
+
+
 SECTIONS: list[tuple[str, Section]] = [
     ("fuzz-recipes", fuzz_recipes),
+    ("fuzz-rows", fuzz_rows),
+    ("fuzz-datasets", fuzz_datasets),
     ("fuzz-shards", fuzz_shards),
+    ("fuzz-templates", fuzz_templates),
+    ("fuzz-tokenizers", fuzz_tokenizers),
 ]
