@@ -174,7 +174,7 @@ def _texts(package: Path) -> list[str]:
 def _quoted() -> list[str]:
     """The messages of troubleshooting.md: the code spans before the colon of each entry."""
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    entries = re.findall(r"^- ((?:`[^`]+`(?:,| or| and)? ?)+)", page, re.MULTILINE)
+    entries = re.findall(r"^- ((?:`[^`]+`(?:,| or| and)?\s*)+)", page, re.MULTILINE)
     return [quoted for entry in entries for quoted in re.findall(r"`([^`]+)`", entry)]
 
 
