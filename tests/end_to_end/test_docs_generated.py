@@ -186,3 +186,32 @@ def test_quoted_messages_are_the_programs_own() -> None:
         parts = [part.strip(" ;") for part in message.split("…") if part.strip(" ;")]
         pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
         assert any(map(pattern.search, texts)), f"no program says {message!r}"
+
+
+def _shown_runs(page: str) -> list[tuple[str, str]]:
+    """Python blocks and the output that the page shows right after them."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(
+        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("page", ["alignment.md", "python.md"])
+def test_first_example_prints_what_is_shown(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others need models, and are run by `make docs-check`."""
+    code, output = _shown_runs(page)[0]
+    exec(compile(code, page, "exec"), {})
+    assert capsys.readouterr().out == output
+
+
+def test_the_drawn_example_is_what_the_tokenizers_do() -> None:
+    picture = _script(DOCS / "pictures" / "alignment.py")
+    code, _ = _shown_runs("alignment.md")[0]
+    written = [json.loads(numbers) for numbers in re.findall(r"np\.array\((\[.*?\])\)", code)]
+    tokenizers = picture.real_tokenizers
+    sides = [
+        picture.answered(picture.Renderer(tokenizer()), picture.LINES[0])
+        for tokenizer in (tokenizers.mistral, tokenizers.qwen)
+    ]
+    assert written == [[0, *ends[:-1].tolist()] for _, ends, _ in sides]
+    assert [pending for _, _, pending in sides] == [b" ", b""]
