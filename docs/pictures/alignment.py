@@ -13,20 +13,19 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "distill"))
-
-import real_tokenizers
-
 from fusechat_distill.alignment import PairCounts, VocabularyMap, match_positions
 from fusechat_distill.conversations import Conversation, Message, Renderer
 from fusechat_distill.tokens import Vocabulary, first_tokens, tokenize, vocabulary
 
-LINES = ("    self.cache.setdefault(key, [])", "Größe ≈ ½ ℝ.")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "distill"))
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import real_tokenizers  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+LINES = ("    self.cache.setdefault(key, [])", "Größe ≈ ½ ℝ.")  # noqa: RUF001
 PIVOT, SOURCE = "#4477aa", "#cc7711"
 MATCHED, UNMATCHED = "#228833", "#bb2233"
 
@@ -108,7 +107,9 @@ def draw_line(axes: Any, line: str, pivot: Renderer, source: Renderer) -> None:
         pad=14,
     )
     axes.text(-1.3, 2.4, "pivot", ha="right", va="center", color=PIVOT, fontsize=12, weight="bold")
-    axes.text(-1.3, 0.4, "source", ha="right", va="center", color=SOURCE, fontsize=12, weight="bold")
+    axes.text(
+        -1.3, 0.4, "source", ha="right", va="center", color=SOURCE, fontsize=12, weight="bold"
+    )
     axes.set_xlim(-1.3 - 0.09 * length, length + 2.8)
     axes.set_ylim(-0.1, 3.2)
     axes.axis("off")
@@ -122,7 +123,7 @@ def draw_positions(path: Path, pivot: Renderer, source: Renderer) -> None:
         0.5,
         0.02,
         "numbers: bytes of the answer consumed     green: both have consumed the same bytes     "
-        "red ×: only one side stands there\n"
+        "red cross: only one side stands there\n"
         "hatched: a space that the tokenizer put there     two hexadecimal digits: a byte that is "
         "no character by itself",
         ha="center",
