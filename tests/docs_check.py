@@ -357,7 +357,9 @@ class PageRun:
     def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
         self._path, self._folder, self._environment = path, folder, environment
         self._python = Python(folder, environment)
-        self.findings = Findings(str(path.relative_to(ROOT)))
+        self.findings = Findings(
+            str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+        )
 
     def run(self) -> Findings:
         text = self._path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Draws granularity.png: the merge weights that varm gives at each granularity, of a real merge.
 
-    python docs/pictures/granularity.py [PNG]
+python docs/pictures/granularity.py [PNG]
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def draw(found: dict[str, dict[str, np.ndarray[Any, Any]]], path: Path) -> None:
     names = list(shapes())
     inside = list(dict.fromkeys(place_of(n)[1] for n in names if place_of(n)[0] is not None))
     outside = [n for n in names if place_of(n)[0] is None]
-    rows = [
-        [f"model.layers.{layer}.{kind}.weight" for kind in inside] for layer in range(LAYERS)
-    ]
+    rows = [[f"model.layers.{layer}.{kind}.weight" for kind in inside] for layer in range(LAYERS)]
     figure, axes = plt.subplots(
         2,
         len(found),
@@ -155,7 +153,9 @@ def draw(found: dict[str, dict[str, np.ndarray[Any, Any]]], path: Path) -> None:
             for edge in range(PATCH, grid.shape[0], PATCH):
                 axis.axhline(edge - 0.5, color="white", linewidth=0.4)
             middles = [PATCH * i + PATCH / 2 for i in range(len(labels))]
-            axis.set_xticks(middles, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=6.5)
+            axis.set_xticks(
+                middles, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=6.5
+            )
             axis.tick_params(length=0)
             axis.set_yticks([])
         axes[0, column].set_title(granularity, fontsize=11)
