@@ -207,9 +207,9 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
 
 def _store(model: ModelPath, options: Options, download: bool) -> Store:
     path = model.path
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Folder(Path(path))
-    if Path(path).exists():
+    if os.path.exists(path):
         raise CheckpointError([f"{path}: a model is a folder, this is a file"])
     start = "" if path.startswith("/") else f"; relative paths start at {Path.cwd()}"
     if path.startswith("~"):

@@ -18,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
 from mergekit.tokenizer import BuildTokenizer
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from fusechat_merge.checkpoint import CheckpointError
 from fusechat_merge.configuration import (
@@ -101,9 +101,11 @@ def _plan_outputs(planned: Plan) -> None:
         if planner._tokenizer_task:
             try:
                 planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
-            except OSError as error:  # transformers', which names no model
+            except Exception as error:  # transformers', which names no model
                 source = config.tokenizer_source or (config.tokenizer and config.tokenizer.source)
-                raise ConfigError([f"tokenizer {source}: {one_line(error)}"]) from error
+                named = [*references, *([source] if isinstance(source, ModelReference) else [])]
+                found = _tokenizer_problems(named, planned.options.trust_remote_code)
+                raise ConfigError(found or [one_line(error)]) from error
         if config.chat_template:
             holder = SimpleNamespace(chat_template=None)
             _set_chat_template(holder, config, planned.options.trust_remote_code)
@@ -149,6 +151,22 @@ def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> An
         return task.model_copy(update={"referenced_models": tuple(references)}).execute()
     finally:
         PreTrainedTokenizerFast.get_vocab = unordered
+
+
+def _tokenizer_problems(models: Sequence[ModelReference], trust_remote_code: bool) -> list[str]:
+    """Which models' tokenizers can't be loaded, each by its name."""
+    problems = []
+    for model in dict.fromkeys(reference.model for reference in models):
+        try:
+            AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            problems.append(
+                f"{model}: its tokenizer can't be loaded, which merging tokenizers needs"
+                f" ({one_line(error)})"
+            )
+    return problems
 
 
 def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
