@@ -207,7 +207,7 @@ def download_model(
     except Exception as error:  # the client's errors have no common base
         at = f"{repository}@{revision}" if revision else repository
         raise CheckpointError(
-            [f"{at}: can't be fetched from the hub ({one_line(error)})"]
+            [f"{at}: no folder of this name, and can't be fetched from the hub ({one_line(error)})"]
         ) from error
 
 
@@ -315,6 +315,10 @@ def json_header(
     start = read(0, min(size, _FIRST_READ))
     if len(start) < 8:
         raise CheckpointError([f"{where}: {size} bytes is too short for a safetensors file"])
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            [f"{where}: is Git LFS's pointer to the file, not the file: git lfs pull fetches it"]
+        )
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER:
         raise CheckpointError(

@@ -199,16 +199,19 @@ def run(
         _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
         return
     device = chosen_device(device)
-    _say(
-        as_json,
-        f"merging {len(planned.models)} models on {device}: {planned.input_bytes / 1e9:.2f} GB in,"
-        f" {planned.output_bytes / 1e9:.2f} GB out",
-        event="plan",
-        device=device,
-        tensors=len(planned.outputs),
-        input_bytes=planned.input_bytes,
-        output_bytes=planned.output_bytes,
-    )
+
+    def started() -> None:
+        _say(
+            as_json,
+            f"merging {len(planned.models)} models on {device}:"
+            f" {planned.input_bytes / 1e9:.2f} GB in, {planned.output_bytes / 1e9:.2f} GB out",
+            event="plan",
+            device=device,
+            tensors=len(planned.outputs),
+            input_bytes=planned.input_bytes,
+            output_bytes=planned.output_bytes,
+        )
+
     with _Meter(sum(o.nbytes for o in planned.outputs), as_json) as meter:
         carry_out(
             planned,
@@ -220,6 +223,7 @@ def run(
             overwrite=overwrite,
             report=report,
             progress=meter,
+            started=started,
         )
     _say(as_json, f"wrote {out}", event="done", out=str(out))
 
@@ -281,15 +285,19 @@ def verify(config: Path, out: Path, **options: Any) -> None:
         differences = check(config, out, progress=meter, **options)
     if differences:
         raise Different(differences)
-    click.echo(f"{out} is what {config} makes")
+    share = options["sample"]
+    sampled = f" ({share:.0%} of its tensors recomputed)" if share < 1 else ""
+    click.echo(f"{out} is what {config} makes{sampled}")
 
 
 class Different(click.ClickException):
     """A merged model is not what its configuration makes."""
 
     def __init__(self, differences: Sequence[str]) -> None:
-        listed = "\n  ".join(differences)
-        super().__init__(f"{len(differences)} differences:\n  {listed}")
+        more = [f"… and {len(differences) - 20} more"] if len(differences) > 20 else []
+        listed = "\n  ".join([*differences[:20], *more])
+        number = len(differences)
+        super().__init__(f"{number} difference{'s' if number > 1 else ''}:\n  {listed}")
 
 
 def _planned(config: Path, make_plan: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -306,7 +314,7 @@ def _say(as_json: bool, text: str, **event: Any) -> None:
 
 
 class _Meter:
-    """Progress: a bar on stderr, or events on stdout twice a second."""
+    """Progress: a bar on stderr, or events on stdout twice a second; from the first piece on."""
 
     def __init__(self, total: int | None, as_json: bool) -> None:
         self._total, self._as_json = total, as_json
@@ -315,10 +323,6 @@ class _Meter:
         self._bar: Any = None
 
     def __enter__(self) -> _Meter:
-        if not self._as_json:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, unit="B", unit_scale=True, file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -327,6 +331,10 @@ class _Meter:
 
     def __call__(self, tensor: str, nbytes: int) -> None:
         with self._lock:
+            if self._bar is None and not self._as_json:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=self._total, unit="B", unit_scale=True, file=sys.stderr)
             self._done += nbytes
             now = time.monotonic()
             late = now - self._last > 0.5 or self._done == self._total
@@ -383,6 +391,7 @@ def analyze(
     """
     if out is not None:
         _require_matplotlib()
+        _require_writable(out)
     from fusechat_merge.analysis import analyze as measure
     from fusechat_merge.planning import plan as make_plan
 
@@ -408,6 +417,15 @@ def _require_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise ConfigError(["--out draws with matplotlib: pip install 'fusechat[report]'"])
+
+
+def _require_writable(folder: Path) -> None:
+    """Before anything is measured: the nearest folder that is there takes what is missing."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError([f"--out {folder}: {place} can't be written to; name another folder"])
 
 
 def _print_tables(report: Any) -> None:

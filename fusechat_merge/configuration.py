@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
+from pydantic import BaseModel
 
 from fusechat_merge.checkpoint import (
     Checkpoint,
@@ -27,7 +29,8 @@ from fusechat_merge.errors import ConfigError, nearest, one_line
 from fusechat_merge.lora import with_adapter
 from fusechat_merge.merge_plan import Options, Plan
 from fusechat_merge.mergekit_loader import DTYPES
-from fusechat_merge.parameters import parameter_problems
+from fusechat_merge.parameters import SHARED, parameter_problems
+from fusechat_merge.yaml_file import read_yaml
 
 
 def read_config(
@@ -40,30 +43,74 @@ def read_config(
     if isinstance(config, Mapping):
         raw, source = dict(config), yaml.safe_dump(dict(config), sort_keys=False)
     else:
-        try:
-            source = Path(config).read_text(encoding="utf-8")
-            raw = yaml.safe_load(source)
-        except Exception as error:  # what reads a date or a number raises what it likes
-            raise ConfigError([f"{config}: can't be read as YAML ({one_line(error)})"]) from error
+        raw, source = read_yaml(Path(config))
     if not isinstance(raw, dict):
         raise ConfigError(["a mergekit configuration is a YAML mapping with merge_method in it"])
-    known = sorted(MergeConfiguration.model_fields)
-    problems = [
-        f"unknown key {key!r} at the top of the configuration{nearest(str(key), known)}"
-        for key in raw
-        if key not in known
-    ]
+    problems = list(_unknown_keys(raw, MergeConfiguration))
     try:
         parsed = MergeConfiguration.model_validate(raw)
     except Exception as error:  # pydantic's, or a RuntimeError of mergekit's validators
         details = error.errors() if hasattr(error, "errors") else None
-        found = (
-            [f"{'.'.join(map(str, d['loc'])) or 'configuration'}: {d['msg']}" for d in details]
-            if details
-            else [one_line(error)]
-        )
+        found = _field_problems(details) if details else [one_line(error)]
         raise ConfigError(problems + found) from error
     return Plan(parsed, source, options, problems=problems + _config_problems(parsed))
+
+
+def _unknown_keys(raw: Any, annotation: Any, place: str = "") -> Iterator[str]:
+    """The keys that mergekit would drop without a word, at any depth."""
+    kinds = list(_alternatives(annotation))
+    if isinstance(raw, list):
+        items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+        for index, item in enumerate(raw if items else []):
+            yield from _unknown_keys(item, tuple(items), f"{place}[{index}]")
+    elif isinstance(raw, dict):
+        fields: dict[str, Any] = {}
+        for kind in kinds:
+            if get_origin(kind) is dict:
+                for key, value in raw.items():
+                    yield from _unknown_keys(value, get_args(kind)[1], f"{place}.{key}")
+                return
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                fields |= {name: field.annotation for name, field in kind.model_fields.items()}
+        for key, value in raw.items() if fields else ():
+            if key in fields:
+                yield from _unknown_keys(value, fields[key], f"{place}.{key}".lstrip("."))
+                continue
+            remedy = nearest(str(key), sorted(fields))
+            if not remedy and "parameters" in fields:
+                remedy = "; a parameter stands under parameters"
+            at = place or "the top of the configuration"
+            yield f"unknown key {key!r} at {at}{remedy}"
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation, or each of a tuple of them, allows."""
+    union = get_origin(annotation) in (Union, UnionType)
+    if union or isinstance(annotation, tuple):
+        for kind in get_args(annotation) if union else annotation:
+            yield from _alternatives(kind)
+    else:
+        yield annotation
+
+
+def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for every place that pydantic refuses, however many types it tried there."""
+    found: dict[str, str] = {}
+    for detail in details:
+        location, given, says = detail["loc"], detail["input"], detail["msg"]
+        if "parameters" in location[:-1]:
+            location = location[: location.index("parameters") + 2]
+            says = (
+                "has no value; write one or leave the key out"
+                if given is None
+                else "takes a value, a list of numbers (a gradient), or filters: a list of"
+                " {filter: part of a tensor's name, value: …}"
+            )
+        elif detail["type"] == "model_type" and len(location) == 2 and isinstance(given, str):
+            says = f"{given!r} stands alone; write - model: {given}"
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location)
+        found.setdefault(place.lstrip(".") or "configuration", says)
+    return [f"{place}: {says}" for place, says in found.items()]
 
 
 def _config_problems(config: MergeConfiguration) -> list[str]:
@@ -82,7 +129,31 @@ def _config_problems(config: MergeConfiguration) -> list[str]:
                 f"{key}: {getattr(config, key)!r} is unknown; use float16, bfloat16, float32 or"
                 " float64"
             )
-    return problems + parameter_problems(config)
+    return problems + _model_problems(config) + parameter_problems(config)
+
+
+def _model_problems(config: MergeConfiguration) -> list[str]:
+    """Models that a list names twice, in whatever spelling, and a list without a target."""
+    problems = []
+    pieces = {"": config, **{f"modules.{n}.": m for n, m in (config.modules or {}).items()}}
+    base = config.base_model
+    for prefix, piece in pieces.items():
+        seen = {_whereabouts(base): base} if base else {}
+        for index, entry in enumerate(piece.models or []):
+            place = f"{prefix}models[{index}]"
+            before = seen.setdefault(_whereabouts(entry.model), entry.model)
+            if before == base and entry.model != base:
+                problems.append(f"{place}: {entry.model} is the base_model {base}; leave it out")
+            elif before is not entry.model and before != base:
+                problems.append(f"{place}: {entry.model} is there already; name a target once")
+        if piece.models and len(seen) == 1 and base and config.merge_method in SHARED:
+            problems.append(f"{prefix}models: name a target beside the base_model {base}")
+    return problems
+
+
+def _whereabouts(reference: ModelReference) -> tuple[str, ...]:
+    parts = [reference.model, *([reference.lora] if reference.lora else [])]
+    return tuple(os.path.realpath(str(p)) if os.path.isdir(p.path) else str(p) for p in parts)
 
 
 def referenced_models(config: MergeConfiguration) -> list[ModelReference]:
@@ -140,17 +211,18 @@ def _store(model: ModelPath, options: Options, download: bool) -> Store:
         return Folder(Path(path))
     if os.path.exists(path):
         raise CheckpointError([f"{path}: a model is a folder, this is a file"])
+    start = "" if path.startswith("/") else f"; relative paths start at {Path.cwd()}"
+    if path.startswith("~"):
+        start = "; ~ stands for nothing in a YAML, write the path in full"
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise CheckpointError([f"{path}: no such folder"])
+        raise CheckpointError([f"{path}: no such folder{start}"])
     found = (path, model.revision, options.transformers_cache)
-    if download:
-        return download_model(*found)
     try:
-        return HubRepository(*found)
-    except CheckpointError:
-        cached = cached_model(*found)  # offline, say
+        return download_model(*found) if download else HubRepository(*found)
+    except CheckpointError as error:
+        cached = None if download else cached_model(*found)  # offline, say
         if cached is None:
-            raise
+            raise CheckpointError([f"{problem}{start}" for problem in error.problems]) from error
         return cached
 
 

@@ -93,8 +93,14 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
     Raises:
         CheckpointError: no LoRA adapter, or one with parts that can't be merged by blocks.
     """
+    if "adapter_config.json" not in store.names():
+        raise CheckpointError([f"{name}: is no adapter, it holds no adapter_config.json"])
     config = read_settings(store, "adapter_config.json", name)
     problems = _unsupported(config, name)
+    if _FILE not in store.names():
+        pickled = "adapter_model.bin" in store.names()
+        why = "its weights are pickled, which can run code; load and save it with peft once"
+        raise CheckpointError([*problems, f"{name}: {why if pickled else f'holds no {_FILE}'}"])
     try:
         locations, file = read_weights_file(store, _FILE, f"{name}: {_FILE}")
     except CheckpointError as error:

@@ -82,6 +82,26 @@ def weightless(tensors: Sequence[str]) -> str:
     )
 
 
+def idle_filters(config: Any, tensors: Sequence[str]) -> list[str]:
+    """The filters of our methods' settings that are part of no tensor's name: misspelt ones."""
+    if config.merge_method not in SHARED:
+        return []
+    words = sorted({word for tensor in tensors for word in tensor.split(".")})
+    return [
+        f"{place}.{name}: no tensor's name has the filter {text!r} in it{nearest(text, words)}"
+        for place, settings, _ in _places(config)
+        for name, setting in (settings or {}).items()
+        for text in _filters(setting)
+        if text != "*" and not any(text in tensor for tensor in tensors)
+    ]
+
+
+def _filters(setting: Any) -> Iterator[str]:
+    for item in setting if isinstance(setting, list) else [setting]:
+        if getattr(item, "filter", None) is not None:
+            yield item.filter
+
+
 def _has_base(config: Any) -> bool:
     if config.base_model is not None:
         return True

@@ -18,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
 from mergekit.tokenizer import BuildTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from fusechat_merge.checkpoint import CheckpointError
 from fusechat_merge.configuration import (
@@ -41,7 +41,7 @@ from fusechat_merge.merge_plan import (
 from fusechat_merge.mergekit_loader import loading
 from fusechat_merge.mergekit_units import with_units
 from fusechat_merge.outputs import LayerPlanner, OutputMaker, plan_unknown
-from fusechat_merge.parameters import weightless
+from fusechat_merge.parameters import idle_filters, weightless
 
 _PAGE = 4096
 
@@ -83,6 +83,14 @@ def _plan_outputs(planned: Plan) -> None:
     config = planned.config.model_copy(deep=True)
     references = referenced_models(config)
     planned.donor = str(references[0])
+    configs: dict[str, PretrainedConfig] = {}
+    for reference in references:
+        try:
+            configs[str(reference)] = reference.config(planned.options.trust_remote_code)
+        except Exception as error:  # transformers' errors have no common base, and name no model
+            planned.problems.append(f"{reference}: config.json: {one_line(error)}")
+    if planned.problems:
+        return
     try:
         planned.architecture = get_architecture_info(config, planned.options.of_mergekit())
         planned.out_config = _model_out_config(
@@ -91,7 +99,13 @@ def _plan_outputs(planned: Plan) -> None:
         planner = LayerPlanner(planned, planned.architecture, config)
         tensors = planner.plan_all()
         if planner._tokenizer_task:
-            planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
+            try:
+                planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
+            except Exception as error:  # transformers', which names no model
+                source = config.tokenizer_source or (config.tokenizer and config.tokenizer.source)
+                named = [*references, *([source] if isinstance(source, ModelReference) else [])]
+                found = _tokenizer_problems(named, planned.options.trust_remote_code)
+                raise ConfigError(found or [one_line(error)]) from error
         if config.chat_template:
             holder = SimpleNamespace(chat_template=None)
             _set_chat_template(holder, config, planned.options.trust_remote_code)
@@ -103,10 +117,11 @@ def _plan_outputs(planned: Plan) -> None:
                 planned.tokenizer.tokenizer,
                 pad_to_multiple_of=config.tokenizer and config.tokenizer.pad_to_multiple_of,
             )
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        planned.problems += error.problems
+        return
     except Exception as error:  # what mergekit refuses is refused; its errors have no common base
-        planned.problems.append(_remedy(error))
+        planned.problems.append(_remedy(error, configs))
         return
 
     maker = OutputMaker(planned, config)
@@ -114,6 +129,7 @@ def _plan_outputs(planned: Plan) -> None:
         maker.add(weight, task)
     plan_unknown(planned, planner, maker)
     planned.problems += _condensed(planner.problems + maker.problems)
+    planned.problems += idle_filters(config, list(maker.outputs))
     if maker.weightless:
         planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)
@@ -137,6 +153,22 @@ def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> An
         PreTrainedTokenizerFast.get_vocab = unordered
 
 
+def _tokenizer_problems(models: Sequence[ModelReference], trust_remote_code: bool) -> list[str]:
+    """Which models' tokenizers can't be loaded, each by its name."""
+    problems = []
+    for model in dict.fromkeys(reference.model for reference in models):
+        try:
+            AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            problems.append(
+                f"{model}: its tokenizer can't be loaded, which merging tokenizers needs"
+                f" ({one_line(error)})"
+            )
+    return problems
+
+
 def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
     """One problem for many tensors that have the same."""
     alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -148,14 +180,25 @@ def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: Exception, configs: Mapping[str, PretrainedConfig]) -> str:
     message = one_line(error)
     if "--allow-crimes" in message:
-        return "the models have different architectures; --allow-crimes tries all the same"
+        kinds = {name: (c.architectures or [c.model_type])[0] for name, c in configs.items()}
+        return (
+            "the models have different architectures; --allow-crimes tries all the same"
+            f" ({_by_model(kinds)})"
+        )
+    if "same number of layers" in message:
+        layers = {name: getattr(c, "num_hidden_layers", "?") for name, c in configs.items()}
+        return f"the models have different numbers of layers ({_by_model(layers)})"
     if isinstance(error, (LookupError, TypeError, AttributeError)):
         name = type(error).__name__
         return f"a model's config.json or the YAML is not as mergekit needs it ({name}: {message})"
     return message
+
+
+def _by_model(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{value} in {name}" for name, value in values.items())
 
 
 def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:

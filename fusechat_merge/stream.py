@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+import yaml
 
 from fusechat_merge import __version__
 from fusechat_merge.errors import ConfigError, TensorError
@@ -111,8 +112,9 @@ def carry_out(
     overwrite: bool = False,
     report: bool = True,
     progress: Progress = lambda tensor, nbytes: None,
+    started: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Carry a plan out; see ``merge``."""
+    """Carry a plan out; see ``merge``. ``started`` is called once nothing stands in its way."""
     out, device = Path(os.path.abspath(out)), chosen_device(device)
     work = out.parent / f".{out.name}.partial"
     if not planned.problems and resume and is_finished(planned, out):
@@ -135,6 +137,7 @@ def carry_out(
     with ExitStack() as stack, _explained(out):
         journal = stack.enter_context(closing(Journal(work / "journal")))
         _begin(journal, identity(planned) | {"device": device}, work, resume)
+        started()
         files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
         folders = {name: m.folder for name, m in planned.models.items() if m.folder}
         sources = stack.enter_context(closing(SourceFiles(folders)))
@@ -177,7 +180,8 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
 def identity(planned: Plan) -> dict[str, Any]:
     """What decides a merge's bytes: configuration, options, sources, software versions."""
     return {
-        "configuration": planned.config.model_dump(mode="json", exclude_defaults=True),
+        # As written: mergekit can't write out a model whose path has a space in it.
+        "configuration": json.loads(json.dumps(yaml.safe_load(planned.source), default=str)),
         "options": asdict(planned.options),
         "sources": {
             f"{name}/{file}": [at.size, at.modified, at.header_sha256]

@@ -170,3 +170,13 @@ def test_help_imports_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
+
+
+def test_a_place_that_takes_nothing_is_known_before_anything_is_measured(
+    family: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusechat_merge.analysis.analyze", None)
+    (tmp_path / "file").write_text("")
+    result = _analyze(tmp_path, _config(family), "--out", str(tmp_path / "file" / "analysis"))
+    assert result.exit_code == 2
+    assert "file can't be written to; name another folder" in result.stderr

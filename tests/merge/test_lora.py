@@ -119,6 +119,28 @@ def test_adapters_that_are_refused(
     assert any(message in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a: (a / "adapter_config.json").unlink(), "a: is no adapter, it holds no adapter_c"),
+        (lambda a: (a / "adapter_model.safetensors").unlink(), "a: holds no adapter_model.safete"),
+        (
+            lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
+            "a: its weights are pickled, which can run code; load and save it with peft once",
+        ),
+    ],
+)
+def test_folders_that_hold_no_adapter(
+    tmp_path: Path, llama_family: Family, damage: Callable[[Path], Any], message: str
+) -> None:
+    (base,) = llama_family(tmp_path / "in", (F32,))
+    adapted(base, tmp_path / "a", tmp_path / "m", 1, target_modules=["q_proj"])
+    damage(tmp_path / "a")
+    models = [{"model": f"{base}+{tmp_path / 'a'}"}]
+    (problem,) = plan({"merge_method": "varm", "base_model": str(base), "models": models}).problems
+    assert message in problem
+
+
 def test_an_adapter_of_another_model(tmp_path: Path, llama_family: Family) -> None:
     def edit(label: str, tensors: dict[str, Tensor]) -> None:
         name = "model.layers.1.self_attn.q_proj.weight"

@@ -267,6 +267,7 @@ def test_out_in_use_is_kept_until_the_new_model_is_complete(
     result = cli("run", str(yml), str(out))
     assert result.exit_code == 2
     assert "is in use by something other than this merge" in result.stderr
+    assert "merging" not in result.stderr  # nothing is announced that can't be done
     assert not work_of(out).exists()
     with monkeypatch.context() as patch:
         patch.setattr(stream, "write_side_files", lambda *_: (_ for _ in ()).throw(OSError("gone")))
@@ -285,6 +286,7 @@ def test_a_second_run_is_refused(tmp_path: Path, yml: Path) -> None:
     holder.close()
     assert result.exit_code == 2
     assert "another fusechat-merge is writing here now" in result.stderr
+    assert "merging" not in result.stderr
     assert cli("run", str(yml), str(out)).exit_code == 0
 
 

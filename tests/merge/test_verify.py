@@ -118,9 +118,16 @@ def test_the_command(tmp_path: Path, paths: list[Path]) -> None:
     assert run(main, ["run", str(yml), str(out)]).exit_code == 0
     result = run(main, ["verify", str(yml), str(out), "--sample", "0.5"])
     assert result.exit_code == 0
-    assert "is what" in result.stdout
+    assert result.stdout.endswith("merge.yml makes (50% of its tensors recomputed)\n")
     raw = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(raw[:-1])
     result = run(main, ["verify", str(yml), str(out)])
     assert result.exit_code == 1
+    assert "Error: 1 difference:" in result.stderr
     assert "truncated" in result.stderr
+    config = configuration(paths, "varm", granularity="layer", **{"lambda": 0.5})
+    yml.write_text(yaml.safe_dump(config))
+    (out / "model.safetensors").write_bytes(raw)
+    result = run(main, ["verify", str(yml), str(out)])
+    assert "Error: 21 differences:" in result.stderr
+    assert result.stderr.endswith("\n  … and 1 more\n")
