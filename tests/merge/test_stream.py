@@ -415,7 +415,6 @@ def test_the_record_of_units(tmp_path: Path, llama_family: Family) -> None:
     assert unit["weights"] == pytest.approx([s / sum(sums) for s in sums], rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
 def test_a_folder_with_a_space_in_its_name(tmp_path: Path, llama_family: Family) -> None:
     base, target = llama_family(tmp_path / "two words", (torch.bfloat16,) * 2)
     config = {"merge_method": "varm", "base_model": f"{base}/", "models": [{"model": str(target)}]}
@@ -426,6 +425,7 @@ def test_a_folder_with_a_space_in_its_name(tmp_path: Path, llama_family: Family)
     assert (out / "model.safetensors").stat().st_mtime_ns == before  # known to be finished
 
 
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
 def test_nan_is_named(tmp_path: Path, llama_family: Family, method: str) -> None:
     def edit(label: str, tensors: dict[str, Tensor]) -> None:
         if label == "t1":
