@@ -112,17 +112,31 @@ def init(folder: str) -> None:
     \b
     Example: fusechat-distill init my-run
     """
-    from fusechat_distill.recipe import TEMPLATE
+    from fusechat_distill.reference import commented_recipe
 
     path = Path(folder) / "recipe.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(TEMPLATE)
+            file.write(commented_recipe())
     except FileExistsError:
         problem = "is there already; name another folder, or move it away"
         raise RequestError(str(path), [problem]) from None
     click.echo(str(path))
+
+
+@command("Print the JSON schema of recipes, for editors.")
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them.
+
+    \b
+    Example: fusechat-distill schema > recipe.schema.json
+    and, as the first line of a recipe in the same folder:
+      # yaml-language-server: $schema=recipe.schema.json
+    """
+    from fusechat_distill.reference import schema as make
+
+    click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
 
 
 @command("Check a recipe and all that it names, without weights.")

@@ -27,7 +27,16 @@ PIVOT = "pivot"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=False)
+    """Docstrings are the only account of what a key means: `reference` makes the recipe that
+    `init` writes, the JSON schema and the page about recipes from them."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_by_name=False,
+        use_attribute_docstrings=True,
+    )
 
 
 OWN_LOAD_KEYS = {
@@ -64,19 +73,38 @@ def _folder_name(value: str) -> str:
 
 
 class Model(Section):
-    """A model that is read: a hub name or a folder, and how to load it."""
+    """A model that is read: a hub name or a folder, and how to load it. A plain string is the
+    `model` alone."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, examples=["Qwen/Qwen2.5-0.5B-Instruct"])]
+    """Hub name (`org/model`), or a folder with a model that `save_pretrained` wrote."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null: the hub's main."""
     dtype: Dtype | None = None
+    """Of the weights while it is scored; null: `scoring.dtype`.
+
+    Training has its own: float32 weights, see `training`."""
     template: Literal["native", "pivot"] = "native"
+    """The chat template that it sees conversations under: its own, or the pivot's."""
     load: Annotated[dict[str, Any], AfterValidator(_load_keys)] = {}
-    """Passed to the engine that loads it: `device_map`, `quantization_config`, ..."""
+    """Passed to the engine that loads it as it is: `device_map`, `quantization_config`, ...
+
+    transformers: arguments of `from_pretrained`; vLLM: of `vllm.LLM`. Where a model lies
+    (`device_map`, `max_memory`, `offload_folder`, `offload_state_dict`) is no part of what
+    identifies its scores; everything else is."""
 
 
 class Source(Model):
+    """A model that the pivot learns from: the keys of `pivot`, and two more. A plain string is the
+    `model` alone."""
+
     name: Annotated[str, AfterValidator(_folder_name)] | None = None
+    """Of its folders, and of its target; null: the last part of `model`.
+
+    A letter or digit, then letters, digits and `. _ + -`; different from every other source's,
+    whatever the case, and from `pivot`."""
     vocabulary: Literal["ms", "mined", "em", "bytes"] | None = None
+    """This source's map to the pivot's vocabulary; null: `alignment.vocabulary`."""
 
     @property
     def title(self) -> str:
@@ -89,35 +117,77 @@ def _as_model(value: Any) -> Any:
 
 
 class Dataset(Section):
-    path: Annotated[str, Field(min_length=1)]
+    """Chats: `messages`, ShareGPT `conversations`, or `prompt` and `completion`. A plain string is
+    the `path` alone."""
+
+    path: Annotated[str, Field(min_length=1, examples=["trl-lib/Capybara"])]
+    """Hub name; JSON, JSONL, Parquet or Arrow file; or a folder of `save_to_disk`."""
     name: str | None = None
+    """Configuration of a hub dataset that has several."""
     split: str = "train"
+    """Which split is read; everything else, rows to evaluate on included, comes out of it."""
     column: str | None = None
+    """The column that holds the messages; null: found by its name."""
     max_samples: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many usable rows; null: all."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the conversations that is kept from training, for `evaluate`.
+
+    Which ones is decided by a hash of each conversation, so rows that come or go change nothing for
+    the others."""
 
 
 class Scoring(Section):
+    """What is kept of every model's next-token distributions, and how they are computed."""
+
     top_k: Annotated[int, Field(ge=1, le=1024)] = 10
+    """Most probable tokens kept at each position; each takes about 3 bytes a token in every store.
+
+    At most as many as the smallest vocabulary has tokens."""
     engine: Literal["transformers", "vllm"] = "transformers"
+    """Runs the models."""
     dtype: Dtype = "bfloat16"
+    """Of the weights of models that name none of their own; auto: as saved."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Tokens in one forward, padding included; halved where memory runs out. vLLM: not used."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:1, mps, xpu or npu; auto takes an accelerator if there is one.
+
+    One process with several CUDA devices spreads each model over all of them."""
 
 
 class Alignment(Section):
+    """How a source's distributions become distributions over the pivot's tokens."""
+
     positions: Literal["bytes", "dtw"] = "bytes"
+    """Which positions match: those that have consumed the same bytes, or the papers' alignment."""
     vocabulary: Literal["ms", "mined", "em", "bytes"] = "ms"
+    """Which pivot token a source token becomes: the one that begins where it begins most often
+    (ms), the nearest by edit distance (mined), one of the same bytes or none (em), the first token
+    of its bytes (bytes)."""
     unmatched: Literal["one_hot", "pivot"] = "one_hot"
+    """What stands where no position of the source matches: the label, or the pivot's own
+    distribution."""
 
 
 class Fusion(Section):
+    """Whose distributions the targets learn from."""
+
     strategy: Literal["pairwise", "multi", "sft"] = "pairwise"
+    """One target for each source, one for all sources together, or the baseline without any."""
     function: Literal["min_ce", "avg_ce"] = "min_ce"
+    """The model with the least cross-entropy takes all, or every model by softmax(-cross-entropy).
+
+    With avg_ce a row has `top_k` entries for each model, and the dataset grows with that."""
     level: Literal["sequence", "token"] = "sequence"
+    """Decided once a conversation, or between every two positions that all models match."""
     cross_entropy: Literal["byte", "token"] = "byte"
+    """In nats per byte, which compares across tokenizers, or per token of the model's own, as in
+    the papers."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Divides log-probabilities before they are fused; above 1 flatter."""
     tail: Literal["renormalize", "gold"] = "renormalize"
+    """What becomes of the probability outside the top k: spread over them, or left to the label."""
 
 
 OWN_TRAINING_KEYS = {
@@ -136,12 +206,27 @@ OWN_TRAINING_KEYS = {
 
 
 class Training(BaseModel):
-    """λ, LoRA, and any field of TRL's SFTConfig (in `model_extra`)."""
+    """How a target is trained; any field of TRL's `SFTConfig` is a key here as well.
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, validate_by_name=False)
+    Where the recipe says nothing TRL's defaults hold, except: weights are float32, under autocast
+    to bfloat16 where the hardware has it (`pivot.dtype` is for scoring), and one checkpoint is
+    kept."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        strict=True,
+        validate_by_name=False,
+        use_attribute_docstrings=True,
+    )
 
     clm_weight: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.9
+    """Weight of the language-modelling loss; the loss against the fused distributions has the rest.
+
+    The baseline (`fusion.strategy: sft`) has 1 whatever stands here."""
     lora: dict[str, Any] | None = None
+    """null: all weights are trained; else fields of PEFT's `LoraConfig`: {r: 16, lora_alpha: 32}.
+    """
 
     @property
     def sft(self) -> dict[str, Any]:
@@ -152,19 +237,32 @@ class Training(BaseModel):
 
 
 class Merge(Section):
+    """What goes into `merge.yml`, which is written when all targets are there."""
+
     merge_method: Annotated[str, Field(min_length=1)] = "varm"
+    """varm, fusechat_sce, or any method of mergekit."""
     parameters: dict[str, Any] = {}
+    """The method's own: {granularity: layer}."""
     dtype: str = "bfloat16"
+    """Of the merged weights: bfloat16, float16, float32 or float64."""
 
 
 class Recipe(Section):
-    output: Annotated[str, Field(min_length=1)]
+    """What to fuse, from what, and how."""
+
+    output: Annotated[str, Field(min_length=1, examples=["runs/fusechat"])]
+    """Folder below which everything is written; a relative one is below where the command runs."""
     pivot: Annotated[Model, BeforeValidator(_as_model)]
+    """The model that is trained, and whose tokens all distributions end up in."""
     sources: tuple[Annotated[Source, BeforeValidator(_as_model)], ...] = Field(
-        default=(), strict=False
+        default=(), strict=False, examples=[["HuggingFaceTB/SmolLM2-1.7B-Instruct"]]
     )
+    """The models that it learns from, each once; none only with `fusion.strategy: sft`."""
     dataset: Annotated[Dataset, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
+    """The chats; every model scores their answers."""
     max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens of the pivot's that a conversation may have; a longer one is cut there, for every
+    model."""
     scoring: Scoring = Scoring()
     alignment: Alignment = Alignment()
     fusion: Fusion = Fusion()
@@ -399,63 +497,3 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-
-
-TEMPLATE = """\
-# What to fuse, from what, and how. Every key is shown with its default, unless a comment says that
-# it has none; what is left out has its default, and an unknown key is an error.
-
-output: runs/fusechat               # no default; everything is written below this folder
-
-# Models are hub names or folders. A plain string will do; the long form also takes `load`, which
-# goes to the engine as it is (device_map, quantization_config, attn_implementation, ...).
-pivot:                              # no default; the model that is trained
-  model: Qwen/Qwen2.5-0.5B-Instruct
-  revision: null                    # branch, tag or commit; null: the hub's main
-  dtype: null                       # for scoring; null: scoring.dtype
-  template: native                  # the model's own chat template, or the pivot's: pivot
-  load: {}
-sources:                            # no default; the models it learns from
-  - HuggingFaceTB/SmolLM2-1.7B-Instruct
-  # - model: org/model              # as above, and:
-  #   name: model                   # of its folders; default: the last part of `model`
-  #   vocabulary: ms                # default: alignment.vocabulary
-
-dataset:                            # chats: messages, ShareGPT conversations, or prompt/completion
-  path: trl-lib/Capybara            # no default; hub name, file, or saved folder
-  name: null                        # configuration of a hub dataset
-  split: train
-  column: null                      # null: found by its name and content
-  max_samples: null                 # null: all
-  eval_fraction: 0.02               # held out from training
-max_length: 2048                    # in the pivot's tokens; longer conversations are cut
-
-scoring:
-  top_k: 10                         # entries kept at each position
-  engine: transformers              # or vllm
-  dtype: bfloat16                   # auto, bfloat16, float16, float32
-  batch_tokens: 16384               # tokens in one forward; halved where memory runs out
-  device: auto                      # auto, cpu, cuda, cuda:1, mps
-
-alignment:
-  positions: bytes                  # or dtw, the papers' alignment
-  vocabulary: ms                    # ms, mined, em, bytes
-  unmatched: one_hot                # or pivot: the pivot's own distribution
-
-fusion:
-  strategy: pairwise                # one target for each source; multi: one for all; sft: baseline
-  function: min_ce                  # or avg_ce
-  level: sequence                   # or token
-  cross_entropy: byte               # or token, the papers'
-  temperature: 1.0
-  tail: renormalize                 # or gold: what the top k leave goes to the gold token
-
-training:                           # any field of TRL's SFTConfig as well
-  lambda: 0.9                       # weight of the language-modelling loss; the rest is fusion's
-  lora: null                        # or fields of PEFT's LoraConfig: {r: 16, lora_alpha: 32}
-
-merge:                              # goes into merge.yml
-  merge_method: varm
-  parameters: {}
-  dtype: bfloat16
-"""

@@ -231,6 +231,13 @@ class TrainStage:
 
     def _complete(self, part: Path, trainer: FusionTrainer, metrics: dict[str, float]) -> None:
         """Add what makes the weights a model, then give the folder its name."""
+        if not any(part.glob("*.safetensors")):  # transformers says nothing then
+            raise DistillError(
+                f"target {self.name}: its weights lie in pieces over the processes and were not "
+                "put together; set fsdp_state_dict_type: FULL_STATE_DICT (FSDP) or "
+                "zero3_save_16bit_model: true (DeepSpeed) in the launcher's configuration, and "
+                "start it again: it goes on from the last checkpoint"
+            )
         copy_tokenizer(self.inputs.pivot.files, part)
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
         trainer.state.save_to_json(str(part / STATE))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fusechat_distill.errors import RequestError
-from fusechat_distill.recipe import TEMPLATE, Recipe, load_recipe, read_recipe
+from fusechat_distill.recipe import Recipe, load_recipe, read_recipe
+from fusechat_distill.reference import commented_recipe
 
 MINIMAL = "output: out\npivot: org/pivot\nsources: [org/source]\ndataset: {path: data.jsonl}\n"
 
@@ -52,16 +53,17 @@ def test_minimal_recipe_has_the_documented_defaults(tmp_path):
 
 
 def test_commented_recipe_is_valid_and_shows_every_default(tmp_path):
-    recipe = load_recipe(write(tmp_path, TEMPLATE))
+    text = commented_recipe()
+    recipe = load_recipe(write(tmp_path, text))
     minimal = load_recipe(write(tmp_path, MINIMAL))
     for section in ("max_length", "scoring", "alignment", "fusion", "merge"):
         assert getattr(recipe, section) == getattr(minimal, section)
     assert recipe.training.clm_weight == minimal.training.clm_weight
     for name, field in Recipe.model_fields.items():
-        assert f"\n{name}:" in TEMPLATE, f"{name} is not shown"
+        assert f"\n{name}:" in text, f"{name} is not shown"
         sections = getattr(field.annotation, "model_fields", {})
         for key, inner in sections.items():
-            assert f"{inner.alias or key}:" in TEMPLATE, f"{name}.{key} is not shown"
+            assert f"{inner.alias or key}:" in text, f"{name}.{key} is not shown"
 
 
 def test_every_problem_is_in_one_message(tmp_path):

@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_distill.cli import commands
+from fusechat_distill.errors import RequestError
+from fusechat_distill.inputs import open_inputs
 from fusechat_distill.recipe import Recipe, load_recipe
+from fusechat_distill.running import run_problems
 
 ROOT = Path(__file__).parents[2]
 TIMED = ("trainer_state.json", "log.jsonl")
@@ -222,6 +225,44 @@ def test_a_changed_recipe_is_refused_before_anything_is_done(whole, models, sect
             assert message.format(out=out) in result.stderr
         assert "move it away or delete it to make it anew" in result.stderr
     assert times(out) == before
+
+
+ALL = ["scores", "scores", "aligned", "fused", "target"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "stages"),
+    [
+        ({"max_length": 63}, ALL),
+        ({"dataset": {"max_samples": 200}}, ALL),
+        ({"scoring": chain.SCORING | {"top_k": 5}}, ALL),
+        ({"scoring": chain.SCORING | {"batch_tokens": 99}}, []),
+        ({"sources": [("neox", {"template": "pivot"})]}, ALL[1:]),
+        ({"sources": [("neox", {"load": {"device_map": "cpu"}})]}, []),
+        ({"sources": [("neox", {"vocabulary": "em"})]}, ALL[2:]),
+        ({"alignment": {"vocabulary": "bytes", "positions": "dtw"}}, ALL[2:]),
+        ({"alignment": {"vocabulary": "bytes", "unmatched": "pivot"}}, ALL[3:]),
+        ({"fusion": {"tail": "gold"}}, ALL[3:]),
+        ({"dataset": {"eval_fraction": 0.2}}, ALL[3:]),
+        ({"training": {"learning_rate": 0.1}}, ALL[4:]),
+        ({"training": {"save_steps": 3, "logging_steps": 1, "report_to": "none"}}, []),
+        ({"fusion": {"strategy": "multi"}}, []),
+        ({"merge": {"dtype": "float32"}}, []),
+        ({"sources": [("neox", {}), ("twin", {})]}, []),
+    ],
+)
+def test_what_a_change_makes_stale(whole, models, sections, stages):
+    """The table in docs/distilling.md, by the first words of the problems."""
+    if "sources" in sections:
+        sources = [{"model": str(models / name)} | keys for name, keys in sections["sources"]]
+        sections = {"sources": sources}
+    path = recipe(whole.parent, models, "stale", load_recipe(whole).output_folder, **sections)
+    try:
+        open_inputs(path, further=run_problems)
+        found = []
+    except RequestError as error:
+        found = [problem.split()[0] for problem in error.problems]
+    assert found == stages
 
 
 def test_train_takes_the_targets_that_are_asked_for(whole, models, tmp_path):

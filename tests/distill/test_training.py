@@ -24,6 +24,7 @@ from fusechat_distill.pipeline import score_stages
 from fusechat_distill.processes import Processes
 from fusechat_distill.recipe import Training, load_recipe
 from fusechat_distill.settings import determining, fusion_config
+from fusechat_distill.trainer import FusionTrainer
 from fusechat_distill.training import TrainStage, train_stages
 
 
@@ -254,6 +255,22 @@ def test_as_many_processes_go_on_as_began(make, monkeypatch):
     several.count = 2
     with pytest.raises(DistillError, match="was begun by 1 processes, this run has 2; start as"):
         stage.run(several, Silent())
+
+
+def test_a_target_without_weights_is_none(make, monkeypatch):
+    """As transformers leaves it under FSDP with SHARDED_STATE_DICT: no file, no word."""
+    stage = make()
+    save = FusionTrainer.save_model
+    monkeypatch.setattr(
+        FusionTrainer,
+        "save_model",
+        lambda self, folder, _internal_call=False: _internal_call and save(self, folder, True),
+    )
+    with pytest.raises(DistillError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
+        stage.run(Processes("cpu"), Silent())
+    assert not stage.folder.exists()
+    monkeypatch.undo()
+    run(stage)
 
 
 def test_nothing_is_trained_on_half_a_dataset(make, fused, tmp_path):

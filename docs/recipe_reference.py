@@ -1,0 +1,66 @@
+"""Writes docs/recipe.md and docs/recipe.schema.json from the recipe's own models.
+
+`python docs/recipe_reference.py`; with `--check` it writes nothing and fails where they differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fusechat_distill.reference import reference_page, schema
+
+INTRODUCTION = """\
+# The recipe, key by key
+
+Written by `python docs/recipe_reference.py` from `fusechat_distill/recipe.py`; not edited by hand.
+[distilling.md](distilling.md) says how to choose. `fusechat-distill init` writes a recipe with
+every key, its default and its meaning.
+
+What is left out has its default. An unknown key, a key written twice, and a value of the wrong type
+are errors; `fusechat-distill validate` names each with what would be right. `5e-6` is a number.
+
+In an editor, a JSON schema completes, explains and checks the keys. Make it once, beside your
+recipe:
+
+    fusechat-distill schema > recipe.schema.json
+
+Then begin the recipe with the line that the YAML language server reads, which is what Visual Studio
+Code's YAML extension and other editors' run:
+
+```yaml
+# yaml-language-server: $schema=recipe.schema.json
+output: runs/fusechat
+pivot: openchat/openchat_3.5
+sources: [NousResearch/Nous-Hermes-2-SOLAR-10.7B]
+dataset: FuseAI/FuseChat-Mixture
+```
+
+The same schema lies here: [recipe.schema.json](recipe.schema.json). It has every key of this page.
+Fields of TRL's `SFTConfig` and PEFT's `LoraConfig` depend on the versions installed; only
+`validate` checks them.
+
+"""
+
+
+def pages() -> dict[str, str]:
+    """Each file's name and content."""
+    return {
+        "recipe.md": INTRODUCTION + reference_page(),
+        "recipe.schema.json": json.dumps(schema(), indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    for name, content in pages().items():
+        path = folder / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(content, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != content:
+            sys.exit(f"{path} is not what this script writes: python docs/recipe_reference.py")
+
+
+if __name__ == "__main__":
+    main()
