@@ -54,8 +54,8 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
 )
 """(what a command contains, why it is not run); its program, target and options are checked."""
 
-GENERATED: tuple[tuple[str, ...], ...] = ()
-"""Commands that fail where a generated part of the docs isn't what its source makes."""
+GENERATED = "docs/*.py"
+"""Scripts that write pages; with ``--check`` they fail where a page is not what they would write."""
 
 _WRITTEN = {"yaml", "json", "jsonl", "toml", "python"}
 _OUTPUT = {"text", "json"}
@@ -549,10 +549,13 @@ def main(names: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         found = check(pages, Path(scratch))
     problems = [problem for findings in found for problem in findings.problems]
-    for command in () if names else GENERATED:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    for script in [] if names else sorted(ROOT.glob(GENERATED)):
+        checking = [sys.executable, script, "--check"]
+        done = subprocess.run(checking, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            problems.append(f"{shlex.join(command)}\n{_tail(done.stdout + done.stderr)}")
+            problems.append(
+                f"{script.relative_to(ROOT)} --check\n{_tail(done.stdout + done.stderr)}"
+            )
     print("\nnot run:")
     for line in (line for findings in found for line in findings.not_run):
         print(f"  {line}")
