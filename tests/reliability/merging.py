@@ -117,7 +117,7 @@ def must_resume(
 
 def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """kill -9, a failing disk, sources that change: at every kind of call and at any time."""
-    calm = Undisturbed(work)
+    calm = Undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
     old = {"config.json": b"{}", "precious": b"x"}
 
     def start(number: int) -> tuple[random.Random, str, dict[str, Any], Path]:
@@ -152,7 +152,7 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
     tally = Tally(CRASHES, "kill -9 at a call that changes the disk or at any time, once to thrice")
     yield tally.figure(
-        "resumed to the same bytes: " + in_words(sweep(killed, times(500, scale), tally))
+        "resumed to the same bytes: " + in_words(sweep(killed, times(300, scale), tally))
     )
 
     def failed(number: int) -> str:
@@ -177,7 +177,7 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         return "told and resumed" if ended["error"] else "harmless (in tidying up, say)"
 
     tally = Tally(CRASHES, "a disk that is full or fails, at any call, once or from then on")
-    yield tally.figure(in_words(sweep(failed, times(250, scale), tally)))
+    yield tally.figure(in_words(sweep(failed, times(150, scale), tally)))
 
     def meddled(number: int) -> str:
         chance, name, config, out = start(number)
@@ -214,7 +214,7 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         return "told and made right" if ended["error"] else "too late to matter"
 
     tally = Tally(CRASHES, "a source's shard that vanishes, shrinks or changes while it is merged")
-    yield tally.figure(in_words(sweep(meddled, times(150, scale), tally)))
+    yield tally.figure(in_words(sweep(meddled, times(100, scale), tally)))
 
 
 RACES = "Races of merges"
@@ -287,7 +287,7 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     tally = Tally(
         RACES, "runs in one folder at one moment: one wins, the others say so or find it done"
     )
-    yield tally.figure(in_words(sweep(one_folder, times(150, scale), tally)))
+    yield tally.figure(in_words(sweep(one_folder, times(90, scale), tally)))
 
     def beside(number: int) -> str:
         chance = random.Random(f"{seed} {number}")
@@ -321,7 +321,7 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         return ["verify found nothing", "verify found differences", "verify was refused"][other[0]]
 
     tally = Tally(RACES, "run --overwrite beside a reader of OUT and beside verify")
-    yield tally.figure(in_words(sweep(beside, times(60, scale), tally)))
+    yield tally.figure(in_words(sweep(beside, times(30, scale), tally)))
 
 
 def merged_files(yml: Path, out: Path, options: list[str]) -> dict[str, bytes]:
@@ -333,7 +333,7 @@ def merged_files(yml: Path, out: Path, options: list[str]) -> dict[str, bytes]:
 
 def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """The same bytes whatever the threads, the memory, the shards and the interruptions."""
-    calm = Undisturbed(work)
+    calm = Undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
     shard_sizes = {"one shard": 5_000_000_000, "many shards": 40_000}
     reference = {}
     for name, config in calm.settings.items():
@@ -365,7 +365,7 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
     what = "threads 1, 2, 3, 5; four budgets; one shard or many; none, one or two kills"
     tally = Tally("Determinism of a merge", f"every file the same bytes: {what}")
-    kinds = sweep(case, times(320, scale), tally)
+    kinds = sweep(case, times(200, scale), tally)
     configurations = len({kind.split(":")[0] for kind in kinds})
     yield tally.figure(f"{configurations} configurations, {len(kinds)} distinct sets of tensors")
 
@@ -385,10 +385,9 @@ MARGIN = 40 << 20
 
 def memory(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """The peak of random merges above a trivial one, against --memory."""
-    warm = settings_for(work / "in")["varm, matrix"]
-    target = warm["models"][0]
-    for count in range(1, 6):  # everything is imported, and compiled for so many targets
-        merge({**warm, "models": [target] * count}, work / f"warm{count}")
+    paths = family(work / "in", (BF16,) * 6, changes=SHAPE)
+    for count in range(2, 7):  # everything is imported, and compiled for so many targets
+        merge(configuration(paths[:count]), work / f"warm{count}")
     if not Path("/proc/self/clear_refs").exists():
         return
 
