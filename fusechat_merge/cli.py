@@ -192,10 +192,11 @@ def run(
     Example: fusechat-merge run merge.yml merged --memory 512MiB
     """
     from fusechat_merge.planning import plan as make_plan
-    from fusechat_merge.stream import carry_out, chosen_device, is_finished
+    from fusechat_merge.stream import carry_out, chosen_device, is_finished, tidy
 
     planned = _planned(config, make_plan, options)
     if resume and is_finished(planned, out):
+        tidy(out)
         _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
         return
     device = chosen_device(device)

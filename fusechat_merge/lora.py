@@ -168,7 +168,7 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
             continue
         for pattern, value in patterns.items():
             if not _is_number(value, key == "rank_pattern"):
-                yield f"{key} gives {pattern!r:.80} the value {value!r:.80}, which is no such number"
+                yield f"{key} gives {pattern!r:.80} the value {value!r:.80}, no such number"
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:

@@ -42,6 +42,7 @@ from fusechat_merge.mergekit_loader import loading
 from fusechat_merge.mergekit_units import with_units
 from fusechat_merge.outputs import LayerPlanner, OutputMaker, plan_unknown
 from fusechat_merge.parameters import idle_filters, weightless
+from fusechat_merge.side_files import links_that_escape
 
 _PAGE = 4096
 
@@ -130,6 +131,12 @@ def _plan_outputs(planned: Plan) -> None:
     plan_unknown(planned, planner, maker)
     planned.problems += _condensed(planner.problems + maker.problems)
     planned.problems += idle_filters(config, list(maker.outputs))
+    donor = planned.models[planned.donor].folder
+    if donor is not None:
+        try:
+            planned.problems += links_that_escape(planned, donor)
+        except (OSError, ValueError, RecursionError) as error:
+            planned.problems.append(f"{donor}: side files can't be read ({one_line(error)})")
     if maker.weightless:
         planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)

@@ -18,6 +18,7 @@ from fusechat_merge.merge_plan import Output, Plan
 
 SAVE_EVERY = 64 << 20
 """Bytes after which what was written is forced to the disk and noted in the journal."""
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECT = 1 << 16
 """Fewer bytes are not worth a transfer of their own."""
 
@@ -38,7 +39,7 @@ class ShardFiles:
         self._forget_lost(planned, folder, journal)
         for shard in planned.shards:
             path = folder / shard.name
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, _CREATE, 0o666)
             self._descriptors[shard.name] = descriptor
             os.ftruncate(descriptor, shard.size)
             _reserve(descriptor, shard.size)
@@ -197,8 +198,12 @@ def _reserve(descriptor: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def publish(work: Path, out: Path) -> None:
-    """Let the complete folder be ``out``, in one step."""
+def publish(work: Path, out: Path, overwrite: bool) -> None:
+    """Let the complete folder be ``out``, in one step.
+
+    Raises:
+        OSError: something is in ``out`` that may not be replaced.
+    """
     made = work / "model"
     for path in [*made.rglob("*"), made]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -206,7 +211,7 @@ def publish(work: Path, out: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    if out.exists() and any(out.iterdir()):
+    if overwrite and out.exists() and any(out.iterdir()):
         _exchange(made, out)
     else:
         os.rename(made, out)

@@ -70,9 +70,8 @@ def side_files(planned: Plan, donor: Path) -> list[str]:
         written |= _TOKENIZER
     elif planned.chat_template:
         written.add("chat_template.jinja")
-        settings = donor / "tokenizer_config.json"
-        if settings.exists() and "chat_template" in json.loads(settings.read_text("utf-8")):
-            written.add(settings.name)
+        if _own_template(donor):
+            written.add("tokenizer_config.json")
     names = [entry.name for entry in os.scandir(donor) if entry.is_file()]
     more = donor / "additional_chat_templates"
     if more.is_dir():
@@ -82,6 +81,21 @@ def side_files(planned: Plan, donor: Path) -> list[str]:
         for name in names
         if name not in written and not name.startswith(".") and not name.endswith(_WEIGHTS)
     )
+
+
+def links_that_escape(planned: Plan, donor: Path) -> list[str]:
+    """Side files that are links out of the donor's folder: a copy could give away anything.
+
+    A hub cache's snapshot links into the same model's ``blobs``.
+    """
+    roots = [donor.resolve(), donor.resolve().parent.parent / "blobs"]
+    found = [(donor / name, (donor / name).resolve()) for name in side_files(planned, donor)]
+    return [
+        f"{path}: links to {there}, out of the model's folder; if it belongs to the model, put the"
+        " file itself there"
+        for path, there in found
+        if not any(there.is_relative_to(root) for root in roots)
+    ]
 
 
 def index(planned: Plan) -> str:
@@ -159,13 +173,19 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
+def _own_template(donor: Path) -> dict[str, Any] | None:
+    """The tokenizer's settings where they hold a chat template of their own."""
+    path = donor / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return settings if isinstance(settings, dict) and "chat_template" in settings else None
+
+
 def _copy_without_chat_template(donor: Path, folder: Path) -> None:
     """The tokenizer's settings where they hold a template of their own, which comes first."""
-    path = donor / "tokenizer_config.json"
-    if path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.pop("chat_template", None) is not None:
-            _write(folder / path.name, _as_json(settings))
+    settings = _own_template(donor)
+    if settings is not None:
+        del settings["chat_template"]
+        _write(folder / "tokenizer_config.json", _as_json(settings))
 
 
 def _record(planned: Plan, units: Sequence[Unit], identity: str, device: str) -> dict[str, Any]:

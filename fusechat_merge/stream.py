@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,9 +117,9 @@ def carry_out(
 ) -> Path:
     """Carry a plan out; see ``merge``. ``started`` is called once nothing stands in its way."""
     out, device = Path(os.path.abspath(out)), chosen_device(device)
-    work = out.parent / f".{out.name}.partial"
+    work = _work(out)
     if not planned.problems and resume and is_finished(planned, out):
-        shutil.rmtree(work, ignore_errors=True)
+        tidy(out)
         return out
     native = [output for output in planned.outputs if output.how != "task"]
     tasks = [output for output in planned.outputs if output.how == "task"]
@@ -136,21 +137,42 @@ def carry_out(
 
     with ExitStack() as stack, _explained(out):
         journal = stack.enter_context(closing(Journal(work / "journal")))
+        if resume and is_finished(planned, out):  # by another run, in the meantime
+            shutil.rmtree(work, ignore_errors=True)
+            return out
+        problems = _out_problems(planned, out, work, overwrite)
+        if problems:
+            if not journal.done.identity:
+                shutil.rmtree(work, ignore_errors=True)
+            raise ConfigError(problems)
         _begin(journal, identity(planned) | {"device": device}, work, resume)
         started()
         files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
         folders = {name: m.folder for name, m in planned.models.items() if m.folder}
         sources = stack.enter_context(closing(SourceFiles(folders)))
-        with Saver(files, journal) as saver:
-            merger = Merger(planned, sources, saver, ring, progress)
-            merger.run(native)
-            make_tasks(planned, tasks, saver, progress, ring.device)
-            saver.save()
-        write_side_files(planned, merger.units(), digest(planned), device, work / "model", report)
-        _raise_if_changed(planned)
-        publish(work, out)
+        with _unchanged(planned, journal):
+            with Saver(files, journal) as saver:
+                merger = Merger(planned, sources, saver, ring, progress)
+                merger.run(native)
+                make_tasks(planned, tasks, saver, progress, ring.device)
+                saver.save()
+            units = merger.units()
+            write_side_files(planned, units, digest(planned), device, work / "model", report)
+        publish(work, out, overwrite)
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def _work(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def tidy(out: Path) -> None:
+    """Remove what a finished merge was killed before removing, unless a run is at work there."""
+    work = _work(Path(os.path.abspath(out)))
+    if (work / "journal").exists():
+        with suppress(ConfigError), closing(Journal(work / "journal")):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None) -> int:
@@ -244,8 +266,11 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
     if not os.access(place, os.W_OK):
         problems.append(f"{place}: can't be written to")
         return problems
-    stat = os.statvfs(place)
-    have = stat.f_bavail * stat.f_frsize
+    if _planted(work):
+        problems.append(f"{work}: is in the way, a link or another user's; remove it")
+        return problems
+    room = os.statvfs(place)
+    have = room.f_bavail * room.f_frsize
     have += sum(f.stat().st_blocks * 512 for f in work.glob("model/*") if f.is_file())
     need = planned.output_bytes + (16 << 20)
     if have < need:
@@ -253,6 +278,16 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
             f"{place}: has room for {have / 1e9:.2f} GB, the merged model takes {need / 1e9:.2f} GB"
         )
     return problems
+
+
+def _planted(work: Path) -> bool:
+    """Whether someone else may have put the work folder there, to have us write elsewhere."""
+    try:
+        there = work.lstat()
+    except FileNotFoundError:
+        return False
+    shared = work.parent.stat().st_mode & stat.S_IWOTH
+    return not stat.S_ISDIR(there.st_mode) or bool(shared and there.st_uid != os.geteuid())
 
 
 def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> None:
@@ -275,7 +310,7 @@ def _explained(out: Path) -> Iterator[None]:
     again = "what was done is kept: the same command goes on from there"
     try:
         yield
-    except (ConfigError, TensorError):
+    except (ConfigError, TensorError, Broken):
         raise
     except KeyboardInterrupt:
         raise Broken(f"interrupted; {again}") from None
@@ -285,13 +320,24 @@ def _explained(out: Path) -> Iterator[None]:
         raise Broken(f"{error}; {again}") from error
 
 
-def _raise_if_changed(planned: Plan) -> None:
-    for name, model in planned.models.items():
-        for file, at in model.files.items():
-            if model.folder is None:
-                continue
-            now = (model.folder / file).stat()
-            if (now.st_size, now.st_mtime_ns) != (at.size, at.modified):
-                raise Broken(
-                    f"{name}/{file} was changed while it was being merged; --no-resume starts over"
-                )
+@contextmanager
+def _unchanged(planned: Plan, journal: Journal) -> Iterator[None]:
+    """Forget what was made from sources that changed meanwhile, however it ended.
+
+    Were it kept, a source put back as it was would be taken for what had been read.
+    """
+    try:
+        yield
+    finally:
+        for name, model in planned.models.items():
+            for file, at in model.files.items():
+                path = model.folder and model.folder / file
+                if not path or not path.exists():
+                    continue
+                now = path.stat()
+                if (now.st_size, now.st_mtime_ns) != (at.size, at.modified):
+                    journal.begin({})
+                    raise Broken(
+                        f"{name}/{file} was changed while it was being merged; the same command"
+                        " starts over"
+                    )

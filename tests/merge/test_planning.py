@@ -499,3 +499,29 @@ def test_without_the_hub_its_cache_is_used(
     assert all(model.folder is not None for model in planned.models.values())
     planned = plan({"merge_method": "linear", "models": [{"model": "o/none"}]})
     assert any("o/none: no folder of this name, and not to be had" in p for p in planned.problems)
+
+
+def test_side_files_that_are_links_out_of_the_model(tmp_path: Path, paths: list[Path]) -> None:
+    (tmp_path / "secret").write_text("x")
+    (paths[0] / "notes.txt").symlink_to(tmp_path / "secret")
+    (paths[0] / "LICENSE").symlink_to("config.json")
+    (problem,) = plan(configuration(paths)).problems
+    assert "notes.txt: links to " in problem
+    assert "put the file itself there" in problem
+
+
+def test_side_files_of_a_hub_cache_are_links(tmp_path: Path, paths: list[Path]) -> None:
+    repository = tmp_path / "models--a--b"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    snapshot = paths[0].rename(repository / "snapshots" / "0123")
+    for file in list(snapshot.iterdir()):
+        blob = file.rename(repository / "blobs" / file.name)
+        file.symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    assert plan(configuration([snapshot, *paths[1:]])).problems == []
+
+
+def test_tokenizer_settings_that_are_no_json(paths: list[Path]) -> None:
+    (paths[0] / "tokenizer_config.json").write_text("{")
+    (problem,) = plan(configuration(paths, chat_template="chatml")).problems
+    assert "side files can't be read (Expecting property name" in problem

@@ -208,11 +208,30 @@ def test_a_source_that_changes_during_the_merge(
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
     try:
-        with pytest.raises(stream.Broken, match="was changed while it was being merged"):
+        with pytest.raises(stream.Broken, match="was changed while it was being merged; the same"):
             stream.merge(config, tmp_path / "out", progress=touch)
     finally:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_made_from_a_source_that_changed_is_not_kept(
+    tmp_path: Path, llama_family: Family
+) -> None:
+    base, target = llama_family(tmp_path / "in", (BF16,) * 2)
+    config = {"merge_method": "varm", "base_model": str(base), "models": [{"model": str(target)}]}
+    expected = content(stream.merge(config, tmp_path / "whole"))
+    file = target / "model.safetensors"
+    whole, before = file.read_bytes(), file.stat()
+
+    def rewrite(tensor: str, nbytes: int) -> None:
+        file.write_bytes(whole[: len(whole) // 4].ljust(len(whole), b"\0"))
+
+    with pytest.raises(stream.Broken):
+        stream.merge(config, tmp_path / "out", progress=rewrite, threads=1)
+    file.write_bytes(whole)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # from a backup
+    assert content(stream.merge(config, tmp_path / "out")) == expected
 
 
 def test_a_source_that_vanished(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -404,3 +423,92 @@ def test_an_adapter_scaled_otherwise_is_another_merge(tmp_path: Path, llama_fami
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 400}))
     with pytest.raises(ConfigError, match="in use by something other"):
         stream.merge(config, out)
+
+
+def test_another_merge_that_finished_in_the_meantime_is_kept(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stream.merge(config, tmp_path / "other")
+    plain = stream.Journal
+
+    def late(path: Path) -> Journal:
+        if not out.exists():
+            (tmp_path / "other").rename(out)
+        return plain(path)
+
+    monkeypatch.setattr(stream, "Journal", late)
+    with pytest.raises(ConfigError, match="in use by something other than this merge"):
+        stream.merge({**config, "dtype": "float32"}, out)
+    assert not work_of(out).exists()
+    out.rename(tmp_path / "other")
+    stream.merge(config, out)  # the same merge: finished
+    assert verify(config, out) == []
+    assert not work_of(out).exists()
+
+
+def test_what_came_into_out_during_the_merge_is_kept(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+
+    def someone_else(tensor: str, nbytes: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").touch()
+
+    with pytest.raises(stream.Broken, match="not empty.*what was done is kept"):
+        stream.merge(config, out, progress=someone_else)
+    assert [p.name for p in out.iterdir()] == ["precious"]
+
+
+def test_a_finished_merge_is_tidied_up_after_but_not_a_running_one(
+    tmp_path: Path, yml: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("run", str(yml), str(out)).exit_code == 0
+    running = Journal(work_of(out) / "journal")
+    assert cli("run", str(yml), str(out)).exit_code == 0
+    assert work_of(out).exists()
+    running.close()
+    assert cli("run", str(yml), str(out)).exit_code == 0
+    assert not work_of(out).exists()
+
+
+@pytest.mark.parametrize("planted", ["", "journal", "model/model.safetensors"])
+def test_links_in_the_place_of_the_work_are_not_followed(
+    tmp_path: Path, yml: Path, config: dict[str, Any], planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if planted:
+        interrupt(yml, out, monkeypatch)
+        (work_of(out) / planted).rename(elsewhere)
+        (work_of(out) / planted).symlink_to(elsewhere)
+        before = elsewhere.read_bytes()
+    else:
+        (elsewhere / "model").mkdir(parents=True)
+        (elsewhere / "model" / "precious").touch()
+        work_of(out).symlink_to(elsewhere)
+    result = cli("run", str(yml), str(out))
+    assert result.exit_code == (1 if planted else 2)
+    assert "Error: " in result.stderr
+    if planted:
+        assert elsewhere.read_bytes() == before
+    else:
+        assert "is in the way" in result.stderr
+        assert (elsewhere / "model" / "precious").exists()
+    assert not out.exists()
+
+
+def test_another_users_work_folder_in_a_shared_place(
+    tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    interrupt(yml, shared / "out", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        result = cli("run", str(yml), str(shared / "out"))
+    assert result.exit_code == 2
+    assert "another user's" in result.stderr
+    assert cli("run", str(yml), str(shared / "out")).exit_code == 0

@@ -245,10 +245,10 @@ def model_files(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     index = "model.safetensors.index.json"
     tokenizers = ["tokenizer.json", "tokenizer_config.json"]
     for what, count, settings, files in (
-        ("model.safetensors.index.json", 900, plain, [("base", index), ("t0", index)]),
-        ("config.json", 900, plain, [("base", "config.json"), ("t0", "config.json")]),
-        ("adapter_config.json", 600, adapted, [("adapter", "adapter_config.json")]),
-        ("tokenizer files", 400, union, [(m, n) for m in ("base", "t0") for n in tokenizers]),
+        ("model.safetensors.index.json", 600, plain, [("base", index), ("t0", index)]),
+        ("config.json", 600, plain, [("base", "config.json"), ("t0", "config.json")]),
+        ("adapter_config.json", 400, adapted, [("adapter", "adapter_config.json")]),
+        ("tokenizer files", 250, union, [(m, n) for m in ("base", "t0") for n in tokenizers]),
     ):
         tally = Tally(INPUTS, f"damaged {what}: plan, and run where nothing is in the way")
         kinds = sweep(documents(work, seed, settings, files), times(count, scale), tally)
@@ -284,7 +284,7 @@ def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             raise Wrong(f"{error} with {raw.decode(errors='replace')}") from None
 
     tally = Tally(INPUTS, "damaged merge YAMLs: plan, and run where nothing is in the way")
-    yield tally.figure(in_words(sweep(case, times(2000, scale), tally)))
+    yield tally.figure(in_words(sweep(case, times(1500, scale), tally)))
 
 
 def merge_yamls(paths: list[Path]) -> list[str]:

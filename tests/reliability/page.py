@@ -12,6 +12,11 @@ from figure import Figure
 MIB = 1 << 20
 PICTURE = Path("pictures") / "reliability_memory.png"
 
+NOT_HERE = """## Not measured here
+
+Known vulnerabilities of the dependencies: `pip-audit -r constraints.txt --no-deps --disable-pip`
+looks them up, which needs its service on the network."""
+
 
 def write(docs: Path, figures: list[Figure], scale: float, seed: int) -> None:
     (docs / PICTURE).parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,7 @@ def markdown(figures: list[Figure], scale: float, seed: int, picture: bool) -> s
             if figure.unexpected:
                 lines += ["", f"Not as expected in “{figure.what}”, the first:", ""]
                 lines += ["- `" + case.replace("`", "'") + "`" for case in figure.unexpected]
+    lines += ["", NOT_HERE]
     return "\n".join(lines) + "\n"
 
 

@@ -17,11 +17,13 @@ import fuzzing_distill
 import fuzzing_merge
 import merging
 import page
+import security
 from figure import Figure
 
 SECTIONS = [
     *merging.SECTIONS,
     *fuzzing_merge.SECTIONS,
+    *security.SECTIONS,
     *distilling.SECTIONS,
     *fuzzing_distill.SECTIONS,
 ]

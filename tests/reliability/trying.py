@@ -34,7 +34,7 @@ class _Worker:
 
 
 def sweep(
-    case: Callable[[int], str], count: int, tally: Tally, limit: float = 30.0, workers: int = 2
+    case: Callable[[int], str], count: int, tally: Tally, limit: float = 60.0, workers: int = 2
 ) -> Counter[str]:
     """Try ``case(0)`` … ``case(count - 1)`` in children forked from this process.
 
