@@ -245,3 +245,13 @@ def test_one_run_at_a_time(tmp_path):
     )
     free = subprocess.run(command, capture_output=True, text=True, check=True)
     assert free.stdout.strip() == "held"
+
+
+def test_a_folder_of_another_version_is_left_as_it_is(tmp_path):
+    manifest = filled(tmp_path).manifest
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RequestError, match="another version of fusechat .format 0, expected 1"):
+        Shards.create(tmp_path, manifest)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
