@@ -17,7 +17,7 @@ import numpy as np
 from fusechat_distill.errors import DistillError
 from fusechat_distill.files import no_link
 from fusechat_distill.inputs import Inputs, OpenModel
-from fusechat_distill.scoring import Request, Scorer, Scores
+from fusechat_distill.scoring import Request, Scorer, Scores, checked_scores
 from fusechat_distill.store import (
     SampleRange,
     ScoredResponse,
@@ -222,7 +222,8 @@ class ScoreStage:
         requests = [Request(r.input_ids, _positions(r)) for _, r in scorable]
         scored: list[ScoredSample] = []
         non_finite: list[int] = []
-        for (conversation, rendering), scores in zip(scorable, scorer.score(requests), strict=True):
+        found = checked_scores(scorer, requests, self.inputs.recipe.scoring.top_k)
+        for (conversation, rendering), scores in zip(scorable, found, strict=True):
             if scores.finite:
                 scored.append(_scored_sample(conversation, rendering, scores))
             else:

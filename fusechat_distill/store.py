@@ -40,6 +40,10 @@ class SampleRange(NamedTuple):
         return f"{self.start:08d}-{self.stop:08d}.parquet"
 
 
+class FormatError(ValueError):
+    """A folder was written by a version with another format."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What determines the content of a folder of shards."""
@@ -62,7 +66,7 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, expected {FORMAT}")
+            raise FormatError(f"format {data['format']}, expected {FORMAT}")
         return cls(data["kind"], data["samples"], data["fingerprint"], data["shard_samples"])
 
     @property
@@ -253,6 +257,11 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
     """What keeps `folder` from being gone on with under `manifest`, or None."""
     try:
         found = _read_manifest(Path(folder))
+    except FormatError as error:
+        return (
+            f"was made by another version of fusechat ({error}); go on with that one, or move it "
+            "away or delete it to make it anew, or set another `output`"
+        )
     except ValueError:
         return None
     if found is None or found.digest == manifest.digest:
@@ -460,6 +469,8 @@ def _read_manifest(folder: Path) -> Manifest | None:
         return Manifest.from_json(json.loads((folder / "manifest.json").read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except FormatError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(_first_line(error)) from error
 

@@ -52,11 +52,14 @@ def analyze(
         merger.measure(outputs)
     finally:
         sources.close()
+    units = merger.units()
+    if not units:
+        raise ConfigError([f"merge_method {planned.config.merge_method} has no weights to analyze"])
     return Report(
         method=planned.config.merge_method,
         base=outputs[0].sources[0].model,
         targets=targets.pop(),
-        units=tuple(merger.units()),
+        units=tuple(units),
     )
 
 

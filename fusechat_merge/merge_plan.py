@@ -15,10 +15,11 @@ from mergekit.options import MergeOptions
 from fusechat_merge.checkpoint import Checkpoint, Location
 from fusechat_merge.lora import LowRank
 from fusechat_merge.mergekit_loader import DTYPES
+from fusechat_merge.parameters import SHARED
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-NATIVE = ("varm", "fusechat_sce")
+NATIVE = tuple(SHARED)
 """Methods that are computed block by block; the others run as mergekit's own tasks."""
 
 

@@ -105,6 +105,8 @@ class Merger:
                 eta, selection = sce.shares(passes, parameters["select_topk"], variant)
                 self._sink.note("weights", output.name, eta)
                 sce.write(passes, eta, selection, variant)
+            elif how != "varm":
+                raise NotImplementedError(f"{how} is known to `parameters`, but not written here")
             elif shares is None:
                 varm.write_elements(
                     passes, parameters["weight"], parameters["statistic"], parameters["lambda"]

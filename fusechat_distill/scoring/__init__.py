@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fusechat_distill.errors import DistillError
+
 
 @dataclass(frozen=True)
 class Request:
@@ -52,6 +54,36 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """An engine. `score` yields one `Scores` for each request, in the requests' order."""
+    """An engine. `score` yields one `Scores` for each request, in the requests' order.
+
+    Each has `scoring.top_k` entries a position, all of them ids that the tokenizer has. A request
+    whose scores hold NaN or Inf is left out; anything else that is wrong should raise.
+    """
 
     def score(self, requests: Sequence[Request]) -> Iterator[Scores]: ...
+
+
+def checked_scores(scorer: Scorer, requests: Sequence[Request], top_k: int) -> list[Scores]:
+    """What the engine says of the requests, if it can be what it should.
+
+    Raises:
+        DistillError: it is not; a store would keep it, and every stage after build on it.
+    """
+    found = list(scorer.score(requests))
+    engine = type(scorer).__name__
+    if len(found) != len(requests):
+        raise DistillError(f"{engine}: gave {len(found)} scores for {len(requests)} requests")
+    for request, scores in zip(requests, found, strict=True):
+        rows = len(request.positions)
+        shapes = [a.shape for a in (scores.ids, scores.logprobs, scores.gold_logprobs)]
+        expected = [(rows, top_k), (rows, top_k), (rows,)]
+        if shapes != expected:
+            raise DistillError(f"{engine}: gave scores of shapes {shapes}, not {expected}")
+        if scores.finite:
+            sorted_ = bool((np.diff(scores.logprobs, axis=1) <= 0).all())
+            # Not above 1, but for what engines round.
+            if not sorted_ or (np.exp(np.minimum(scores.logprobs, 1)).sum(1) > 1.01).any():
+                raise DistillError(
+                    f"{engine}: gave what are no natural log-probabilities, most probable first"
+                )
+    return found

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fusechat_distill.errors import DistillError
-from fusechat_distill.scoring import Request, Scores
+from fusechat_distill.scoring import Request, Scores, checked_scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 from fusechat_distill.scoring.transformers_engine import TransformersScorer
 from fusechat_distill.scoring.vllm_engine import scores_from_prompt_logprobs
@@ -408,3 +408,34 @@ def test_prompt_logprobs_are_shifted_filtered_and_sorted():
         scores_from_prompt_logprobs(
             rows, Request(request.input_ids, np.array([2])), frozenset(range(10)), 4
         )
+
+
+LOGPROBS = np.log(np.array([[0.5, 0.3, 0.1], [0.6, 0.2, 0.1]], dtype=np.float32))
+IDS = np.array([[4, 2, 9], [1, 3, 5]], dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        ([Scores(IDS, LOGPROBS, LOGPROBS[:, 0])], None),
+        ([Scores(IDS, LOGPROBS * np.nan, LOGPROBS[:, 0])], None),  # the caller leaves it out
+        ([], "gave 0 scores for 1 requests"),
+        ([Scores(IDS[:, :2], LOGPROBS[:, :2], LOGPROBS[:, 0])], "gave scores of shapes"),
+        ([Scores(IDS[1:], LOGPROBS[1:], LOGPROBS[1:, 0])], "gave scores of shapes"),
+        ([Scores(IDS, LOGPROBS, LOGPROBS)], "gave scores of shapes"),
+        ([Scores(IDS[:, ::-1], LOGPROBS[:, ::-1], LOGPROBS[:, 0])], "no natural log-prob"),
+        ([Scores(IDS, np.exp(LOGPROBS), LOGPROBS[:, 0])], "no natural log-prob"),
+        ([Scores(IDS, LOGPROBS / np.log(np.float32(10)), LOGPROBS[:, 0])], "no natural log-prob"),
+    ],
+)
+def test_what_an_engine_gives_is_checked_before_it_is_kept(scores, problem):
+    class Engine:
+        def score(self, requests):
+            yield from scores
+
+    request = Request(np.arange(5), np.array([1, 3]))
+    if problem is None:
+        assert checked_scores(Engine(), [request], 3) == scores
+    else:
+        with pytest.raises(DistillError, match=f"^Engine: .*{problem}"):
+            checked_scores(Engine(), [request], 3)

@@ -22,11 +22,9 @@ from fusechat_distill.store import (
     ScoredSample,
     ScoreStore,
     Shards,
-    replacing,
     scored_samples,
     scores_table,
     stale,
-    write_json,
 )
 
 MANIFEST = Manifest("scores", 10, {"model": {"name": "m", "revision": "a"}, "top_k": 3}, 4)
@@ -285,11 +283,11 @@ def test_a_link_that_lies_in_the_folder_is_not_written_through(tmp_path):
     assert not path.is_symlink()
 
 
-def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
-    path = tmp_path / "digests.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="No space"), replacing(path) as file:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_folder_of_another_version_is_left_as_it_is(tmp_path):
+    manifest = filled(tmp_path).manifest
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RequestError, match="another version of fusechat .format 0, expected 1"):
+        Shards.create(tmp_path, manifest)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

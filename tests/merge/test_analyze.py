@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from fusechat_merge.analysis import _NothingWritten
 from fusechat_merge.cli import main
+from fusechat_merge.merger import Merger
+from fusechat_merge.passes import SourceFiles, divide
+from fusechat_merge.planning import plan
 from fusechat_merge.report import Report, draw, short_names, tables
 from fusechat_merge.units import Unit
 
@@ -160,6 +165,26 @@ def test_picture_of_a_model_without_layers(tmp_path: Path) -> None:
     units = (Unit("only", "matrix", ("only",), 1, (), (1.0,)),)
     draw(Report("varm", "p", ("t",), units), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_method_without_weights_has_nothing_to_analyze(
+    family: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Merger, "_measure", lambda self, output: None)
+    result = _analyze(tmp_path, _config(family))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "merge_method varm has no weights to analyze" in result.stderr
+
+
+def test_a_method_that_nothing_writes_is_not_taken_for_another(family: list[Path]) -> None:
+    planned = plan(_config(family, granularity="element"))
+    outputs = [replace(output, how="median") for output in planned.outputs if output.how == "varm"]
+    files = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
+    ring = divide(outputs, 1 << 26, 1)
+    merger = Merger(planned, files, _NothingWritten(), ring, lambda tensor, nbytes: None)
+    with pytest.raises(NotImplementedError, match="median is known to `parameters`, but not"):
+        merger.run(outputs)
+    files.close()
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import yaml
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import ParameterScope
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from fusechat_merge.errors import ConfigError
-from fusechat_merge.parameters import parameter_problems
+from fusechat_merge.parameters import PER_TARGET, SHARED, parameter_problems
 
 
 def problems(text: str, method: str = "varm", base: str | None = "base") -> list[str]:
@@ -45,6 +47,18 @@ def test_accepted(parameters: str) -> None:
 @pytest.mark.parametrize("parameters", ["select_topk: 0.1", "select_topk: 0, variant: fork"])
 def test_accepted_by_sce(parameters: str) -> None:
     assert of_all(parameters, "fusechat_sce") == []
+
+
+def test_our_methods_take_what_they_declare_to_mergekit() -> None:
+    ours = [m.spec for m in registered_methods() if type(m).__module__.startswith("fusechat_merge")]
+    assert {spec.name for spec in ours} == SHARED.keys() == PER_TARGET.keys()
+    for spec in ours:
+        for known, scope in (
+            (SHARED, ParameterScope.SHARED),
+            (PER_TARGET, ParameterScope.NON_BASE),
+        ):
+            declared = {p.name for p in spec.parameters if p.scope == scope}
+            assert known[spec.name].keys() == declared, spec.name
 
 
 VARM_TAKES = "it takes granularity, statistic, lambda, weight"
