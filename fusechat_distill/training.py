@@ -196,7 +196,9 @@ class TrainStage:
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
-                    state.save_to_json(f"{args.output_dir}/{STATE}")
+                    path = Path(args.output_dir, STATE)
+                    path.unlink(missing_ok=True)  # it may be a link to elsewhere
+                    state.save_to_json(str(path))
 
         recipe = self.inputs.recipe
         arguments = fusion_config(recipe, self.work, trust_remote_code=self._trust_remote_code)

@@ -295,8 +295,12 @@ def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, byt
     metadata = table.schema.metadata
     names = table.column_names
     kind = chance.choice(
-        ["rows out of order", "a row twice", "a row less", "a column less", "columns renamed"]
-        + [
+        [
+            "rows out of order",
+            "a row twice",
+            "a row less",
+            "a column less",
+            "columns renamed",
             "another type",
             "numbers shifted",
             "footer edited",
@@ -464,7 +468,9 @@ def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
                 return None
             if len({len(part) for part in turns.values()}) > 1:
                 return None
-            turns = [dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)]
+            turns = [
+                dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)
+            ]
     else:
         turns = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -497,7 +503,9 @@ def lost(tokenizer: Any, text: bytes) -> bool:
 
     for c in set(text.decode()) - set(" \n\r\t"):
         ids = tokenizer(c, add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(token_bytes(tokenizer, ids)):
+        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(
+            token_bytes(tokenizer, ids)
+        ):
             return True
     return False
 
@@ -571,7 +579,9 @@ def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         except Exception as error:
             problem = repr(error)
         tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure(f"{usable:,} usable ones rendered, their tokens' bytes compared with the text")
+    yield tally.figure(
+        f"{usable:,} usable ones rendered, their tokens' bytes compared with the text"
+    )
 
 
 def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
@@ -624,7 +634,9 @@ def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             try:
                 conversations = open_conversations(str(path))
                 read = conversations[:]
-                fine = bool(read) and all(m.content.encode() is not None for c in read for m in c.messages)
+                fine = bool(read) and all(
+                    m.content.encode() is not None for c in read for m in c.messages
+                )
                 result = "read"
             except RequestError as error:
                 fine = str(path) in str(error) and "\n" not in str(error)
@@ -737,14 +749,27 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             return f"took {seconds:.1f} s"
         return problem
 
-    tally = Tally(TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox")
+    tally = Tally(
+        TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox"
+    )
     for name, template in TEMPLATES.items():
         problem = outcome(template)
         tally.count(problem is None, f"{name}: {problem}")
     yield tally.figure("answers found byte for byte or left out, with a reason; nothing is run")
 
     tally = Tally(TITLE, "chat templates with bytes changed")
-    fragments = [b"{{", b"}}", b"{%", b"%}", b" | trim", b"{% endfor %}", b"{{ 1/0 }}", b"-%}", b"</s>", b"[-1]"]
+    fragments = [
+        b"{{",
+        b"}}",
+        b"{%",
+        b"%}",
+        b" | trim",
+        b"{% endfor %}",
+        b"{{ 1/0 }}",
+        b"-%}",
+        b"</s>",
+        b"[-1]",
+    ]
     known = [t for t in (*TEMPLATES.values(), chain.CHATML, chain.PLAIN) if "10 **" not in t]
     for case in range(times(3000, scale)):
         chance = random.Random(f"{seed}/{case}")
@@ -763,26 +788,69 @@ def random_tokenizer(chance: random.Random) -> Any:
     pre = chance.choice(
         [
             None,
-            *(pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r) for p in (False, True) for r in (False, True)),
-            *(pre_tokenizers.Metaspace(prepend_scheme=s, split=p) for s in ("first", "always", "never") for p in (False, True)),
+            *(
+                pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r)
+                for p in (False, True)
+                for r in (False, True)
+            ),
+            *(
+                pre_tokenizers.Metaspace(prepend_scheme=s, split=p)
+                for s in ("first", "always", "never")
+                for p in (False, True)
+            ),
             pre_tokenizers.Whitespace(),
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
             pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]),
         ]
     )
     space = normalizers.Replace(" ", "▁")
     normalizer = chance.choice(
-        [None, None, None, normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
-        + [normalizers.StripAccents(), normalizers.Sequence([normalizers.Prepend("▁"), space]), normalizers.ByteLevel()]
-        + [normalizers.Replace("\n", " "), normalizers.Prepend("x")]
+        [
+            None,
+            None,
+            None,
+            normalizers.NFC(),
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            space,
+            normalizers.Strip(),
+            normalizers.StripAccents(),
+            normalizers.Sequence([normalizers.Prepend("▁"), space]),
+            normalizers.ByteLevel(),
+            normalizers.Replace("\n", " "),
+            normalizers.Prepend("x"),
+        ]
     )
     replace = decoders.Replace("▁", " ")
-    fitting: list[Any] = [decoders.ByteLevel()] if "ByteLevel" in repr(pre) else [decoders.Metaspace(), decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])]
+    fitting: list[Any] = (
+        [decoders.ByteLevel()]
+        if "ByteLevel" in repr(pre)
+        else [
+            decoders.Metaspace(),
+            decoders.Sequence(
+                [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            ),
+        ]
+    )
     decoder = chance.choice(
-        fitting * 4 + [None, decoders.ByteLevel(), decoders.Metaspace(), decoders.WordPiece(), decoders.BPEDecoder(), decoders.Fuse(), replace, decoders.CTC()]
+        fitting * 4
+        + [
+            None,
+            decoders.ByteLevel(),
+            decoders.Metaspace(),
+            decoders.WordPiece(),
+            decoders.BPEDecoder(),
+            decoders.Fuse(),
+            replace,
+            decoders.CTC(),
+        ]
     )
     kind = chance.choice(["BPE", "BPE", "BPE", "Unigram", "WordPiece", "WordLevel"])
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
+    alphabet = (
+        pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
+    )
     model, trainer = {
         "BPE": lambda: (
             models.BPE(unk_token=chance.choice([None, "<unk>"]), byte_fallback=chance.random() < 0.3, fuse_unk=chance.random() < 0.5),
@@ -800,10 +868,29 @@ def random_tokenizer(chance: random.Random) -> Any:
     if decoder is not None:
         backend.decoder = decoder
     corpus = [text for text in TEXTS if len(text) < 400]
-    backend.train_from_iterator([*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer)
+    backend.train_from_iterator(
+        [*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer
+    )
     for _ in range(chance.randint(0, 4)):
-        text = chance.choice(["  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2", "<0x41>", "cat sat", "[user]", "🙂"])
-        flags = {name: chance.random() < 0.3 for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        text = chance.choice(
+            [
+                "  ",
+                "\n\n",
+                "Hello",
+                " the",
+                "<|x|>",
+                "▁▁",
+                "2+2",
+                "<0x41>",
+                "cat sat",
+                "[user]",
+                "🙂",
+            ]
+        )
+        flags = {
+            name: chance.random() < 0.3
+            for name in ("lstrip", "rstrip", "single_word", "normalized")
+        }
         token = AddedToken(text, special=chance.random() < 0.3, **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return backend
@@ -816,7 +903,9 @@ def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
     plain = tokenizer.backend_tokenizer.normalizer is None
     for text, found in zip(texts, tokenize(tokenizer, texts), strict=True):
         raw, at = text.encode(), byte_offsets(text)
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         pieces = token_bytes(tokenizer, found.ids.tolist())
         known = [i for i in range(len(found.ids)) if found.ends[i] >= 0]
         ends = [int(found.ends[i]) for i in known]
@@ -849,7 +938,12 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
     conversations = conversations_to_render()
     usable = [t for t in TEXTS if len(t) < 400 and t]
-    texts = [*usable, *(t for chat in CHATS_TO_RENDER for _, t in chat), "the cat </s> the  mat<s>", "<0x41>"]
+    texts = [
+        *usable,
+        *(t for chat in CHATS_TO_RENDER for _, t in chat),
+        "the cat </s> the  mat<s>",
+        "<0x41>",
+    ]
 
     def outcome(backend: Any) -> tuple[str, str | None]:
         try:
@@ -857,7 +951,9 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
                 tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
             )
             renderer = Renderer(tokenizer, chain.PLAIN)
-            return "read", check_tokens(tokenizer, texts) or check_renderings(renderer, conversations)
+            return "read", check_tokens(tokenizer, texts) or check_renderings(
+                renderer, conversations
+            )
         except RequestError:
             return "refused", None
         except BaseException as error:
@@ -887,7 +983,9 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     for case in range(times(600, scale)):
         chance = random.Random(f"{seed}/json/{case}")
         if chance.random() < 0.7:
-            shallow = {k: v for k, v in whole.items() if k != "model"} | {"model": whole["model"] | {"vocab": {}, "merges": []}}
+            shallow = {k: v for k, v in whole.items() if k != "model"} | {
+                "model": whole["model"] | {"vocab": {}, "merges": []}
+            }
             changed = mutated(shallow, chance, JUNK)
             if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
                 for name in ("vocab", "merges"):
