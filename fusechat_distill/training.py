@@ -89,6 +89,11 @@ class TrainStage:
         for what, folder in (("target", self.folder), ("training of target", self.work)):
             if manifest and (problem := stale(folder, manifest)):
                 problems.append(f"{what} {self.name}: {folder} {problem}")
+        if self._foreign():
+            problems.append(
+                f"target {self.name}: {self.folder} holds something else; move it away, or set "
+                "another `output`"
+            )
         problems += self._disk_problems()
         evaluates = self.inputs.recipe.training.sft.get("eval_strategy", "no") != "no"
         if evaluates and not self.fused.held_out():
@@ -97,6 +102,13 @@ class TrainStage:
                 "dataset.eval_fraction"
             )
         return problems
+
+    def _foreign(self) -> bool:
+        """Whether there is a folder under the target's name that was not made here."""
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            names = {path.name for path in self.folder.iterdir()}
+            return bool(names) and "manifest.json" not in names
+        return os.path.lexists(self.folder) and not (self.folder / "manifest.json").exists()
 
     def _disk_problems(self) -> list[str]:
         recipe = self.inputs.recipe
