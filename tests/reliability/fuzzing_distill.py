@@ -124,6 +124,7 @@ YAML_FRAGMENTS = [
     *(b"*a", b"<<: *a", b"!!python/object/apply:os.system [exit 1]", b"!!int x", b"!!float .", b"|\n"),
     *(b"!!binary '='", b"!!timestamp x", b"2024-99-99", b"? [a, b] : c", b"? {a: b}\n: c", b"=", b"%YAML 9.9\n"),
     *(b"---\n", b"...\n", b"\xff", b"\x00", b"\xef\xbb\xbf", b"1e999", b".inf", b".nan", b"0b12", b"1:99:99"),
+    *(b"!!int ''", b"!!float ''", b"!!bool x", b"!!null 1", b"!!seq x", b"!!map x", b"!!str [a]"),
     *(b"!!set {a}", b"!!omap [a: b]", b"!!pairs [a]", b"!!null x", b"!!bool x", b"9" * 5000, b">\n", b"@", b"`"),
     *(b"lambda", b"output", b"sources", b"name: ../../x", b"name: ''", b"lora: {r: 0}", b"\xed\xa0\x80"),
 ]  # fmt: skip
@@ -152,6 +153,9 @@ HOSTILE = {
     "no such day": "output: 2024-99-99\n",
     "an integer of 10,000 digits": BASE + "max_length: " + "9" * 10_000,
     "3,000 keys": BASE + "".join(f"k{i}: 1\n" for i in range(3000)),
+    "no bool": BASE + "max_length: !!bool x\n",
+    "an empty int": BASE + "max_length: !!int ''\n",
+    "no timestamp": BASE + "max_length: !!timestamp x\n",
     "no int": BASE + "max_length: !!int seven\n",
     "a NUL in a name": 'output: "a\\0b"\npivot: p\nsources: [a/b]\ndataset: d\n',
     "a NUL in a source": 'output: x\npivot: p\nsources: ["a\\0b"]\ndataset: d\n',
