@@ -1,5 +1,6 @@
 """Damaged inputs of a distillation: a clear error, or what the reference makes of them."""
 
+import contextlib
 import json
 import os
 import random
@@ -186,7 +187,8 @@ def recipe_outcome(path: Path) -> str | None:
     from fusechat_distill.cli import commands
 
     started = time.process_time()
-    result = CliRunner().invoke(commands, ["status", str(path)])
+    with contextlib.chdir(path.parent):  # a relative output is looked for there
+        result = CliRunner().invoke(commands, ["status", str(path)])
     seconds = time.process_time() - started
     if seconds > SLOWEST:
         return f"took {seconds:.1f} s"
@@ -200,7 +202,6 @@ def recipe_outcome(path: Path) -> str | None:
 def fuzz_recipes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     import yaml
 
-    os.chdir(work)
     texts = recipe_texts()
     path = work / "recipe.yaml"
     path.write_text(texts[-1])
@@ -735,14 +736,14 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     from fusechat_distill.conversations import Renderer
     from fusechat_distill.errors import RequestError
 
-    os.chdir(work)
     tokenizer = chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)
     conversations = conversations_to_render()
 
     def outcome(template: str) -> str | None:
         started = time.process_time()
         try:
-            problem = check_renderings(Renderer(tokenizer, template), conversations)
+            with contextlib.chdir(work):
+                problem = check_renderings(Renderer(tokenizer, template), conversations)
         except RequestError:
             problem = None
         except Exception as error:
