@@ -81,7 +81,9 @@ def open_model(
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         problems.append(f"its tokenizer can't be read: {first_line(error)}")
     if problems:
         raise RequestError(spec.model, problems)

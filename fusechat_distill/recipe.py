@@ -528,6 +528,9 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, TypeError) as error:  # no such day; a list as a mapping's key
             message = " ".join(str(error).split())
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
+        except (LookupError, AttributeError) as error:  # `!!bool x`, `!!int ''`, `!!timestamp x`
+            message = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

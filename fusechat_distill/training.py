@@ -200,7 +200,9 @@ class TrainStage:
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
-                    state.save_to_json(f"{args.output_dir}/{STATE}")
+                    path = Path(args.output_dir, STATE)
+                    path.unlink(missing_ok=True)  # it may be a link to elsewhere
+                    state.save_to_json(str(path))
 
         recipe = self.inputs.recipe
         arguments = fusion_config(recipe, self.work, trust_remote_code=self._trust_remote_code)
@@ -310,7 +312,7 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
 
 def incomplete(target: Path) -> str | None:
     """What keeps a folder from being a target, where there is one."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return None
     try:
         manifest = json.loads((target / "manifest.json").read_text("utf-8"))

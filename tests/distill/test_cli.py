@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chain
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from fusechat_distill.cli import commands
 from fusechat_distill.conversations import Renderer, open_conversations
-from fusechat_distill.recipe import load_recipe
+from fusechat_distill.errors import RequestError
+from fusechat_distill.models import open_model
+from fusechat_distill.recipe import Model, load_recipe
 from fusechat_distill.store import ScoreStore
 
 TINY = {
@@ -487,3 +490,14 @@ def test_help_imports_nothing_heavy():
     )
     assert "Usage: fusechat-distill score" in result.stdout
     assert result.stdout.rstrip().endswith("set()")
+
+
+def test_a_tokenizer_that_its_library_breaks_on_is_refused(tmp_path):
+    """The library panics, and a panic is no `Exception`."""
+    chain.save_models(tmp_path)
+    path = tmp_path / "pivot" / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["model"]["continuing_subword_prefix"] = "\u202e"
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(RequestError, match="its tokenizer can't be read: "):
+        open_model(Model(model=str(tmp_path / "pivot")))

@@ -421,3 +421,22 @@ def test_there_must_be_something_to_learn_from_and_to_evaluate_on(tmp_path, mode
         "dataset.eval_fraction: holds out all 3 conversations; lower it, or add some"
     ]
     assert np.isfinite(stage.fused.width)
+
+
+def test_what_lies_under_a_targets_name_is_left_alone(make, tmp_path):
+    stage = make()
+    stage.folder.mkdir(parents=True)
+    assert stage.problems() == [], "an empty folder is in nobody's way"
+    (stage.folder / "model.safetensors").write_text("mine")
+    (problem,) = stage.problems()
+    assert "holds no manifest.json that can be read; move it away" in problem
+
+
+def test_a_link_to_elsewhere_is_not_written_through(make, tmp_path):
+    stage = make(max_steps=1)
+    stage.work.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (stage.work / "trainer_state.json").symlink_to(victim)
+    run(stage)
+    assert victim.read_text() == "mine"

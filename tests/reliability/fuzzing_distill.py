@@ -1,5 +1,6 @@
 """Damaged inputs of a distillation: a clear error, or what the reference makes of them."""
 
+import contextlib
 import json
 import os
 import random
@@ -123,6 +124,7 @@ YAML_FRAGMENTS = [
     *(b"*a", b"<<: *a", b"!!python/object/apply:os.system [exit 1]", b"!!int x", b"!!float .", b"|\n"),
     *(b"!!binary '='", b"!!timestamp x", b"2024-99-99", b"? [a, b] : c", b"? {a: b}\n: c", b"=", b"%YAML 9.9\n"),
     *(b"---\n", b"...\n", b"\xff", b"\x00", b"\xef\xbb\xbf", b"1e999", b".inf", b".nan", b"0b12", b"1:99:99"),
+    *(b"!!int ''", b"!!float ''", b"!!bool x", b"!!null 1", b"!!seq x", b"!!map x", b"!!str [a]"),
     *(b"!!set {a}", b"!!omap [a: b]", b"!!pairs [a]", b"!!null x", b"!!bool x", b"9" * 5000, b">\n", b"@", b"`"),
     *(b"lambda", b"output", b"sources", b"name: ../../x", b"name: ''", b"lora: {r: 0}", b"\xed\xa0\x80"),
 ]  # fmt: skip
@@ -151,6 +153,9 @@ HOSTILE = {
     "no such day": "output: 2024-99-99\n",
     "an integer of 10,000 digits": BASE + "max_length: " + "9" * 10_000,
     "3,000 keys": BASE + "".join(f"k{i}: 1\n" for i in range(3000)),
+    "no bool": BASE + "max_length: !!bool x\n",
+    "an empty int": BASE + "max_length: !!int ''\n",
+    "no timestamp": BASE + "max_length: !!timestamp x\n",
     "no int": BASE + "max_length: !!int seven\n",
     "a NUL in a name": 'output: "a\\0b"\npivot: p\nsources: [a/b]\ndataset: d\n',
     "a NUL in a source": 'output: x\npivot: p\nsources: ["a\\0b"]\ndataset: d\n',
@@ -181,7 +186,8 @@ def recipe_outcome(path: Path) -> str | None:
     from fusechat_distill.cli import commands
 
     started = time.process_time()
-    result = CliRunner().invoke(commands, ["status", str(path)])
+    with contextlib.chdir(path.parent):  # a relative output is looked for there
+        result = CliRunner().invoke(commands, ["status", str(path)])
     seconds = time.process_time() - started
     if seconds > SLOWEST:
         return f"took {seconds:.1f} s"
@@ -195,7 +201,6 @@ def recipe_outcome(path: Path) -> str | None:
 def fuzz_recipes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     import yaml
 
-    os.chdir(work)
     texts = recipe_texts()
     path = work / "recipe.yaml"
     path.write_text(texts[-1])
@@ -294,8 +299,12 @@ def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, byt
     metadata = table.schema.metadata
     names = table.column_names
     kind = chance.choice(
-        ["rows out of order", "a row twice", "a row less", "a column less", "columns renamed"]
-        + [
+        [
+            "rows out of order",
+            "a row twice",
+            "a row less",
+            "a column less",
+            "columns renamed",
             "another type",
             "numbers shifted",
             "footer edited",
@@ -463,7 +472,9 @@ def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
                 return None
             if len({len(part) for part in turns.values()}) > 1:
                 return None
-            turns = [dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)]
+            turns = [
+                dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)
+            ]
     else:
         turns = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -496,7 +507,9 @@ def lost(tokenizer: Any, text: bytes) -> bool:
 
     for c in set(text.decode()) - set(" \n\r\t"):
         ids = tokenizer(c, add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(token_bytes(tokenizer, ids)):
+        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(
+            token_bytes(tokenizer, ids)
+        ):
             return True
     return False
 
@@ -570,7 +583,9 @@ def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         except Exception as error:
             problem = repr(error)
         tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure(f"{usable:,} usable ones rendered, their tokens' bytes compared with the text")
+    yield tally.figure(
+        f"{usable:,} usable ones rendered, their tokens' bytes compared with the text"
+    )
 
 
 def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
@@ -623,7 +638,9 @@ def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             try:
                 conversations = open_conversations(str(path))
                 read = conversations[:]
-                fine = bool(read) and all(m.content.encode() is not None for c in read for m in c.messages)
+                fine = bool(read) and all(
+                    m.content.encode() is not None for c in read for m in c.messages
+                )
                 result = "read"
             except RequestError as error:
                 fine = str(path) in str(error) and "\n" not in str(error)
@@ -718,14 +735,14 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     from fusechat_distill.conversations import Renderer
     from fusechat_distill.errors import RequestError
 
-    os.chdir(work)
     tokenizer = chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)
     conversations = conversations_to_render()
 
     def outcome(template: str) -> str | None:
         started = time.process_time()
         try:
-            problem = check_renderings(Renderer(tokenizer, template), conversations)
+            with contextlib.chdir(work):
+                problem = check_renderings(Renderer(tokenizer, template), conversations)
         except RequestError:
             problem = None
         except Exception as error:
@@ -736,14 +753,27 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             return f"took {seconds:.1f} s"
         return problem
 
-    tally = Tally(TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox")
+    tally = Tally(
+        TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox"
+    )
     for name, template in TEMPLATES.items():
         problem = outcome(template)
         tally.count(problem is None, f"{name}: {problem}")
     yield tally.figure("answers found byte for byte or left out, with a reason; nothing is run")
 
     tally = Tally(TITLE, "chat templates with bytes changed")
-    fragments = [b"{{", b"}}", b"{%", b"%}", b" | trim", b"{% endfor %}", b"{{ 1/0 }}", b"-%}", b"</s>", b"[-1]"]
+    fragments = [
+        b"{{",
+        b"}}",
+        b"{%",
+        b"%}",
+        b" | trim",
+        b"{% endfor %}",
+        b"{{ 1/0 }}",
+        b"-%}",
+        b"</s>",
+        b"[-1]",
+    ]
     known = [t for t in (*TEMPLATES.values(), chain.CHATML, chain.PLAIN) if "10 **" not in t]
     for case in range(times(3000, scale)):
         chance = random.Random(f"{seed}/{case}")
@@ -762,26 +792,69 @@ def random_tokenizer(chance: random.Random) -> Any:
     pre = chance.choice(
         [
             None,
-            *(pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r) for p in (False, True) for r in (False, True)),
-            *(pre_tokenizers.Metaspace(prepend_scheme=s, split=p) for s in ("first", "always", "never") for p in (False, True)),
+            *(
+                pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r)
+                for p in (False, True)
+                for r in (False, True)
+            ),
+            *(
+                pre_tokenizers.Metaspace(prepend_scheme=s, split=p)
+                for s in ("first", "always", "never")
+                for p in (False, True)
+            ),
             pre_tokenizers.Whitespace(),
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
             pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]),
         ]
     )
     space = normalizers.Replace(" ", "▁")
     normalizer = chance.choice(
-        [None, None, None, normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase(), space, normalizers.Strip()]
-        + [normalizers.StripAccents(), normalizers.Sequence([normalizers.Prepend("▁"), space]), normalizers.ByteLevel()]
-        + [normalizers.Replace("\n", " "), normalizers.Prepend("x")]
+        [
+            None,
+            None,
+            None,
+            normalizers.NFC(),
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            space,
+            normalizers.Strip(),
+            normalizers.StripAccents(),
+            normalizers.Sequence([normalizers.Prepend("▁"), space]),
+            normalizers.ByteLevel(),
+            normalizers.Replace("\n", " "),
+            normalizers.Prepend("x"),
+        ]
     )
     replace = decoders.Replace("▁", " ")
-    fitting: list[Any] = [decoders.ByteLevel()] if "ByteLevel" in repr(pre) else [decoders.Metaspace(), decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])]
+    fitting: list[Any] = (
+        [decoders.ByteLevel()]
+        if "ByteLevel" in repr(pre)
+        else [
+            decoders.Metaspace(),
+            decoders.Sequence(
+                [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            ),
+        ]
+    )
     decoder = chance.choice(
-        fitting * 4 + [None, decoders.ByteLevel(), decoders.Metaspace(), decoders.WordPiece(), decoders.BPEDecoder(), decoders.Fuse(), replace, decoders.CTC()]
+        fitting * 4
+        + [
+            None,
+            decoders.ByteLevel(),
+            decoders.Metaspace(),
+            decoders.WordPiece(),
+            decoders.BPEDecoder(),
+            decoders.Fuse(),
+            replace,
+            decoders.CTC(),
+        ]
     )
     kind = chance.choice(["BPE", "BPE", "BPE", "Unigram", "WordPiece", "WordLevel"])
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
+    alphabet = (
+        pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
+    )
     model, trainer = {
         "BPE": lambda: (
             models.BPE(unk_token=chance.choice([None, "<unk>"]), byte_fallback=chance.random() < 0.3, fuse_unk=chance.random() < 0.5),
@@ -799,10 +872,29 @@ def random_tokenizer(chance: random.Random) -> Any:
     if decoder is not None:
         backend.decoder = decoder
     corpus = [text for text in TEXTS if len(text) < 400]
-    backend.train_from_iterator([*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer)
+    backend.train_from_iterator(
+        [*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer
+    )
     for _ in range(chance.randint(0, 4)):
-        text = chance.choice(["  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2", "<0x41>", "cat sat", "[user]", "🙂"])
-        flags = {name: chance.random() < 0.3 for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        text = chance.choice(
+            [
+                "  ",
+                "\n\n",
+                "Hello",
+                " the",
+                "<|x|>",
+                "▁▁",
+                "2+2",
+                "<0x41>",
+                "cat sat",
+                "[user]",
+                "🙂",
+            ]
+        )
+        flags = {
+            name: chance.random() < 0.3
+            for name in ("lstrip", "rstrip", "single_word", "normalized")
+        }
         token = AddedToken(text, special=chance.random() < 0.3, **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return backend
@@ -815,7 +907,9 @@ def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
     plain = tokenizer.backend_tokenizer.normalizer is None
     for text, found in zip(texts, tokenize(tokenizer, texts), strict=True):
         raw, at = text.encode(), byte_offsets(text)
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         pieces = token_bytes(tokenizer, found.ids.tolist())
         known = [i for i in range(len(found.ids)) if found.ends[i] >= 0]
         ends = [int(found.ends[i]) for i in known]
@@ -848,7 +942,12 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
     conversations = conversations_to_render()
     usable = [t for t in TEXTS if len(t) < 400 and t]
-    texts = [*usable, *(t for chat in CHATS_TO_RENDER for _, t in chat), "the cat </s> the  mat<s>", "<0x41>"]
+    texts = [
+        *usable,
+        *(t for chat in CHATS_TO_RENDER for _, t in chat),
+        "the cat </s> the  mat<s>",
+        "<0x41>",
+    ]
 
     def outcome(backend: Any) -> tuple[str, str | None]:
         try:
@@ -856,7 +955,9 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
                 tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
             )
             renderer = Renderer(tokenizer, chain.PLAIN)
-            return "read", check_tokens(tokenizer, texts) or check_renderings(renderer, conversations)
+            return "read", check_tokens(tokenizer, texts) or check_renderings(
+                renderer, conversations
+            )
         except RequestError:
             return "refused", None
         except BaseException as error:
@@ -886,7 +987,9 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     for case in range(times(600, scale)):
         chance = random.Random(f"{seed}/json/{case}")
         if chance.random() < 0.7:
-            shallow = {k: v for k, v in whole.items() if k != "model"} | {"model": whole["model"] | {"vocab": {}, "merges": []}}
+            shallow = {k: v for k, v in whole.items() if k != "model"} | {
+                "model": whole["model"] | {"vocab": {}, "merges": []}
+            }
             changed = mutated(shallow, chance, JUNK)
             if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
                 for name in ("vocab", "merges"):
