@@ -104,7 +104,9 @@ def open_inputs(
     if recipe is None:
         raise RequestError(str(path), problems)
     conversations = _open_conversations(recipe, problems)
-    models = _open_models(recipe, problems, trust_remote_code)
+    # Where keys are wrong, a value that isn't there may be the one that was meant.
+    limited = not problems or "max_length" in recipe.model_fields_set
+    models = _open_models(recipe, problems, trust_remote_code, limited)
     problems += _output_problems(recipe) + _device_problems(recipe)
     problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
     if conversations is not None and PIVOT in models:
@@ -137,7 +139,7 @@ def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | 
 
 
 def _open_models(
-    recipe: Recipe, problems: list[str], trust_remote_code: bool
+    recipe: Recipe, problems: list[str], trust_remote_code: bool, limited: bool
 ) -> dict[str, OpenModel]:
     from fusechat_distill.conversations import Renderer
 
@@ -149,7 +151,8 @@ def _open_models(
         except RequestError as error:
             problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
             continue
-        problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
+        if limited:
+            problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
         borrows = spec.template == "pivot" and name != PIVOT
         if borrows and pivot_template is None:
             continue  # what is wrong with the pivot is in the list already
@@ -222,6 +225,14 @@ def _section_problems(
 
 
 def _output_problems(recipe: Recipe) -> list[str]:
+    if recipe.output.startswith("~"):
+        return [f"output: {recipe.output} would be a folder called ~; write the path in full"]
+    for name, model in recipe.models.items():
+        inside = Path(model.model)
+        if inside.is_dir() and recipe.output_folder.resolve().is_relative_to(inside.resolve()):
+            return [
+                f"output: lies inside the model {name} ({inside}); set `output` to another folder"
+            ]
     folder = existing(recipe.output_folder)
     if not folder.is_dir():
         return [f"output: {folder} is a file; set `output` to a folder"]
