@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 LISTED_ROWS = 20
 """Rows that are left out of the dataset and shown; `--json` lists all."""
+
+OWN_WARNINGS = (
+    r"`(is_)?gradient_checkpointing` is deprecated",
+    "'pin_memory' argument is set as true but no accelerator is found",
+)
+"""What transformers and torch say about TRL's own defaults, whatever a recipe sets."""
 
 
 def _remember_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -189,8 +196,8 @@ def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
     from fusechat_distill.estimating import estimate_recipe
     from fusechat_distill.recipe import load_recipe
 
-    recipe = load_recipe(path)
     _quieten()
+    recipe = load_recipe(path)
     found = estimate_recipe(recipe, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
@@ -512,6 +519,11 @@ def _quieten(first: bool = True) -> None:
     import datasets
     from transformers.utils import logging as transformers_logging
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises says as much
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).propagate = False  # they have a handler of their own
+    for message in OWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     transformers_logging.set_verbosity_error()
     if not (first and sys.stderr.isatty()):
         transformers_logging.disable_progress_bar()

@@ -118,7 +118,7 @@ def open_conversations(
     column: str | None = None,
     max_samples: int | None = None,
 ) -> Conversations:
-    """Open a dataset: hub name, local JSON / JSONL / Parquet / Arrow file or folder, saved folder.
+    """Open a dataset: hub name, local file (JSON, JSONL, CSV, Parquet, Arrow) or folder, or saved.
 
     `column` names the column that holds the messages; without it `messages`, ShareGPT's
     `conversations` and prompt/completion are looked for. Raises `RequestError` where the dataset
@@ -128,13 +128,11 @@ def open_conversations(
     try:
         dataset = _load(path, name, split)
     except Exception as error:  # `datasets` raises some twenty unrelated classes
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # `datasets` itself says only that something went wrong
-            cause = cause.__cause__
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise RequestError(where, [f"can't be opened: {lines[0]}"]) from error
+        raise RequestError(where, [f"can't be opened: {_reason(Path(path), error)}"]) from error
     try:
         conversations = Conversations(dataset, column, max_samples)
+    except UnicodeError as error:  # of a file that pyarrow takes bytes of without looking
+        raise RequestError(where, [f"can't be read: {_reason(Path(path), error)}"]) from error
     except ValueError as error:
         raise RequestError(where, [str(error)]) from error
     if not conversations:
@@ -143,7 +141,65 @@ def open_conversations(
     return conversations
 
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+def _builder(path: Path) -> str | None:
+    """Which of `datasets`' builders reads a file of that name; it unpacks by itself."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """What keeps a dataset from being opened: the line of the file, or else the first cause."""
+    if path.is_file() and _builder(path) == "json":
+        problem = _json_problem(path)
+        if problem:
+            return problem
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _json_problem(path: Path) -> str | None:
+    """Where a file of JSON stops being rows, or None where that is not what is wrong with it."""
+    import fsspec  # type: ignore[import-untyped]
+
+    rows = 0
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                return None  # one array; the parser's own words name the place
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    row = json.loads(text.strip())
+                    json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeDecodeError:
+                    return f"line {number} is not UTF-8 text; save it as UTF-8"
+                except UnicodeEncodeError:
+                    return f"line {number} has half of a surrogate pair (\\ud800 to \\udfff)"
+                except json.JSONDecodeError as error:
+                    return f"line {number} is not JSON ({error.msg} at column {error.colno})"
+                if not isinstance(row, dict):
+                    return f"line {number} is not an object"
+                rows += 1
+    except (OSError, EOFError):
+        return None
+    return None if rows else "it has no rows"
 
 
 def _load(path: str, name: str | None, split: str) -> Any:
@@ -158,12 +214,15 @@ def _load(path: str, name: str | None, split: str) -> Any:
             raise ValueError(f"no split {split!r}; it has {', '.join(map(repr, saved))}")
         return saved[split]
     if local.is_file():
-        kind = _BUILDERS.get(local.suffix)
+        kind = _builder(local)
         if kind is None:
             known = ", ".join(_BUILDERS)
-            raise ValueError(f"unknown file type {local.suffix!r}; known are {known}")
+            raise ValueError(
+                f"unknown file type {local.suffix!r}; known are {known}, also compressed "
+                f"({', '.join(_COMPRESSED)})"
+            )
         return datasets.load_dataset(kind, data_files=path, split=split)
-    if not local.exists() and (local.suffix in _BUILDERS or path.startswith(("/", ".", "~"))):
+    if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
         # Else the hub would be asked for it, again and again.
         raise ValueError(f"there is no such file or folder here ({Path.cwd()})")
     return datasets.load_dataset(path, name, split=split)
@@ -365,7 +424,12 @@ class Renderer:
                 template = tokenizer.get_chat_template()
             except ValueError as error:
                 raise RequestError(
-                    where, ["it has no chat template; set `template: pivot` for this source"]
+                    where,
+                    [
+                        "it has no chat template; put its chat_template.jinja beside its "
+                        "tokenizer, or name its chat model (a source can borrow the pivot's with "
+                        "`template: pivot`)"
+                    ],
                 ) from error
         try:
             self._compiled = _compile_jinja_template(template)

@@ -120,7 +120,9 @@ def open_inputs(
         raise RequestError(str(path), problems)
     conversations = _open_conversations(recipe, problems)
     asked = set(recipe.models if only is None else only)
-    models = _open_models(recipe, asked, problems, trust_remote_code)
+    # Where keys are wrong, a value that isn't there may be the one that was meant.
+    limited = not problems or "max_length" in recipe.model_fields_set
+    models = _open_models(recipe, asked, problems, trust_remote_code, limited)
     problems += _output_problems(recipe) + _device_problems(recipe)
     problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
     if conversations is not None and PIVOT in models:
@@ -153,7 +155,11 @@ def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | 
 
 
 def _open_models(
-    recipe: Recipe, asked: Collection[str], problems: list[str], trust_remote_code: bool
+    recipe: Recipe,
+    asked: Collection[str],
+    problems: list[str],
+    trust_remote_code: bool,
+    limited: bool,
 ) -> dict[str, OpenModel]:
     from fusechat_distill.conversations import Renderer
 
@@ -175,7 +181,8 @@ def _open_models(
             if scored:
                 problems.append(f"{name} ({spec.model}): {_what_scores_spare(*scored)}")
             continue
-        problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
+        if limited:
+            problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
         borrows = spec.template == "pivot" and name != PIVOT
         if borrows and pivot_template is None:
             continue  # what is wrong with the pivot is in the list already
@@ -266,6 +273,14 @@ def _section_problems(
 
 
 def _output_problems(recipe: Recipe) -> list[str]:
+    if recipe.output.startswith("~"):
+        return [f"output: {recipe.output} would be a folder called ~; write the path in full"]
+    for name, model in recipe.models.items():
+        inside = Path(model.model)
+        if inside.is_dir() and recipe.output_folder.resolve().is_relative_to(inside.resolve()):
+            return [
+                f"output: lies inside the model {name} ({inside}); set `output` to another folder"
+            ]
     folder = existing(recipe.output_folder)
     if not folder.is_dir():
         return [f"output: {folder} is a file; set `output` to a folder"]

@@ -23,6 +23,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 """Of these a tokenizer has at least one."""
 
+NO_TOKENIZER = "holds no tokenizer; copy the tokenizer's files of its base model there"
+
 
 @dataclass(eq=False)
 class ModelFiles:
@@ -79,24 +81,30 @@ def open_model(
     without = list(_weight_problems(spec, config))
     problems = without if need_weights else []
     tokenizer = None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        problems.append(f"its tokenizer can't be read: {first_line(error)}")
+    if folder.is_dir() and not _has_tokenizer(folder):
+        problems.append(NO_TOKENIZER)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            problems.append(f"its tokenizer can't be read: {first_line(error)}")
     if problems:
         raise RequestError(spec.model, problems)
     return ModelFiles(spec, config, tokenizer, weights=not without)
 
 
-def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The model that a configuration describes, without memory for its weights."""
+def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
+    """The model that a configuration describes, without memory for its weights.
+
+    `load`: of what `from_pretrained` takes, that which needs no weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **load)
 
 
 def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
@@ -111,18 +119,11 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
     problems = []
     if not folder.is_dir():
         raise RequestError(spec.model, ["there is no such folder"])
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        problems.append("holds no tokenizer; copy the tokenizer's files of its base model there")
     adapter = folder / ADAPTER_CONFIG
     if not adapter.is_file() or (folder / "config.json").is_file():
-        try:
-            files = open_model(spec, trust_remote_code=trust_remote_code)
-        except RequestError as error:
-            problems += [p for p in error.problems if not (problems and "tokenizer" in p)]
-            raise RequestError(spec.model, problems) from error
-        if problems:
-            raise RequestError(spec.model, problems)
-        return files
+        return open_model(spec, trust_remote_code=trust_remote_code)
+    if not _has_tokenizer(folder):
+        problems.append(NO_TOKENIZER)
     if not (folder / "adapter_model.safetensors").is_file():
         problems.append(f"has {ADAPTER_CONFIG}, but no adapter_model.safetensors")
     base = None
@@ -139,6 +140,10 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
     if problems or base is None:
         raise RequestError(spec.model, problems)
     return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _config_problem(spec: Model, error: Exception) -> str:
@@ -176,6 +181,8 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
             absent = sorted(shard for shard in shards if not (folder / shard).is_file())
             if absent:
                 yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
+            else:
+                yield from _torn(folder / shard for shard in sorted(shards))
         return
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
@@ -188,6 +195,20 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
             "has no weights in safetensors; convert them with `save_pretrained`, since pickled "
             "weights are never loaded"
         )
+    elif (folder / "model.safetensors").is_file():
+        yield from _torn([folder / "model.safetensors"])
+
+
+def _torn(paths: Iterable[Path]) -> Iterable[str]:
+    """Files that are not whole, by their headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            yield f"{path.name} is torn or no safetensors file ({first_line(error)}); copy it again"
 
 
 def first_line(error: BaseException) -> str:

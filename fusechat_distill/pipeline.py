@@ -133,7 +133,13 @@ class ScoreStage:
         processes: Processes,
         progress: Progress,
     ) -> None:
-        scorer = self._scorer(processes)
+        try:
+            scorer = self._scorer(processes)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            raise DistillError(
+                f"{self.name} ({self.model.spec.model}): can't be loaded, check its `load` and its "
+                f"weights: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         total = shards.manifest.samples
         non_finite = 0
         mine = sum(samples.stop - samples.start for samples in ranges)

@@ -334,21 +334,29 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[str]]:
         return None, ["holds no mapping; `fusechat-distill init` writes a recipe"]
     recipe, problems = _parse(raw)
     if recipe is not None:
-        problems += _contradictions(recipe) + training_problems(recipe.training)
+        # Sources that couldn't be read are not none.
+        no_list = any(problem.startswith("sources:") for problem in problems)
+        problems += _contradictions(recipe, no_list)
+        unknown = _training_problems(recipe.training)
+        problems += unknown.values()
+        if unknown:
+            given = recipe.training.model_dump(by_alias=True, exclude_unset=True)
+            training = Training.model_validate(_without(given, unknown))
+            recipe = recipe.model_copy(update={"training": training})
     return recipe, problems
 
 
-def training_problems(training: Training) -> list[str]:
-    """What is wrong with the keys of `training:` and `training.lora:`.
+def _training_problems(training: Training) -> dict[tuple[str, ...], str]:
+    """What is wrong with the keys of `training:` and `training.lora:`, by where they are.
 
     TRL and PEFT say which keys there are; they are imported only when a recipe sets any.
     """
-    problems = []
+    problems: dict[tuple[str, ...], str] = {}
     others = []
     for key in training.sft:
         if key in OWN_TRAINING_KEYS or key.startswith("dataset_"):
             why = OWN_TRAINING_KEYS.get(key, "the pipeline prepares the dataset")
-            problems.append(f"training.{key}: remove it, {why}")
+            problems[(key,)] = f"training.{key}: remove it, {why}"
         else:
             others.append(key)
     if others:
@@ -356,24 +364,25 @@ def training_problems(training: Training) -> list[str]:
 
         fields = [f for f in SFTConfig.__dataclass_fields__ if f not in OWN_TRAINING_KEYS]
         known = {*fields, "lambda", "lora"}
-        problems += [
-            f"training.{key}: {unknown_key(key, known, 'a field of SFTConfig')}"
+        problems |= {
+            (key,): f"training.{key}: {unknown_key(key, known, 'a field of SFTConfig')}"
             for key in others
             if key not in known
-        ]
+        }
     if training.lora:
         from peft import LoraConfig
 
         known = set(LoraConfig.__dataclass_fields__)
-        problems += [
-            f"training.lora.{key}: {unknown_key(key, known, 'a field of LoraConfig')}"
+        what = "a field of LoraConfig"
+        problems |= {
+            ("lora", key): f"training.lora.{key}: {unknown_key(key, known, what)}"
             for key in training.lora
             if key not in known
-        ]
+        }
     return problems
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
+def _contradictions(recipe: Recipe, no_list: bool) -> list[str]:
     problems = []
     try:
         os.lstat(recipe.output_folder / "manifest.json")
@@ -382,7 +391,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             problems.append("output: is too long for a folder's name; set another")
-    if not recipe.sources and recipe.fusion.strategy != "sft":
+    if not (recipe.sources or no_list) and recipe.fusion.strategy != "sft":
         problems.append(
             "sources: is empty; name at least one model, or set fusion.strategy: sft for the "
             "baseline without sources"
@@ -425,24 +434,36 @@ def _parse(raw: dict[Any, Any]) -> tuple[Recipe | None, list[str]]:
 def _problem(error: Any) -> str:
     loc: tuple[str | int, ...] = error["loc"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    found = error["input"]
     if error["type"] == "extra_forbidden":
         known = _keys_at(loc[:-1])
         return f"{name}: {unknown_key(str(loc[-1]), known, 'a key here')}"
     if error["type"] == "missing":
         return f"{name}: is missing"
     if error["type"] == "invalid_key":
-        return f"{name}: the key {found!r} is no text, as every key here is"
+        return f"{name}: the key {error['input']!r} is no text, as every key here is"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
+    return f"{name}: {unexpected([error], error['input'])}"
+
+
+def unexpected(errors: Sequence[Any], found: Any) -> str:
+    """What pydantic would have taken in the place of `found`, of one type or several."""
+    wanted = []
+    for error in errors:
+        message = error["msg"].removeprefix("Input should ").removeprefix("be ")
+        message = message.replace("String should have", "text of")
+        if error["type"] in ("model_type", "model_attributes_type"):
+            message = "a mapping of keys to values"
+        elif error["type"] == "tuple_type":
+            message = "a list"
+        elif error["type"] == "string_pattern_mismatch":
+            message = f"text that matches {error['ctx']['pattern']}"
+        wanted.append(message)
     if isinstance(found, (dict, list)):
-        found = "a mapping" if isinstance(found, dict) else "a list"
+        shown = "a mapping" if isinstance(found, dict) else "a list"
     else:
-        found = repr(found)
-    message = error["msg"].removeprefix("Input should ").removeprefix("be ")
-    if error["type"] in ("model_type", "model_attributes_type"):
-        message = "a mapping of keys to values"
-    return f"{name}: should be {message}, found {found}"
+        shown = repr(found)
+    return f"should be {' or '.join(dict.fromkeys(wanted))}, found {shown}"
 
 
 def unknown_key(key: str, known: Iterable[str], what: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fusechat_distill.models import empty_model
-from fusechat_distill.recipe import Recipe
+from fusechat_distill.recipe import Recipe, unexpected
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,6 +33,14 @@ WITHOUT_EFFECT = (
     "trackio_",
 )
 """Beginnings of the SFTConfig fields that don't change what is learnt."""
+
+ABOVE_ZERO = (
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+)
+"""SFTConfig fields that a training is nothing without."""
 
 
 def clm_weight(recipe: Recipe) -> float:
@@ -126,10 +136,13 @@ def settings_problems(
 
     `config` is the pivot's configuration; with it LoRA is tried on a model without memory.
     """
-    problems: list[str] = []
+    problems = [f"training.{problem}" for problem in _value_problems(recipe.training.sft)]
     arguments = lora = None
     try:
-        arguments = fusion_config(recipe, recipe.output_folder, trust_remote_code=trust_remote_code)
+        if not problems:
+            arguments = fusion_config(
+                recipe, recipe.output_folder, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # TRL, transformers and accelerate each raise their own
         problems.append(f"training: {_reason(error)}")
     try:
@@ -140,10 +153,65 @@ def settings_problems(
         from fusechat_distill.trainer import argument_problems
 
         problems += [f"training: {problem}" for problem in argument_problems(arguments)]
+        found = _trainer_problems(arguments, config, trust_remote_code)
+        problems += [f"training.{problem}" for problem in found]
     if lora is not None and config is not None:
         found = _lora_problems(lora, config, trust_remote_code)
         problems += [f"training.lora: {problem}" for problem in found]
     return problems
+
+
+def _value_problems(given: dict[str, Any]) -> Iterator[str]:
+    """Values of SFTConfig fields that are of another type, or that no training can begin with.
+
+    SFTConfig takes whatever it is given; the trainer would stumble over it hours later.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from fusechat_distill.trainer import FusionConfig
+
+    hints = get_type_hints(FusionConfig)
+    for key, value in given.items():
+        if key == "fsdp":  # takes more than its annotation says
+            continue
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            yield f"{key}: {unexpected(error.errors(include_url=False), value)}"
+            continue
+        if key in ABOVE_ZERO and not value > 0:
+            yield f"{key}: should be greater than 0, found {value!r}"
+        if key == "learning_rate" and not 0 <= value < math.inf:
+            yield f"{key}: should be a finite number, 0 or above, found {value!r}"
+
+
+def _trainer_problems(
+    arguments: FusionConfig, config: Any, trust_remote_code: bool
+) -> Iterator[str]:
+    """Packages that the trainer would miss, and ways to load the pivot that there are not."""
+    from transformers import Trainer
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except Exception as error:  # each integration says in its own way what to install
+        yield f"report_to: {_reason(error)}"
+    if config is None:
+        return
+    load = arguments.model_init_kwargs or {}
+    tried = {key: load[key] for key in ("dtype", "attn_implementation") if key in load}
+    try:
+        # `from_config` writes what it is given into the configuration.
+        own = copy.deepcopy(config)
+        model = empty_model(own, trust_remote_code=trust_remote_code, **tried)
+    except Exception as error:
+        yield f"model_init_kwargs: {_reason(error)}"
+        return
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except Exception as error:
+        yield f"optim: {_reason(error)}"
 
 
 def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> Iterator[str]:
@@ -154,13 +222,33 @@ def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> It
 
     model = empty_model(config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        found = list(adapter_problems(model, lora))
-        if not found:
-            try:
+        try:
+            found = list(adapter_problems(model, lora))
+            if not found:
                 get_peft_model(model, lora)
-            except Exception as error:
-                found = [_reason(error)]
+        except Exception as error:  # PEFT's own, and those of a pattern or of a wrong type
+            found = [_reason(error)]
     yield from found
+    yield from _unmatched_names(model, lora)
+
+
+def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
+    """Names in a list that no module of the model ends in; PEFT passes over them in silence."""
+    modules = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        names = getattr(lora, key)
+        if not isinstance(names, (list, set, tuple)):
+            continue
+        unmatched = sorted(
+            str(name) for name in names if not any(_ends_in(m, str(name)) for m in modules)
+        )
+        # Of target modules, PEFT itself says that none at all was found.
+        if unmatched and (key == "modules_to_save" or len(unmatched) < len(names)):
+            yield f"{key}: no module of the model is called {', '.join(unmatched)}"
+
+
+def _ends_in(module: str, name: str) -> bool:
+    return f".{module}".endswith(f".{name}")
 
 
 def _reason(error: Exception) -> str:

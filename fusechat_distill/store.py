@@ -84,10 +84,18 @@ class Manifest:
         """`name: was …, is …` for what `other` has otherwise."""
         was, now = _flat(self.as_json()), _flat(other.as_json())
         return [
-            f"{name.removeprefix('fingerprint.')} was {was.get(name)!r}, is {now.get(name)!r}"
+            f"{name.removeprefix('fingerprint.')} was {_shown(was.get(name))}, "
+            f"is {_shown(now.get(name))}"
             for name in sorted(was.keys() | now.keys())
             if was.get(name) != now.get(name)
         ]
+
+
+def _shown(value: Any) -> str:
+    """A hash says no more to a reader than that it is another one."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return f"'{value[:8]}...'"
+    return repr(value)
 
 
 class Shards:

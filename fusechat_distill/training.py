@@ -87,7 +87,10 @@ class TrainStage:
     def problems(self) -> list[str]:
         manifest = self.manifest() if self.folder.exists() or self.work.exists() else None
         problems = []
-        for what, folder in (("target", self.folder), ("training of target", self.work)):
+        folders = {"target": self.folder}
+        if any(self._checkpoints()):
+            folders["training of target"] = self.work
+        for what, folder in folders.items():
             if manifest and (problem := stale(folder, manifest)):
                 problems.append(f"{what} {self.name}: {folder} {problem}")
         if not problems and (problem := incomplete(self.folder)):
@@ -139,6 +142,9 @@ class TrainStage:
                     return False, None
                 if not self.fused.status().complete:
                     raise DistillError(f"fused {self.name}: is not complete")
+                if stale(self.work, self.manifest()) and not any(self._checkpoints()):
+                    with Shards.open(self.work).exclusive():  # not one that trains just now
+                        shutil.rmtree(self.work)
                 work = Shards.create(self.work, self.manifest())
                 self.inputs.digests.save()
                 stack.enter_context(work.exclusive())
@@ -166,9 +172,13 @@ class TrainStage:
                 f"start as many, or delete {self.work} to begin anew"
             )
 
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.work.glob("checkpoint-*"), key=_step, reverse=True)
+
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint; what a stopped run left half written is removed."""
-        for folder in sorted(self.work.glob("checkpoint-*"), key=_step, reverse=True):
+        for folder in self._checkpoints():
             with contextlib.suppress(OSError, ValueError):
                 # The trainer writes its state last.
                 json.loads((folder / STATE).read_text("utf-8"))

@@ -260,12 +260,19 @@ def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
     (split / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
     )
+    torn = tmp_path / "torn"
+    shutil.copytree(llama, torn)
+    os.truncate(torn / "model.safetensors", 1000)
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(llama / file, silent)
     (tmp_path / "file").write_text("")
     change(
         recipe,
         (
             "fusion: {strategy: sft}",
-            f"sources: [{pickled}, {plain}, {adapter}, {missing}, {split}]",
+            f"sources: [{pickled}, {plain}, {adapter}, {missing}, {split}, {torn}, {silent}]",
         ),
         ("max_length: 96", "max_length: 9999"),
         ("output: " + str(tmp_path / "out"), f"output: {tmp_path / 'file'}"),
@@ -286,17 +293,62 @@ def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
         f"pickled ({pickled}): has no weights in safetensors; convert them with "
         "`save_pretrained`, since pickled weights are never loaded",
         f"plain ({plain}): {too_long}",
-        f"plain ({plain}): it has no chat template; set `template: pivot` for this source",
+        f"plain ({plain}): it has no chat template; put its chat_template.jinja beside its "
+        "tokenizer, or name its chat model (a source can borrow the pivot's with `template: "
+        "pivot`)",
         f"adapter ({adapter}): is an adapter; merge it into its base model first (PEFT's "
         "`merge_and_unload`)",
         f"missing ({missing}): there is no such folder",
         f"split ({split}): lacks model-2.safetensors, which model.safetensors.index.json names; "
         "copy them again",
+        f"torn ({torn}): model.safetensors is torn or no safetensors file (Error while "
+        "deserializing header: invalid header length); copy it again",
+        f"silent ({silent}): holds no tokenizer; copy the tokenizer's files of its base model "
+        "there",
         f"output: {tmp_path / 'file'} is a file; set `output` to a folder",
         f"scoring.device: cuda:77 is not there ({torch.cuda.device_count()} cuda devices); set it "
         "to auto",
     ]
     assert heading == f"Error: {recipe} has {len(problems)} problems:"
+
+
+def test_a_mistyped_key_is_one_problem_and_its_default_none(recipe):
+    change(recipe, ("max_length: 96", "max_lenght: 96"))
+    result = run("validate", recipe)
+    assert result.stderr == (
+        f"Error: {recipe}: max_lenght: is not a key here; did you mean `max_length`?\n"
+    )
+
+
+def test_nothing_is_written_among_a_models_files(recipe, tmp_path, llama):
+    change(recipe, (f"output: {tmp_path / 'out'}", f"output: {llama / 'out'}"))
+    result = run("score", recipe)
+    assert result.exit_code == 2
+    assert f"output: lies inside the model pivot ({llama}); set" in result.stderr
+    change(recipe, (f"output: {llama / 'out'}", "output: ~/out"))
+    assert "would be a folder called ~; write the path in full" in run("score", recipe).stderr
+
+
+def test_an_error_is_not_among_what_libraries_say(recipe, tmp_path):
+    """Each of these would be a warning or a log line beside it."""
+    with open(tmp_path / "chats.jsonl", "a") as file:
+        file.write('{"messages": [')
+    text = recipe.read_text()
+    recipe.write_text(
+        text + "training: {learning_rate: 1e-3, lora: {target_modules: all-linear}}\n"
+    )
+    command = [sys.executable, "-m", "fusechat_distill", "validate", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"Error: .*: line \d+ is not JSON \(.*\)\n", done.stderr)
+
+
+def test_a_model_that_can_not_be_loaded_is_named(recipe, llama):
+    change(recipe, (f"pivot: {llama}", f"pivot: {{model: {llama}, load: {{device_mop: auto}}}}"))
+    result = run("score", recipe)
+    assert result.exit_code == 1
+    assert f"Error: pivot ({llama}): can't be loaded, check its `load`" in result.stderr
+    assert "device_mop" in result.stderr
 
 
 def test_a_tokenizer_of_another_model_is_found_without_weights(recipe, tmp_path, llama):

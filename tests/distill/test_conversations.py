@@ -1,7 +1,10 @@
 """Datasets, renderings and cuts, over two real tokenizers and templates that trim and refuse."""
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import string
 
 import datasets
@@ -25,6 +28,7 @@ from fusechat_distill.conversations import (
 from fusechat_distill.errors import RequestError
 from fusechat_distill.tokens import token_bytes
 
+ROW = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n'
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 
@@ -107,13 +111,46 @@ def test_the_key_depends_on_the_messages_alone():
         ("a.jsonl", '{"messages": []}\n', {"split": "valid"}, "valid"),
         ("a.jsonl", '{"messages": [}\n', {}, "can't be opened: JSON parse error: "),
         ("missing/a.jsonl", None, {}, "can't be opened"),
+        ("a.jsonl", "", {}, "can't be opened: it has no rows"),
+        ("a.jsonl", "\n\n", {}, "can't be opened: it has no rows"),
+        ("a.jsonl", f'{ROW}{ROW}{{"messages": [{{\n{ROW}', {}, "line 3 is not JSON .* column 16"),
+        ("a.jsonl", f"\n{ROW}[1, 2]\n{ROW}", {}, "line 3 is not an object"),
+        (
+            "a.jsonl",
+            ROW * 5 + ROW.replace("y", r"\ud83d"),
+            {},
+            "line 6 has half of a surrogate pair",
+        ),
+        ("a.jsonl", (ROW + ROW).encode("utf-16"), {}, "line 1 is not UTF-8 text; save it as UTF-8"),
+        (
+            "a.jsonl",
+            (ROW * 5 + ROW.replace("y", "ö")).encode("latin-1"),
+            {},
+            "line 6 is not UTF-8 text",
+        ),
+        ("a.json.gz", gzip.compress(f"{ROW}nonsense".encode()), {}, "line 2 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(ROW.encode() * 99)[:-9], {}, "ended before the end-of-stream"),
+        ("a.json", f"[{ROW.strip()}, 3", {}, "can't be opened: Unexpected character"),
     ],
 )
 def test_a_dataset_that_cannot_be_used_is_refused(tmp_path, name, content, options, message):
-    if content is not None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(RequestError, match=message):
         open_conversations(str(tmp_path / name), **options)
+
+
+def test_files_are_known_by_name_compressed_or_not(tmp_path):
+    (tmp_path / "a.JSONL").write_text(ROW)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(ROW.encode()))
+    (tmp_path / "a.json.bz2").write_bytes(bz2.compress(ROW.encode()))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(ROW.encode()))
+    (tmp_path / "a.csv").write_text('prompt,completion\n"x","y"\n')
+    found = [open_conversations(str(path)) for path in sorted(tmp_path.iterdir())]
+    assert len(found) == 5
+    assert len({conversations.fingerprint for conversations in found}) == 1
 
 
 def test_the_column_can_be_named(tmp_path):
@@ -279,7 +316,7 @@ def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):
 
 def test_no_template_is_an_error_that_names_the_remedy(qwen):
     base = PreTrainedTokenizerFast(tokenizer_object=qwen.backend_tokenizer)
-    with pytest.raises(RequestError, match="template: pivot"):
+    with pytest.raises(RequestError, match="put its chat_template.jinja beside its tokenizer"):
         Renderer(base, name="base")
     with pytest.raises(RequestError, match="not valid Jinja"):
         Renderer(qwen, "{% for %}")

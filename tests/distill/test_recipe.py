@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusechat_distill.errors import RequestError
-from fusechat_distill.recipe import Recipe, load_recipe, read_recipe
+from fusechat_distill.recipe import Recipe, Training, load_recipe, read_recipe
 from fusechat_distill.reference import commented_recipe
 
 MINIMAL = "output: out\npivot: org/pivot\nsources: [org/source]\ndataset: {path: data.jsonl}\n"
@@ -131,6 +131,15 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
         ),
         (MINIMAL + "max_length: true\n", "max_length: should be a valid integer, found True"),
         (
+            MINIMAL.replace("[org/source]", "org/source"),
+            "sources: should be a list, found 'org/source'",
+        ),
+        (
+            MINIMAL + "scoring: {device: gpu}\n",
+            r"scoring.device: should be text that matches ^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$, "
+            "found 'gpu'",
+        ),
+        (
             MINIMAL + "pivot: org/other\n",
             'is not YAML: the key `pivot` is there twice in "<unicode string>", line 5, column 1: '
             "pivot: org/other ^",
@@ -155,6 +164,11 @@ def test_what_is_wrong_is_left_out_of_the_recipe_that_further_checks_use(tmp_pat
     assert len(found) == 1
     assert recipe is not None
     assert (recipe.scoring.top_k, recipe.scoring.batch_tokens) == (10, 99)
+    text = MINIMAL + "training: {lambda: 0.5, learning_rat: 1, seed: 3, lora: {rnak: 4, r: 2}}\n"
+    recipe, found = read_recipe(write(tmp_path, text))
+    assert len(found) == 2
+    assert recipe is not None
+    assert recipe.training == Training(**{"lambda": 0.5}, seed=3, lora={"r": 2})
 
 
 def test_a_learning_rate_as_everyone_writes_it_is_a_number(tmp_path):

@@ -201,6 +201,8 @@ def test_a_changed_fingerprint_is_refused_with_what_changed(tmp_path):
     )
     assert caught.value.exit_status == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    one, other = (Manifest("fused", 1, {"scores": digit * 64}) for digit in "ab")
+    assert one.differences(other) == ["scores was 'aaaaaaaa...', is 'bbbbbbbb...'"]
     assert stale(tmp_path, MANIFEST) is None
     assert stale(tmp_path / "none", MANIFEST) is None
 

@@ -24,6 +24,7 @@ from fusechat_distill.pipeline import score_stages
 from fusechat_distill.processes import Processes
 from fusechat_distill.recipe import Training, load_recipe
 from fusechat_distill.settings import determining, fusion_config
+from fusechat_distill.store import Shards
 from fusechat_distill.trainer import FusionTrainer
 from fusechat_distill.training import TrainStage, train_stages
 
@@ -275,6 +276,17 @@ def test_a_target_that_lost_files_is_not_taken_for_one(make):
         stage.run(Processes("cpu"), Silent())
 
 
+def test_a_training_that_never_began_is_begun_anew_otherwise(make, monkeypatch):
+    stage = make()
+    stopped(stage, 0, monkeypatch)
+    assert stage.work.exists()
+    other = make(learning_rate=1e-3)
+    assert other.problems() == []
+    with Shards.open(stage.work).exclusive(), pytest.raises(RequestError, match="another run"):
+        other.run(Processes("cpu"), Silent())
+    run(other)
+
+
 def test_as_many_processes_go_on_as_began(make, monkeypatch):
     stage = make()
     stopped(stage, 3, monkeypatch)
@@ -379,11 +391,35 @@ def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_pa
         ({"training": {"optim": "adamx"}}, "is not a valid OptimizerNames"),
         ({"training": {"trust_remote_code": True}}, "training.trust_remote_code: remove it"),
         ({"training": {"save_only_model": True}}, "training.save_only_model: remove it"),
+        (
+            {"training": {"max_steps": "three"}},
+            "max_steps: should be a valid integer, found 'three'",
+        ),
+        ({"training": {"learning_rate": "small"}}, "learning_rate: should be a valid number"),
+        ({"training": {"learning_rate": -1.0}}, "learning_rate: should be a finite number, 0 or"),
+        ({"training": {"num_train_epochs": None}}, "num_train_epochs: should be a valid number"),
+        ({"training": {"num_train_epochs": 0}}, "num_train_epochs: should be greater than 0"),
+        ({"training": {"per_device_train_batch_size": -4}}, "size: should be greater than 0"),
+        ({"training": {"report_to": "wandbb"}}, "training.report_to: wandbb is not supported"),
+        ({"training": {"model_init_kwargs": {"dtype": "zz"}}}, "training.model_init_kwargs: "),
+        (
+            {"training": {"model_init_kwargs": {"attn_implementation": "flash_attention_9"}}},
+            "training.model_init_kwargs: ",
+        ),
+        ({"training": {"lora": {"target_modules": ".*("}}}, "training.lora: missing )"),
+        (
+            {"training": {"lora": {"target_modules": ["q_proj", "q_prj"]}}},
+            "training.lora: target_modules: no module of the model is called q_prj",
+        ),
+        (
+            {"training": {"lora": {"modules_to_save": ["embed"]}}},
+            "training.lora: modules_to_save: no module of the model is called embed",
+        ),
         ({"merge": {"parameters": {"granularty": "layer"}}}, "did you mean `granularity`"),
         ({"merge": {"merge_method": "slerp"}}, "merge.parameters: slerp needs `t`"),
     ],
 )
-def test_settings_that_nobody_knows(tmp_path, models, sections, message):
+def test_settings_that_no_training_can_begin_with(tmp_path, models, sections, message):
     with pytest.raises(RequestError) as caught:
         open_inputs(chain.recipe(tmp_path, models, **sections))
     assert any(message in problem for problem in caught.value.problems)
