@@ -42,7 +42,7 @@ a: …
 no
 ```
 
-Then:
+Then, beside `one.yml`:
 
 ```python
 x = 1
@@ -75,6 +75,7 @@ def test_blocks() -> None:
     assert shell.output is not None
     assert shell.output.lines == ["a: …", "no"]
     assert first.output is None
+    assert first.file is None  # a file of another language
     assert second.output is not None
     assert PAGE.splitlines()[second.line - 1] == "print(x + 1)"
 
