@@ -170,7 +170,7 @@ def _work(out: Path) -> Path:
 def tidy(out: Path) -> None:
     """Remove what a finished merge was killed before removing, unless a run is at work there."""
     work = _work(Path(os.path.abspath(out)))
-    if (work / "journal").exists():
+    if work.exists() and not _planted(work):
         with suppress(ConfigError), closing(Journal(work / "journal")):
             shutil.rmtree(work, ignore_errors=True)
 

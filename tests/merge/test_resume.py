@@ -470,6 +470,8 @@ def test_a_finished_merge_is_tidied_up_after_but_not_a_running_one(
     assert cli("run", str(yml), str(out)).exit_code == 0
     assert work_of(out).exists()
     running.close()
+    running.path.unlink()  # the first to go, where it was killed just then
+    (work_of(out) / "model").mkdir()
     assert cli("run", str(yml), str(out)).exit_code == 0
     assert not work_of(out).exists()
 

@@ -139,13 +139,13 @@ def compared(raw: bytes) -> bool:
     Raises:
         Wrong: otherwise.
     """
-    started = time.monotonic()
+    started = time.process_time()
     try:
         accepted = check(raw)  # compares tensors where it is
     except Exception as error:
         raise Wrong(f"{type(error).__name__}: {error}: {raw[:300]!r}") from error
-    if time.monotonic() - started > 5:
-        raise Wrong(f"took {time.monotonic() - started:.0f} s: {raw[:300]!r}")
+    if time.process_time() - started > 5:
+        raise Wrong(f"took {time.process_time() - started:.0f} s: {raw[:300]!r}")
     if not accepted:
         try:
             safetensors.deserialize(raw)
