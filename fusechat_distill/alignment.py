@@ -68,15 +68,13 @@ def match_positions(
     return np.where(found, known[at], -1)
 
 
-def dtw(
-    pivot_tokens: Sequence[str | None], source_tokens: Sequence[str | None]
-) -> NDArray[np.int64]:
+def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np.int64]:
     """For each pivot token the source token that the papers' alignment pairs it with, [n].
 
     Dynamic time warping (FuseLLM, arXiv 2401.10491): the cost of a pair is the edit distance of the
-    two tokens without their white space, 0 for two special tokens (None); of equally cheap ways
-    the diagonal is taken first, then the one that goes back in the source. -1 where a token has
-    several partners or its partner has. O(n·m) time and memory, without a Python inner loop.
+    two tokens without their white space (a special token is ""); of equally cheap ways the diagonal
+    is taken first, then the one that goes back in the source. -1 where a token has several partners
+    or its partner has. O(n·m) time and memory, without a Python inner loop.
     """
     n, m = len(pivot_tokens), len(source_tokens)
     pairs = np.full(n, -1, dtype=np.int64)
@@ -119,28 +117,20 @@ def dtw(
 
 
 def _costs(
-    left: Sequence[str | None], right: Sequence[str | None]
+    left: Sequence[str], right: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Edit distances of the distinct tokens, and which of them each token is."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
-    def distinct(tokens: Sequence[str | None]) -> tuple[list[str | None], NDArray[np.int64]]:
-        index: dict[str | None, int] = {}
-        where = [
-            index.setdefault(None if token is None else "".join(token.split()), len(index))
-            for token in tokens
-        ]
+    def distinct(tokens: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+        index: dict[str, int] = {}
+        where = [index.setdefault("".join(token.split()), len(index)) for token in tokens]
         return list(index), np.array(where, dtype=np.int64)
 
     lefts, rows = distinct(left)
     rights, columns = distinct(right)
-    costs = cdist(
-        [token or "" for token in lefts],
-        [token or "" for token in rights],
-        scorer=Levenshtein.distance,
-        dtype=np.int32,
-    ).astype(np.int64)
+    costs = cdist(lefts, rights, scorer=Levenshtein.distance).astype(np.int64)
     return costs, rows, columns
 
 
@@ -261,7 +251,7 @@ def match_states(
 
     def keys(side: Responses) -> NDArray[np.int64]:
         kind = side.is_begin + 2 * side.is_end.astype(np.int64)
-        return np.where(side.at >= 0, 3 * (bases[side.response] + side.at) + kind, -1)
+        return np.where(side.at >= 0, 4 * (bases[side.response] + side.at) + kind, -1)
 
     return match_positions(keys(pivot), keys(source))
 
@@ -275,7 +265,7 @@ def _bases(pivot: Responses, source: Responses) -> NDArray[np.int64]:
 def _match_dtw(
     pivot: Responses, source: Responses, pivot_vocabulary: Vocabulary, source_vocabulary: Vocabulary
 ) -> NDArray[np.int64]:
-    matches = np.full(len(pivot.tokens), -1, dtype=np.int64)
+    matches = np.empty(len(pivot.tokens), dtype=np.int64)
     for r in range(len(pivot.begins)):
         p, s = pivot.offsets[r], source.offsets[r]
         p_stop, s_stop = pivot.offsets[r + 1], source.offsets[r + 1]
@@ -290,11 +280,8 @@ def _match_dtw(
     return matches
 
 
-def _strings(tokens: NDArray[np.int64], vocabulary: Vocabulary) -> list[str | None]:
-    return [
-        vocabulary.tokens[i].decode(errors="surrogateescape") if vocabulary.text[i] else None
-        for i in tokens.tolist()
-    ]
+def _strings(tokens: NDArray[np.int64], vocabulary: Vocabulary) -> list[str]:
+    return [vocabulary.tokens[i].decode(errors="surrogateescape") for i in tokens.tolist()]
 
 
 def pair_counts(pivot: Responses, source: Responses, matches: NDArray[np.int64]) -> PairCounts:

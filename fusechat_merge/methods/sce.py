@@ -59,7 +59,7 @@ def sce(
     return passes.output
 
 
-def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> list[float]:
+def merge(passes: Passes, select_topk: float, variant: str) -> list[float]:
     """Write the merged tensor; return η_j, K floats.
 
     Args:
@@ -78,7 +78,7 @@ def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> l
 
 
 def shares(
-    passes: Passes, select_topk: float = 1.0, variant: str = "paper"
+    passes: Passes, select_topk: float, variant: str
 ) -> tuple[list[float], Selection | None]:
     """η_j (K floats) and the selection it was calculated over (None: everything)."""
     selection = select(passes, select_topk) if select_topk < 1.0 else None
@@ -90,7 +90,7 @@ def shares(
 
 
 def write(
-    passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str = "paper"
+    passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str
 ) -> None:
     """Write the merged tensor by what ``shares`` has found."""
     update = _fork_update(eta) if variant == "fork" else _paper_update(eta, selection)

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import real_tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
 from texts import PIECES, texts
@@ -87,7 +87,7 @@ def plain_dtw(pivot: list, source: list) -> list[int]:
         return row[-1]
 
     def cost(a, b) -> int:
-        return distance("".join((a or "").split()), "".join((b or "").split()))
+        return distance("".join(a.split()), "".join(b.split()))
 
     total = {(-1, -1): 0}
     n, m = len(source), len(pivot)
@@ -110,11 +110,14 @@ def plain_dtw(pivot: list, source: list) -> list[int]:
 
 
 tokens_of_text = st.lists(
-    st.sampled_from(["a", " a", "b", "ab", " abc", "", "é", None]), max_size=9
+    st.sampled_from(["a", " a", "b", "ab", " abc", "a b", "", "é"]), max_size=9
 )
 
 
 @given(pivot=tokens_of_text, source=tokens_of_text)
+@example(pivot=["a", "b"], source=["a b", "b"])
+@example(pivot=["a", "abc", "b"], source=["c", "cc", "c", "abc"])  # up and left are equal
+@example(pivot=["", "bbbb", "c"], source=["", "bbb", "", "bbbb", "c"])  # up along the edge
 def test_dtw_is_the_papers_recurrence(pivot, source):
     expected = plain_dtw(pivot, source) if pivot and source else [-1] * len(pivot)
     assert dtw(pivot, source).tolist() == expected
@@ -470,6 +473,41 @@ def vocabulary_map_of(pivot: Renderer, source: Renderer, mode: str, counts=None)
     return VocabularyMap.from_bytes(*sides, first_tokens_of(pivot.tokenizer, *sides), roles)
 
 
+def by_hand(begin: int, end: int, ends: list[int], stop: str = "eos") -> ScoredResponse:
+    n = len(ends)
+    return ScoredResponse(
+        turn=1,
+        begin=begin,
+        end=end,
+        first=1,
+        pending=b"",
+        stop=stop,
+        tokens=np.arange(n, dtype=np.uint32),
+        ends=np.array(ends, dtype=np.int32),
+        ids=np.zeros((n, 1), dtype=np.uint32),
+        logprobs=np.zeros((n, 1), dtype=np.float16),
+        gold_logprobs=np.full(n, -0.5, dtype=np.float32),
+    )
+
+
+def test_states_of_responses_by_hand():
+    # A token without text gives two states one byte; a response begins where the one before ends.
+    responses = Responses.of(
+        [by_hand(0, 5, [2, 2, 5, -1]), by_hand(5, 9, [7, 7, 9, 9, -1], stop="none")]
+    )
+    assert responses.at.tolist() == [0, -1, 2, 5, 5, -1, 7, -1, 9]
+    assert responses.response.tolist() == [0] * 4 + [1] * 5
+    assert np.flatnonzero(responses.is_begin).tolist() == [0, 4]
+    assert np.flatnonzero(responses.is_end).tolist() == [3]  # the second has no stop
+    assert responses.loss_before.tolist() == [-0.5 * t for t in range(10)]
+
+
+def test_an_empty_answer_matches_no_state_inside_another():
+    trimmed, kept = by_hand(1, 1, [-1]), by_hand(0, 4, [2, 4, -1])
+    for pivot, source in ((trimmed, kept), (kept, trimmed)):
+        assert (match_states(Responses.of([pivot]), Responses.of([source])) == -1).all()
+
+
 ANSWERS = [
     ["Hello there.", " Leading and trailing \n"],
     ["日本語 with café\n\nand   spaces", "def f(x):\n        return x[0]\n"],
@@ -573,6 +611,26 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch):
     parts = align(pivots, sources, vocabulary_map)
     assert parts.ids.tobytes() == whole.ids.tobytes()
     assert parts.logprobs.tobytes() == whole.logprobs.tobytes()
+
+
+def test_dtw_pairs_the_tokens_of_each_response():
+    pivot, source = renderer_of("openchat"), renderer_of("qwen")
+    answers = ["The cat sat.", "日本語 with café", "👩🏽‍🚀 ok"]
+    left, right = scored(pivot, answers, 1), scored(source, answers, 2)
+    sides = vocabulary(pivot.tokenizer), vocabulary(source.tokenizer)
+    expected, before = [], 0
+    for response, other in zip(left, right, strict=True):
+        texts = [
+            [side.tokens[i].decode(errors="surrogateescape") for i in tokens]
+            for side, tokens in zip(sides, (response.tokens, other.tokens), strict=True)
+        ]
+        # Token t's partner is j: the states after both match, and so do the first.
+        after = [before + j + 1 if 0 <= j < len(other.tokens) - 1 else -1 for j in plain_dtw(*texts)]
+        expected += [before, *after[:-1]]
+        before += len(other.tokens)
+    matches = match_states(Responses.of(left), Responses.of(right), "dtw", sides)
+    assert matches.tolist() == expected
+    assert matches.tolist() != match_states(Responses.of(left), Responses.of(right)).tolist()
 
 
 def test_dtw_positions_pair_states_after_paired_tokens():

@@ -213,7 +213,7 @@ def test_realistic_deltas_get_their_weights_where_mergekits_sce_falls_back() -> 
     g = torch.Generator().manual_seed(3)
     base = torch.randn(100_000, generator=g)
     targets = [base + s * torch.randn(base.shape, generator=g) for s in (2e-4, 6e-4)]
-    eta = method.merge(InMemory(base, targets))
+    eta = method.merge(InMemory(base, targets), 1.0, "paper")
     assert eta == pytest.approx([0.1, 0.9], abs=2e-3)
 
 
