@@ -1,6 +1,7 @@
 """Positions, vocabulary maps and projections against references that follow the definitions."""
 
 import copy
+import dataclasses
 import math
 from itertools import product
 
@@ -473,16 +474,23 @@ def vocabulary_map_of(pivot: Renderer, source: Renderer, mode: str, counts=None)
     return VocabularyMap.from_bytes(*sides, first_tokens_of(pivot.tokenizer, *sides), roles)
 
 
-def by_hand(begin: int, end: int, ends: list[int], stop: str = "eos") -> ScoredResponse:
+def by_hand(
+    begin: int,
+    end: int,
+    ends: list[int],
+    stop: str = "eos",
+    pending: bytes = b"",
+    tokens: list[int] | None = None,
+) -> ScoredResponse:
     n = len(ends)
     return ScoredResponse(
         turn=1,
         begin=begin,
         end=end,
         first=1,
-        pending=b"",
+        pending=pending,
         stop=stop,
-        tokens=np.arange(n, dtype=np.uint32),
+        tokens=np.arange(n, dtype=np.uint32) if tokens is None else np.array(tokens, np.uint32),
         ends=np.array(ends, dtype=np.int32),
         ids=np.zeros((n, 1), dtype=np.uint32),
         logprobs=np.zeros((n, 1), dtype=np.float16),
@@ -506,6 +514,43 @@ def test_an_empty_answer_matches_no_state_inside_another():
     trimmed, kept = by_hand(1, 1, [-1]), by_hand(0, 4, [2, 4, -1])
     for pivot, source in ((trimmed, kept), (kept, trimmed)):
         assert (match_states(Responses.of([pivot]), Responses.of([source])) == -1).all()
+
+
+def test_pairs_are_counted_where_both_begin_after_the_same_text():
+    pivot = [
+        by_hand(0, 5, [2, 5, -1], tokens=[10, 11, 12]),
+        by_hand(0, 5, [2, 5, -1], tokens=[20, 21, 22], pending=b" "),
+    ]
+    source = [
+        by_hand(0, 5, [3, 5, -1], tokens=[30, 31, 32]),
+        by_hand(0, 5, [2, 5, -1], tokens=[40, 41, 42]),
+    ]
+    pivots, sources = Responses.of(pivot), Responses.of(source)
+    counts = pair_counts(pivots, sources, match_states(pivots, sources))
+    # Not 11 (no match), 12 and 22 (stops), 20 (begins with another pending text).
+    assert [column.tolist() for column in counts] == [[30, 41], [10, 21], [1, 1]]
+
+
+def test_of_the_same_vocabulary_only_what_differs_is_changed():
+    same = small("a", " a", None, None)
+    vocabulary_map = VocabularyMap.from_em(same, same, {3: 2})
+    pivot = by_hand(0, 3, [1, 2, 3, -1], tokens=[1, 0, 0, 2], pending=b" ")
+    source = dataclasses.replace(
+        by_hand(0, 3, [1, 2, 3, -1], tokens=[0, 0, 0, 3]),
+        ids=np.array([[0, 1], [1, 0], [3, 0], [1, 0]], dtype=np.uint32),
+        logprobs=np.log([[0.5, 0.25], [0.5, 0.5], [0.5, 0.25], [0.5, 0.125]]).astype(np.float16),
+        gold_logprobs=np.log([0.5, 0.5, 0.25, 0.25]).astype(np.float32),
+    )
+    aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
+    assert aligned.matches.tolist() == [0, 1, 2, 3]
+    assert aligned.ids.tolist() == [
+        [1, 0],  # the pivot's first token begins with its pending space
+        [1, 0],  # passed on as it is, the order of equals too
+        [2, 0],  # a stop of another name
+        [1, 2],  # the stop is the gold token
+    ]
+    expected = [[0.5, 0.0], [0.5, 0.5], [0.5, 0.25], [0.5, 0.25]]
+    assert np.exp(aligned.logprobs.astype(float)) == pytest.approx(np.array(expected), rel=1e-3)
 
 
 ANSWERS = [
