@@ -372,7 +372,7 @@ def _mapped(
     left = np.exp(source.gold_logprobs[states].astype(np.float64)) - path
     probs = np.where(gold, np.maximum(left, 0.0)[:, None], probs)
     projection = collapse(
-        np.column_stack([mapped, np.where(on_path, pivot.tokens[rows], -1)]),
+        np.column_stack([mapped, pivot.tokens[rows]]),
         np.column_stack([probs, np.where(on_path, path, 0.0)]),
     )
     k = entries.shape[1]
@@ -397,5 +397,5 @@ def _gold_path(
     responses = pivot.response[rows]
     last = np.where(pivot.is_end[rows], source.offsets[responses + 1] - 1, last)
     known = last >= states
-    total = source.loss_before[np.where(known, last + 1, 0)] - source.loss_before[states]
+    total = source.loss_before[last + 1] - source.loss_before[states]
     return np.where(known, np.exp(np.minimum(total, 0.0)), np.nan)

@@ -541,7 +541,8 @@ def test_of_the_same_vocabulary_only_what_differs_is_changed():
         logprobs=np.log([[0.5, 0.25], [0.5, 0.5], [0.5, 0.25], [0.5, 0.125]]).astype(np.float16),
         gold_logprobs=np.log([0.5, 0.5, 0.25, 0.25]).astype(np.float32),
     )
-    aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
+    with np.errstate(divide="raise"):  # a missing entry is no warning
+        aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
     assert aligned.matches.tolist() == [0, 1, 2, 3]
     assert aligned.ids.tolist() == [
         [1, 0],  # the pivot's first token begins with its pending space
@@ -551,6 +552,25 @@ def test_of_the_same_vocabulary_only_what_differs_is_changed():
     ]
     expected = [[0.5, 0.0], [0.5, 0.5], [0.5, 0.25], [0.5, 0.25]]
     assert np.exp(aligned.logprobs.astype(float)) == pytest.approx(np.array(expected), rel=1e-3)
+
+
+def test_the_gold_path_needs_both_ends():
+    sides = small("abc", "a", "q", None), small("a", "bc", "abcd", None)
+    vocabulary_map = VocabularyMap.from_bytes(*sides, np.array([1, 2, 0, -1]))
+    source = dataclasses.replace(
+        by_hand(0, 4, [1, 3, 4, -1], tokens=[0, 1, 2, 3]),
+        ids=np.array([[0, 2]] * 4, dtype=np.uint32),
+        logprobs=np.log([[0.5, 0.25]] * 4).astype(np.float16),
+        # In float32 a certain token's may come out above 0.
+        gold_logprobs=np.array([math.log(0.5), math.log(0.5), 0.01, 0.01], dtype=np.float32),
+    )
+    for end, expected in ((3, {0: 0.5, 1: 0.25}), (-1, {0: 0.25, 1: 0.5})):
+        pivot = by_hand(0, 4, [end, 4, -1], tokens=[0, 2, 3])
+        aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
+        first = dict(zip(aligned.ids[0].tolist(), np.exp(aligned.logprobs[0]), strict=True))
+        assert first == pytest.approx(expected, rel=1e-3)
+        assert (aligned.logprobs <= 0).all()
+        assert aligned.logprobs[-1, 0] == 0
 
 
 ANSWERS = [

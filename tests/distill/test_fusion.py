@@ -250,6 +250,9 @@ def test_segment_sums_put_every_token_somewhere_once():
     sums, counts = segment_sums(np.array([-1, 2, -1, 5]), losses)
     assert sums.tolist() == [3.0, 28.0, 0.0, 32.0]
     assert counts.tolist() == [2, 3, 0, 1]
+    sums, counts = segment_sums(np.array([-1, 0, 2]), losses)
+    assert sums.tolist() == [0.0, 3.0, 60.0]
+    assert counts.tolist() == [0, 2, 4]
     sums, counts = segment_sums(np.array([-1, -1]), losses)
     assert sums.tolist() == [63.0, 0.0]
     assert counts.tolist() == [6, 0]
@@ -271,10 +274,16 @@ def test_samples_are_put_together_from_what_alignment_stores():
     both = Scores.joined([first, Scores.absent(2), second])
     assert both.ids.tolist() == [[5, 6], [0, 0], [7, 8], [0, 0], [0, 0], [9, 0]]
     assert both.logprobs[5].tolist() == [0.0, -math.inf]
+    assert both.logprobs[1].tolist() == [-math.inf, -math.inf]
     assert both.matched.tolist() == [True, False, True, False, False, True]
     assert both.nll.tolist() == [2.0, 0.0, 2.0, 0.0, 0.0, 0.25]
     assert both.tokens.tolist() == [2, 0, 2, 0, 0, 1]
     assert both.present.tolist() == [True, False, True]
+
+
+def test_an_absent_sample_widens_nothing():
+    scored = Scores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
+    assert Scores.joined([scored, Scores.absent(2)]).ids.tolist() == [[9], [0], [0]]
 
 
 def test_the_strategies_name_their_targets():

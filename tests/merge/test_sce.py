@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fusechat_merge
 from fusechat_merge.methods import sce as method
-from fusechat_merge.methods.blocks import BLOCK, Block, InMemory, NonFiniteError
+from fusechat_merge.methods.blocks import BLOCK, STRIP, Block, InMemory, NonFiniteError
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {
@@ -181,6 +181,40 @@ def test_ties_go_to_the_lower_index(size: int, tau: float) -> None:
     k = math.floor(tau * size)
     assert torch.count_nonzero(out[:k]) == k
     assert torch.count_nonzero(out[k:]) == 0
+
+
+@pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
+@pytest.mark.parametrize("tau", [0.02, 0.2, 0.5, 0.8, 0.999])
+def test_selection_of_variances_with_any_bits(
+    monkeypatch: pytest.MonkeyPatch, tau: float, candidates: int
+) -> None:
+    # δ itself stands for the variance: neighbours across the border of every digit, and ties.
+    monkeypatch.setattr(
+        method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
+    )
+    monkeypatch.setattr(method, "CANDIDATES", candidates)
+    digits = np.random.default_rng(0).integers(1, 0x7FEF, (6, 4))
+    borders = [
+        sum(int(d) << (48 - 16 * i) for i, d in enumerate(row[: 1 + n]))
+        for row in digits
+        for n in range(4)
+    ]
+    pool = np.array([0, *(border + off for border in borders for off in (-1, 0, 1))])
+    keys = np.random.default_rng(1).choice(pool, (STRIP + 1) * BLOCK + 17)
+    target = torch.from_numpy(keys.view(np.float64))
+    order = np.lexsort((np.arange(len(keys)), -keys))
+    expected = np.sort(order[: math.floor(tau * np.count_nonzero(keys))])
+    for passes in (
+        InMemory(torch.zeros_like(target), [target]),
+        Segments(torch.zeros_like(target), [target], 2),
+    ):
+        selection = method.select(passes, tau)
+        masks = passes.map(
+            lambda block: torch.cat(
+                [selection.mask(strip, method._deltas(strip)) for strip in block.strips()]
+            )
+        )
+        assert np.array_equal(np.flatnonzero(torch.cat(list(masks))), expected)
 
 
 def test_algorithm_1_by_hand() -> None:
