@@ -360,6 +360,8 @@ def test_nan_and_inf_are_named(
     with pytest.raises(NonFiniteError) as caught:
         fusechat_merge.sce(base, targets, select_topk=tau, variant=variant)
     assert caught.value.target == where
+    with pytest.raises(NonFiniteError):
+        method.select(InMemory(base, targets), tau)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
