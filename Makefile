@@ -6,12 +6,13 @@ STAMP := .venv/.installed
 # Real vocabularies for the tests; only their data files are used, so none of their dependencies.
 TOKENIZERS := mistral-common==1.13.1 qwen-agent==0.0.34
 
-.PHONY: help venv demo test lint ladder bench clean
+.PHONY: help venv demo test lint mutation ladder bench clean
 
 help:
 	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make mutation  does a test notice every change of the mathematics? (docs/mutation.md)"
 	@echo "make ladder  measure the papers' claims in the small, about an hour"
 	@echo "make bench   measure speed and memory, as ratios"
 	@echo "make clean   remove .venv, runs/ and caches"
@@ -37,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --jobs 2
 
 ladder: $(STAMP)
 	$(BIN)/python examples/reproduction/ladder.py --scale cpu
