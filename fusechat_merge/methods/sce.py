@@ -89,9 +89,7 @@ def shares(
     return eta, selection
 
 
-def write(
-    passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str
-) -> None:
+def write(passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str) -> None:
     """Write the merged tensor by what ``shares`` has found."""
     update = _fork_update(eta) if variant == "fork" else _paper_update(eta, selection)
     passes.write(lambda block, out: _write(block, out, update))

@@ -690,7 +690,9 @@ def test_dtw_pairs_the_tokens_of_each_response():
             for side, tokens in zip(sides, (response.tokens, other.tokens), strict=True)
         ]
         # Token t's partner is j: the states after both match, and so do the first.
-        after = [before + j + 1 if 0 <= j < len(other.tokens) - 1 else -1 for j in plain_dtw(*texts)]
+        after = [
+            before + j + 1 if 0 <= j < len(other.tokens) - 1 else -1 for j in plain_dtw(*texts)
+        ]
         expected += [before, *after[:-1]]
         before += len(other.tokens)
     matches = match_states(Responses.of(left), Responses.of(right), "dtw", sides)

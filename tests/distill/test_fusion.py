@@ -235,7 +235,9 @@ def test_temperature_divides_logprobs_before_renormalising():
 
 def test_a_row_of_improbable_entries_is_renormalised_too():
     # exp(-800) is 0.
-    model = one([1.0, 1.0], ids=np.array([[3, 5]] * 2), logprobs=np.array([[0.0, -9], [-800, -801]]))
+    model = one(
+        [1.0, 1.0], ids=np.array([[3, 5]] * 2), logprobs=np.array([[0.0, -9], [-800, -801]])
+    )
     fused = fuse([model], np.array([0, 2]), np.ones(2))
     expected = np.exp([[0.0, -9], [0, -1]]) / np.exp([[0.0, -9], [0, -1]]).sum(axis=1)[:, None]
     np.testing.assert_allclose(fused.probs, expected, rtol=1e-6)

@@ -183,38 +183,43 @@ def test_ties_go_to_the_lower_index(size: int, tau: float) -> None:
     assert torch.count_nonzero(out[k:]) == 0
 
 
-@pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
-@pytest.mark.parametrize("tau", [0.02, 0.2, 0.5, 0.8, 0.999])
-def test_selection_of_variances_with_any_bits(
-    monkeypatch: pytest.MonkeyPatch, tau: float, candidates: int
-) -> None:
-    # δ itself stands for the variance: neighbours across the border of every digit, and ties.
-    monkeypatch.setattr(
-        method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
-    )
-    monkeypatch.setattr(method, "CANDIDATES", candidates)
+def neighbours() -> np.ndarray:
+    """Variances, as the int64 of their bits: on, before and after the border of every digit."""
     digits = np.random.default_rng(0).integers(1, 0x7FEF, (6, 4))
     borders = [
         sum(int(d) << (48 - 16 * i) for i, d in enumerate(row[: 1 + n]))
         for row in digits
         for n in range(4)
     ]
-    pool = np.array([0, *(border + off for border in borders for off in (-1, 0, 1))])
-    keys = np.random.default_rng(1).choice(pool, (STRIP + 1) * BLOCK + 17)
+    return np.array([0, *(border + off for border in borders for off in (-1, 0, 1))])
+
+
+@pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
+@pytest.mark.parametrize("size", [100, (STRIP + 1) * BLOCK + 17])
+def test_selection_of_variances_with_any_bits(
+    monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
+) -> None:
+    # δ itself stands for the variance.
+    monkeypatch.setattr(
+        method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
+    )
+    monkeypatch.setattr(method, "CANDIDATES", candidates)
+    keys = np.random.default_rng(1).choice(neighbours(), size)
     target = torch.from_numpy(keys.view(np.float64))
-    order = np.lexsort((np.arange(len(keys)), -keys))
-    expected = np.sort(order[: math.floor(tau * np.count_nonzero(keys))])
-    for passes in (
-        InMemory(torch.zeros_like(target), [target]),
-        Segments(torch.zeros_like(target), [target], 2),
-    ):
-        selection = method.select(passes, tau)
-        masks = passes.map(
-            lambda block: torch.cat(
-                [selection.mask(strip, method._deltas(strip)) for strip in block.strips()]
+    order = np.lexsort((np.arange(size), -keys))
+    nonzero = np.count_nonzero(keys)
+    for k in range(nonzero) if size == 100 else (nonzero // 50, nonzero // 2):
+        for passes in (
+            InMemory(torch.zeros_like(target), [target]),
+            Segments(torch.zeros_like(target), [target], 2),
+        ):
+            selection = method.select(passes, (k + 0.5) / nonzero)
+            masks = passes.map(
+                lambda block: torch.cat(
+                    [selection.mask(strip, method._deltas(strip)) for strip in block.strips()]
+                )
             )
-        )
-        assert np.array_equal(np.flatnonzero(torch.cat(list(masks))), expected)
+            assert np.array_equal(np.flatnonzero(torch.cat(list(masks))), np.sort(order[:k]))
 
 
 def test_algorithm_1_by_hand() -> None:
