@@ -191,11 +191,12 @@ def neighbours() -> np.ndarray:
         for row in digits
         for n in range(4)
     ]
-    return np.array([0, *(border + off for border in borders for off in (-1, 0, 1))])
+    subnormal = [1, 2, 1 << 16, 1 << 32, 3 << 32, (1 << 48) - 1]
+    return np.array([0, *subnormal, *(border + off for border in borders for off in (-1, 0, 1))])
 
 
 @pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
-@pytest.mark.parametrize("size", [100, (STRIP + 1) * BLOCK + 17])
+@pytest.mark.parametrize("size", [160, (STRIP + 1) * BLOCK + 17])
 def test_selection_of_variances_with_any_bits(
     monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
 ) -> None:
@@ -208,7 +209,7 @@ def test_selection_of_variances_with_any_bits(
     target = torch.from_numpy(keys.view(np.float64))
     order = np.lexsort((np.arange(size), -keys))
     nonzero = np.count_nonzero(keys)
-    for k in range(nonzero) if size == 100 else (nonzero // 50, nonzero // 2):
+    for k in range(nonzero) if size == 160 else (nonzero // 50, nonzero // 2):
         for passes in (
             InMemory(torch.zeros_like(target), [target]),
             Segments(torch.zeros_like(target), [target], 2),
