@@ -274,8 +274,7 @@ def _match_dtw(
             _strings(source.tokens[s:s_stop], source_vocabulary),
         )[:-1]
         # Token i's partner j: the states after both are paired, which predict i + 1 and j + 1.
-        after = np.where((pairs >= 0) & (s + pairs + 1 < s_stop), s + pairs + 1, -1)
-        matches[p + 1 : p_stop] = after
+        matches[p + 1 : p_stop] = np.where(pairs >= 0, s + pairs + 1, -1)
         matches[p] = s
     return matches
 

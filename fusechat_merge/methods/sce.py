@@ -190,7 +190,10 @@ def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
-    """Counts, by their digit at ``shift``, the non-zero variances that begin with ``prefix``."""
+    """Counts, by their digit at ``shift``, the variances that begin with ``prefix``.
+
+    Zeros are left out at the first digit, so that no more is wanted than there are others.
+    """
 
     def count(block: Block) -> tuple[np.ndarray, np.ndarray]:
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
@@ -204,8 +207,6 @@ def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarra
             else:
                 inside = keys[keys >> (shift + _DIGIT) == prefix]
                 counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
-                if prefix == 0:
-                    counts[0] -= int((inside == 0).sum())
         digits = np.flatnonzero(counts)
         return digits, counts[digits]
 
@@ -217,13 +218,13 @@ def _bins(digits: Tensor) -> np.ndarray:
 
 
 def _candidates(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
-    """Collects the non-zero variances, as int64, that begin with ``prefix``."""
+    """Collects the variances, as int64, that begin with ``prefix``."""
 
     def collect(block: Block) -> np.ndarray:
         found = []
         for strip in block.strips():
             keys = _variance_keys(_deltas(strip))
-            found.append(keys[(keys >> shift == prefix) & (keys != 0)].cpu().numpy())
+            found.append(keys[keys >> shift == prefix].cpu().numpy())
         return np.concatenate(found)
 
     return collect

@@ -508,6 +508,7 @@ def test_states_of_responses_by_hand():
     assert np.flatnonzero(responses.is_begin).tolist() == [0, 4]
     assert np.flatnonzero(responses.is_end).tolist() == [3]  # the second has no stop
     assert responses.loss_before.tolist() == [-0.5 * t for t in range(10)]
+    assert match_states(responses, responses).tolist() == [0, -1, 2, 3, 4, -1, 6, -1, 8]
 
 
 def test_an_empty_answer_matches_no_state_inside_another():

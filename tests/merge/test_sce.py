@@ -205,7 +205,8 @@ def test_selection_of_variances_with_any_bits(
         method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
     )
     monkeypatch.setattr(method, "CANDIDATES", candidates)
-    keys = np.random.default_rng(1).choice(neighbours(), size)
+    few = [2 << 48, (2 << 48) + 5, (2 << 48) + 5]  # ties beside one other
+    keys = np.concatenate([np.random.default_rng(1).choice(neighbours(), size - 3), few])
     target = torch.from_numpy(keys.view(np.float64))
     order = np.lexsort((np.arange(size), -keys))
     nonzero = np.count_nonzero(keys)

@@ -279,6 +279,15 @@ def test_threads_and_segments_leave_the_bits(dtypes: Sequence[torch.dtype]) -> N
         assert same_bits(other[2], first[2])
 
 
+def test_strips_cover_a_block_and_its_output() -> None:
+    n = (STRIP + 1) * BLOCK + 5
+    block = Block(3 * BLOCK, torch.arange(n), ())
+    out = torch.arange(n)
+    strips = list(block.strips())
+    assert [strip.base.numel() for strip in strips] == [STRIP * BLOCK, BLOCK + 5]
+    assert all(torch.equal(block.part(out, strip), strip.base) for strip in strips)
+
+
 def test_total_knows_no_order() -> None:
     rows = [[1e16, 1.0], [1.0, 1e-9], [-1e16, 3.0], [2.0**-60, 0.0]]
     for order in itertools.permutations(rows):
