@@ -58,6 +58,10 @@ coverage: $(STAMP)
 reliability: $(STAMP)
 	$(BIN)/python tests/reliability/run.py
 
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --jobs 2
+
 ladder: $(STAMP)
 	$(BIN)/python examples/reproduction/ladder.py --scale cpu
 

@@ -68,15 +68,13 @@ def match_positions(
     return np.where(found, known[at], -1)
 
 
-def dtw(
-    pivot_tokens: Sequence[str | None], source_tokens: Sequence[str | None]
-) -> NDArray[np.int64]:
+def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np.int64]:
     """For each pivot token the source token that the papers' alignment pairs it with, [n].
 
     Dynamic time warping (FuseLLM, arXiv 2401.10491): the cost of a pair is the edit distance of the
-    two tokens without their white space, 0 for two special tokens (None); of equally cheap ways
-    the diagonal is taken first, then the one that goes back in the source. -1 where a token has
-    several partners or its partner has. O(n·m) time and memory, without a Python inner loop.
+    two tokens without their white space (a special token is ""); of equally cheap ways the diagonal
+    is taken first, then the one that goes back in the source. -1 where a token has several partners
+    or its partner has. O(n·m) time and memory, without a Python inner loop.
     """
     n, m = len(pivot_tokens), len(source_tokens)
     pairs = np.full(n, -1, dtype=np.int64)
@@ -119,28 +117,20 @@ def dtw(
 
 
 def _costs(
-    left: Sequence[str | None], right: Sequence[str | None]
+    left: Sequence[str], right: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Edit distances of the distinct tokens, and which of them each token is."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
-    def distinct(tokens: Sequence[str | None]) -> tuple[list[str | None], NDArray[np.int64]]:
-        index: dict[str | None, int] = {}
-        where = [
-            index.setdefault(None if token is None else "".join(token.split()), len(index))
-            for token in tokens
-        ]
+    def distinct(tokens: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+        index: dict[str, int] = {}
+        where = [index.setdefault("".join(token.split()), len(index)) for token in tokens]
         return list(index), np.array(where, dtype=np.int64)
 
     lefts, rows = distinct(left)
     rights, columns = distinct(right)
-    costs = cdist(
-        [token or "" for token in lefts],
-        [token or "" for token in rights],
-        scorer=Levenshtein.distance,
-        dtype=np.int32,
-    ).astype(np.int64)
+    costs = cdist(lefts, rights, scorer=Levenshtein.distance).astype(np.int64)
     return costs, rows, columns
 
 
@@ -261,7 +251,7 @@ def match_states(
 
     def keys(side: Responses) -> NDArray[np.int64]:
         kind = side.is_begin + 2 * side.is_end.astype(np.int64)
-        return np.where(side.at >= 0, 3 * (bases[side.response] + side.at) + kind, -1)
+        return np.where(side.at >= 0, 4 * (bases[side.response] + side.at) + kind, -1)
 
     return match_positions(keys(pivot), keys(source))
 
@@ -275,7 +265,7 @@ def _bases(pivot: Responses, source: Responses) -> NDArray[np.int64]:
 def _match_dtw(
     pivot: Responses, source: Responses, pivot_vocabulary: Vocabulary, source_vocabulary: Vocabulary
 ) -> NDArray[np.int64]:
-    matches = np.full(len(pivot.tokens), -1, dtype=np.int64)
+    matches = np.empty(len(pivot.tokens), dtype=np.int64)
     for r in range(len(pivot.begins)):
         p, s = pivot.offsets[r], source.offsets[r]
         p_stop, s_stop = pivot.offsets[r + 1], source.offsets[r + 1]
@@ -284,17 +274,13 @@ def _match_dtw(
             _strings(source.tokens[s:s_stop], source_vocabulary),
         )[:-1]
         # Token i's partner j: the states after both are paired, which predict i + 1 and j + 1.
-        after = np.where((pairs >= 0) & (s + pairs + 1 < s_stop), s + pairs + 1, -1)
-        matches[p + 1 : p_stop] = after
+        matches[p + 1 : p_stop] = np.where(pairs >= 0, s + pairs + 1, -1)
         matches[p] = s
     return matches
 
 
-def _strings(tokens: NDArray[np.int64], vocabulary: Vocabulary) -> list[str | None]:
-    return [
-        vocabulary.tokens[i].decode(errors="surrogateescape") if vocabulary.text[i] else None
-        for i in tokens.tolist()
-    ]
+def _strings(tokens: NDArray[np.int64], vocabulary: Vocabulary) -> list[str]:
+    return [vocabulary.tokens[i].decode(errors="surrogateescape") for i in tokens.tolist()]
 
 
 def pair_counts(pivot: Responses, source: Responses, matches: NDArray[np.int64]) -> PairCounts:
@@ -385,7 +371,7 @@ def _mapped(
     left = np.exp(source.gold_logprobs[states].astype(np.float64)) - path
     probs = np.where(gold, np.maximum(left, 0.0)[:, None], probs)
     projection = collapse(
-        np.column_stack([mapped, np.where(on_path, pivot.tokens[rows], -1)]),
+        np.column_stack([mapped, pivot.tokens[rows]]),
         np.column_stack([probs, np.where(on_path, path, 0.0)]),
     )
     k = entries.shape[1]
@@ -410,5 +396,5 @@ def _gold_path(
     responses = pivot.response[rows]
     last = np.where(pivot.is_end[rows], source.offsets[responses + 1] - 1, last)
     known = last >= states
-    total = source.loss_before[np.where(known, last + 1, 0)] - source.loss_before[states]
+    total = source.loss_before[last + 1] - source.loss_before[states]
     return np.where(known, np.exp(np.minimum(total, 0.0)), np.nan)

@@ -249,9 +249,8 @@ def _widen(rows: Array, width: int, fill: float = 0) -> Array:
 
 def _probabilities(logprobs: Array, tail: Tail, temperature: float) -> Array:
     """Rows of log-probabilities as probabilities; a row without an entry stays zero."""
-    best = logprobs.max(axis=1, keepdims=True, initial=-np.inf)
-    shifted = np.where(np.isneginf(best), -np.inf, logprobs - np.where(np.isneginf(best), 0, best))
-    heated = np.exp(shifted / temperature)
+    best = logprobs.max(axis=1, keepdims=True)
+    heated = np.exp((logprobs - np.where(np.isneginf(best), 0, best)) / temperature)
     total = heated.sum(axis=1, keepdims=True)
     share = heated / np.where(total > 0, total, 1.0)
     if tail == "renormalize":

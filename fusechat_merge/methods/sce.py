@@ -59,7 +59,7 @@ def sce(
     return passes.output
 
 
-def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> list[float]:
+def merge(passes: Passes, select_topk: float, variant: str) -> list[float]:
     """Write the merged tensor; return η_j, K floats.
 
     Args:
@@ -78,7 +78,7 @@ def merge(passes: Passes, select_topk: float = 1.0, variant: str = "paper") -> l
 
 
 def shares(
-    passes: Passes, select_topk: float = 1.0, variant: str = "paper"
+    passes: Passes, select_topk: float, variant: str
 ) -> tuple[list[float], Selection | None]:
     """η_j (K floats) and the selection it was calculated over (None: everything)."""
     selection = select(passes, select_topk) if select_topk < 1.0 else None
@@ -89,9 +89,7 @@ def shares(
     return eta, selection
 
 
-def write(
-    passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str = "paper"
-) -> None:
+def write(passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str) -> None:
     """Write the merged tensor by what ``shares`` has found."""
     update = _fork_update(eta) if variant == "fork" else _paper_update(eta, selection)
     passes.write(lambda block, out: _write(block, out, update))
@@ -192,7 +190,10 @@ def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
-    """Counts, by their digit at ``shift``, the non-zero variances that begin with ``prefix``."""
+    """Counts, by their digit at ``shift``, the variances that begin with ``prefix``.
+
+    Zeros are left out at the first digit, so that no more is wanted than there are others.
+    """
 
     def count(block: Block) -> tuple[np.ndarray, np.ndarray]:
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
@@ -206,8 +207,6 @@ def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarra
             else:
                 inside = keys[keys >> (shift + _DIGIT) == prefix]
                 counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
-                if prefix == 0:
-                    counts[0] -= int((inside == 0).sum())
         digits = np.flatnonzero(counts)
         return digits, counts[digits]
 
@@ -219,13 +218,13 @@ def _bins(digits: Tensor) -> np.ndarray:
 
 
 def _candidates(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
-    """Collects the non-zero variances, as int64, that begin with ``prefix``."""
+    """Collects the variances, as int64, that begin with ``prefix``."""
 
     def collect(block: Block) -> np.ndarray:
         found = []
         for strip in block.strips():
             keys = _variance_keys(_deltas(strip))
-            found.append(keys[(keys >> shift == prefix) & (keys != 0)].cpu().numpy())
+            found.append(keys[keys >> shift == prefix].cpu().numpy())
         return np.concatenate(found)
 
     return collect

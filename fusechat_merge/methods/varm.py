@@ -81,7 +81,7 @@ def _squares(strip: Block, statistic: str) -> Iterator[Tensor]:
         yield delta.abs_() if statistic == "absolute" else delta.mul_(delta)
 
 
-def statistics(passes: Passes, statistic: str = "square") -> list[float]:
+def statistics(passes: Passes, statistic: str) -> list[float]:
     """Σ over one tensor of δ_j² or |δ_j|: K floats, exact sums of the half cells' float64 sums.
 
     Raises:
@@ -105,7 +105,7 @@ def weights(statistics: Sequence[float], prior: Sequence[float]) -> list[float]:
     return [share / whole for share in shares]
 
 
-def write(passes: Passes, weights: Sequence[float], lam: float = 1.0) -> None:
+def write(passes: Passes, weights: Sequence[float], lam: float) -> None:
     """Write (1 − λ) base + λ Σ W_j target_j, rounded once to the inputs' promoted dtype.
 
     A unit no target moved (all weights 0) is the base's, bit for bit, and where one target has all
@@ -137,9 +137,7 @@ def _write_block(block: Block, out: Tensor, coefficients: Sequence[float], of_ba
         block.part(out, strip).copy_(merged)
 
 
-def write_elements(
-    passes: Passes, prior: Sequence[float], statistic: str = "square", lam: float = 1.0
-) -> None:
+def write_elements(passes: Passes, prior: Sequence[float], statistic: str, lam: float) -> None:
     """The same with every element a unit of its own; an unmoved element keeps the base's bits.
 
     Raises:

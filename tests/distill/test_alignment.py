@@ -1,13 +1,14 @@
 """Positions, vocabulary maps and projections against references that follow the definitions."""
 
 import copy
+import dataclasses
 import math
 from itertools import product
 
 import numpy as np
 import pytest
 import real_tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
 from texts import PIECES, texts
@@ -87,7 +88,7 @@ def plain_dtw(pivot: list, source: list) -> list[int]:
         return row[-1]
 
     def cost(a, b) -> int:
-        return distance("".join((a or "").split()), "".join((b or "").split()))
+        return distance("".join(a.split()), "".join(b.split()))
 
     total = {(-1, -1): 0}
     n, m = len(source), len(pivot)
@@ -110,11 +111,14 @@ def plain_dtw(pivot: list, source: list) -> list[int]:
 
 
 tokens_of_text = st.lists(
-    st.sampled_from(["a", " a", "b", "ab", " abc", "", "é", None]), max_size=9
+    st.sampled_from(["a", " a", "b", "ab", " abc", "a b", "", "é"]), max_size=9
 )
 
 
 @given(pivot=tokens_of_text, source=tokens_of_text)
+@example(pivot=["a", "b"], source=["a b", "b"])
+@example(pivot=["a", "abc", "b"], source=["c", "cc", "c", "abc"])  # up and left are equal
+@example(pivot=["", "bbbb", "c"], source=["", "bbb", "", "bbbb", "c"])  # up along the edge
 def test_dtw_is_the_papers_recurrence(pivot, source):
     expected = plain_dtw(pivot, source) if pivot and source else [-1] * len(pivot)
     assert dtw(pivot, source).tolist() == expected
@@ -470,6 +474,106 @@ def vocabulary_map_of(pivot: Renderer, source: Renderer, mode: str, counts=None)
     return VocabularyMap.from_bytes(*sides, first_tokens_of(pivot.tokenizer, *sides), roles)
 
 
+def by_hand(
+    begin: int,
+    end: int,
+    ends: list[int],
+    stop: str = "eos",
+    pending: bytes = b"",
+    tokens: list[int] | None = None,
+) -> ScoredResponse:
+    n = len(ends)
+    return ScoredResponse(
+        turn=1,
+        begin=begin,
+        end=end,
+        first=1,
+        pending=pending,
+        stop=stop,
+        tokens=np.arange(n, dtype=np.uint32) if tokens is None else np.array(tokens, np.uint32),
+        ends=np.array(ends, dtype=np.int32),
+        ids=np.zeros((n, 1), dtype=np.uint32),
+        logprobs=np.zeros((n, 1), dtype=np.float16),
+        gold_logprobs=np.full(n, -0.5, dtype=np.float32),
+    )
+
+
+def test_states_of_responses_by_hand():
+    # A token without text gives two states one byte; a response begins where the one before ends.
+    responses = Responses.of(
+        [by_hand(0, 5, [2, 2, 5, -1]), by_hand(5, 9, [7, 7, 9, 9, -1], stop="none")]
+    )
+    assert responses.at.tolist() == [0, -1, 2, 5, 5, -1, 7, -1, 9]
+    assert responses.response.tolist() == [0] * 4 + [1] * 5
+    assert np.flatnonzero(responses.is_begin).tolist() == [0, 4]
+    assert np.flatnonzero(responses.is_end).tolist() == [3]  # the second has no stop
+    assert responses.loss_before.tolist() == [-0.5 * t for t in range(10)]
+    assert match_states(responses, responses).tolist() == [0, -1, 2, 3, 4, -1, 6, -1, 8]
+
+
+def test_an_empty_answer_matches_no_state_inside_another():
+    trimmed, kept = by_hand(1, 1, [-1]), by_hand(0, 4, [2, 4, -1])
+    for pivot, source in ((trimmed, kept), (kept, trimmed)):
+        assert (match_states(Responses.of([pivot]), Responses.of([source])) == -1).all()
+
+
+def test_pairs_are_counted_where_both_begin_after_the_same_text():
+    pivot = [
+        by_hand(0, 5, [2, 5, -1], tokens=[10, 11, 12]),
+        by_hand(0, 5, [2, 5, -1], tokens=[20, 21, 22], pending=b" "),
+    ]
+    source = [
+        by_hand(0, 5, [3, 5, -1], tokens=[30, 31, 32]),
+        by_hand(0, 5, [2, 5, -1], tokens=[40, 41, 42]),
+    ]
+    pivots, sources = Responses.of(pivot), Responses.of(source)
+    counts = pair_counts(pivots, sources, match_states(pivots, sources))
+    # Not 11 (no match), 12 and 22 (stops), 20 (begins with another pending text).
+    assert [column.tolist() for column in counts] == [[30, 41], [10, 21], [1, 1]]
+
+
+def test_of_the_same_vocabulary_only_what_differs_is_changed():
+    same = small("a", " a", None, None)
+    vocabulary_map = VocabularyMap.from_em(same, same, {3: 2})
+    pivot = by_hand(0, 3, [1, 2, 3, -1], tokens=[1, 0, 0, 2], pending=b" ")
+    source = dataclasses.replace(
+        by_hand(0, 3, [1, 2, 3, -1], tokens=[0, 0, 0, 3]),
+        ids=np.array([[0, 1], [1, 0], [3, 0], [1, 0]], dtype=np.uint32),
+        logprobs=np.log([[0.5, 0.25], [0.5, 0.5], [0.5, 0.25], [0.5, 0.125]]).astype(np.float16),
+        gold_logprobs=np.log([0.5, 0.5, 0.25, 0.25]).astype(np.float32),
+    )
+    with np.errstate(divide="raise"):  # a missing entry is no warning
+        aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
+    assert aligned.matches.tolist() == [0, 1, 2, 3]
+    assert aligned.ids.tolist() == [
+        [1, 0],  # the pivot's first token begins with its pending space
+        [1, 0],  # passed on as it is, the order of equals too
+        [2, 0],  # a stop of another name
+        [1, 2],  # the stop is the gold token
+    ]
+    expected = [[0.5, 0.0], [0.5, 0.5], [0.5, 0.25], [0.5, 0.25]]
+    assert np.exp(aligned.logprobs.astype(float)) == pytest.approx(np.array(expected), rel=1e-3)
+
+
+def test_the_gold_path_needs_both_ends():
+    sides = small("abc", "a", "q", None), small("a", "bc", "abcd", None)
+    vocabulary_map = VocabularyMap.from_bytes(*sides, np.array([1, 2, 0, -1]))
+    source = dataclasses.replace(
+        by_hand(0, 4, [1, 3, 4, -1], tokens=[0, 1, 2, 3]),
+        ids=np.array([[0, 2]] * 4, dtype=np.uint32),
+        logprobs=np.log([[0.5, 0.25]] * 4).astype(np.float16),
+        # In float32 a certain token's may come out above 0.
+        gold_logprobs=np.array([math.log(0.5), math.log(0.5), 0.01, 0.01], dtype=np.float32),
+    )
+    for end, expected in ((3, {0: 0.5, 1: 0.25}), (-1, {0: 0.25, 1: 0.5})):
+        pivot = by_hand(0, 4, [end, 4, -1], tokens=[0, 2, 3])
+        aligned = align(Responses.of([pivot]), Responses.of([source]), vocabulary_map)
+        first = dict(zip(aligned.ids[0].tolist(), np.exp(aligned.logprobs[0]), strict=True))
+        assert first == pytest.approx(expected, rel=1e-3)
+        assert (aligned.logprobs <= 0).all()
+        assert aligned.logprobs[-1, 0] == 0
+
+
 ANSWERS = [
     ["Hello there.", " Leading and trailing \n"],
     ["日本語 with café\n\nand   spaces", "def f(x):\n        return x[0]\n"],
@@ -573,6 +677,28 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch):
     parts = align(pivots, sources, vocabulary_map)
     assert parts.ids.tobytes() == whole.ids.tobytes()
     assert parts.logprobs.tobytes() == whole.logprobs.tobytes()
+
+
+def test_dtw_pairs_the_tokens_of_each_response():
+    pivot, source = renderer_of("openchat"), renderer_of("qwen")
+    answers = ["The cat sat.", "日本語 with café", "👩🏽‍🚀 ok"]
+    left, right = scored(pivot, answers, 1), scored(source, answers, 2)
+    sides = vocabulary(pivot.tokenizer), vocabulary(source.tokenizer)
+    expected, before = [], 0
+    for response, other in zip(left, right, strict=True):
+        texts = [
+            [side.tokens[i].decode(errors="surrogateescape") for i in tokens]
+            for side, tokens in zip(sides, (response.tokens, other.tokens), strict=True)
+        ]
+        # Token t's partner is j: the states after both match, and so do the first.
+        after = [
+            before + j + 1 if 0 <= j < len(other.tokens) - 1 else -1 for j in plain_dtw(*texts)
+        ]
+        expected += [before, *after[:-1]]
+        before += len(other.tokens)
+    matches = match_states(Responses.of(left), Responses.of(right), "dtw", sides)
+    assert matches.tolist() == expected
+    assert matches.tolist() != match_states(Responses.of(left), Responses.of(right)).tolist()
 
 
 def test_dtw_positions_pair_states_after_paired_tokens():

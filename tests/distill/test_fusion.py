@@ -108,6 +108,7 @@ def as_rows(fused: Fused) -> list[dict[int, float]]:
     assert fused.ids.dtype == np.int32
     assert fused.probs.dtype == np.float32
     assert (np.diff(fused.probs, axis=1) <= 0).all()
+    assert not fused.ids[fused.probs == 0].any()
     rows = []
     for ids, probs in zip(fused.ids, fused.probs, strict=True):
         held = [(int(i), float(p)) for i, p in zip(ids, probs, strict=True) if p > 0]
@@ -186,7 +187,7 @@ def test_bytes_compare_tokenizers_and_own_tokens_favour_the_finer_one():
     # The same text: the pivot loses 3 nats on 3 tokens, the source 3.6 nats on 6 of its own.
     source = one([1.2, 1.2, 1.2], tokens=np.array([2, 2, 2]))
     models = [one([1.0, 1.0, 1.0]), source]
-    assert winner(models, cross_entropy="byte") == [0]
+    assert winner(models, cross_entropy="byte") == winner(models) == [0]
     assert winner(models, cross_entropy="token") == [1]
 
 
@@ -197,6 +198,23 @@ def test_a_loss_that_is_no_number_never_wins(bad):
     assert winner([one([9.0, 9.0]), one([0.0, bad])]) == [0]
     fused = fuse([one([bad]), one([bad])], np.array([0, 1]), np.ones(1), function="avg_ce")
     assert fused.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_a_sample_nobody_understands_is_mixed_like_any_other():
+    # exp(-1000) is 0: what counts is the distance to the sample's best, not to another sample's.
+    models = [one([4000.0, 4.0], present=np.ones(2, bool)) for _ in range(2)]
+    fused = fuse(models, np.array([0, 1, 2]), np.full(2, 4), function="avg_ce")
+    assert fused.weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_a_sample_of_one_position_is_a_segment_of_its_own():
+    both = {"present": np.ones(2, bool)}
+    models = [
+        one([1.0, 1.0, 1.0], **both),
+        one([9.0, 9.0, 0.1], matched=np.array([True, True, False]), **both),
+    ]
+    fused = fuse(models, np.array([0, 2, 3]), np.full(3, 4), level="token")
+    assert fused.weights.argmax(axis=1).tolist() == [0, 0, 1]
 
 
 def test_without_a_score_the_rows_are_zero():
@@ -213,6 +231,22 @@ def test_temperature_divides_logprobs_before_renormalising():
     fused = fuse([model], np.array([0, 1]), np.ones(1), temperature=2.0)
     expected = np.sqrt([0.4, 0.1]) / np.sqrt([0.4, 0.1]).sum()
     np.testing.assert_allclose(fused.probs, [expected], rtol=1e-6)
+
+
+def test_a_row_of_improbable_entries_is_renormalised_too():
+    # exp(-800) is 0.
+    model = one(
+        [1.0, 1.0], ids=np.array([[3, 5]] * 2), logprobs=np.array([[0.0, -9], [-800, -801]])
+    )
+    fused = fuse([model], np.array([0, 2]), np.ones(2))
+    expected = np.exp([[0.0, -9], [0, -1]]) / np.exp([[0.0, -9], [0, -1]]).sum(axis=1)[:, None]
+    np.testing.assert_allclose(fused.probs, expected, rtol=1e-6)
+
+
+def test_of_equally_probable_tokens_the_lower_comes_first():
+    ids = np.random.default_rng(0).permutation(64)[None]
+    fused = fuse([one([1.0], ids=ids, logprobs=np.log(np.full((1, 64), 0.01)))], [0, 1], np.ones(1))
+    assert fused.ids.tolist() == [list(range(64))]
 
 
 def test_the_gold_tail_is_what_the_entries_leave():
@@ -250,12 +284,18 @@ def test_segment_sums_put_every_token_somewhere_once():
     sums, counts = segment_sums(np.array([-1, 2, -1, 5]), losses)
     assert sums.tolist() == [3.0, 28.0, 0.0, 32.0]
     assert counts.tolist() == [2, 3, 0, 1]
+    sums, counts = segment_sums(np.array([-1, 0, 2]), losses)
+    assert sums.tolist() == [0.0, 3.0, 60.0]
+    assert counts.tolist() == [0, 2, 4]
     sums, counts = segment_sums(np.array([-1, -1]), losses)
     assert sums.tolist() == [63.0, 0.0]
     assert counts.tolist() == [6, 0]
     sums, counts = segment_sums(np.array([0, 2, 2, 5]), losses)
     assert sums.tolist() == [3.0, 0.0, 28.0, 32.0]
     assert counts.tolist() == [2, 0, 3, 1]
+    # Losses are stored in float32, where 2^24 + 1 is 2^24.
+    large = np.array([2.0**24, 1.0, 0.5], np.float32)
+    assert segment_sums(np.array([2]), large)[0].tolist() == [2.0**24 + 1.5]
     assert segment_sums(np.array([0, -1]), np.zeros(0))[1].tolist() == [0, 0]
     assert segment_sums(np.zeros(0, np.int64), losses)[0].shape == (0,)
 
@@ -271,10 +311,16 @@ def test_samples_are_put_together_from_what_alignment_stores():
     both = Scores.joined([first, Scores.absent(2), second])
     assert both.ids.tolist() == [[5, 6], [0, 0], [7, 8], [0, 0], [0, 0], [9, 0]]
     assert both.logprobs[5].tolist() == [0.0, -math.inf]
+    assert both.logprobs[1].tolist() == [-math.inf, -math.inf]
     assert both.matched.tolist() == [True, False, True, False, False, True]
     assert both.nll.tolist() == [2.0, 0.0, 2.0, 0.0, 0.0, 0.25]
     assert both.tokens.tolist() == [2, 0, 2, 0, 0, 1]
     assert both.present.tolist() == [True, False, True]
+
+
+def test_an_absent_sample_widens_nothing():
+    scored = Scores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
+    assert Scores.joined([scored, Scores.absent(2)]).ids.tolist() == [[9], [0], [0]]
 
 
 def test_the_strategies_name_their_targets():

@@ -42,7 +42,11 @@ def problem(dtype: torch.dtype, with_bias: bool, spread: float = 1.0) -> dict[st
 
 
 def reference(
-    given: dict[str, torch.Tensor], clm_weight: float, scale: float, cap: float | None
+    given: dict[str, torch.Tensor],
+    clm_weight: float,
+    scale: float,
+    cap: float | None,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """λ·Σ NLL + (1 − λ)·Σ CE and its gradients, in float64 with full [N, V] tensors."""
     leaves = {
@@ -56,7 +60,7 @@ def reference(
     logits = logits * scale
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    log_q = logits.log_softmax(-1)
+    log_q = (logits / temperature).log_softmax(-1)
     full = torch.zeros_like(log_q)
     for n in range(POSITIONS):
         for j in range(WIDTH):
@@ -69,7 +73,11 @@ def reference(
 
 
 def fused(
-    given: dict[str, torch.Tensor], clm_weight: float, scale: float, cap: float | None
+    given: dict[str, torch.Tensor],
+    clm_weight: float,
+    scale: float,
+    cap: float | None,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     leaves = {
         name: given[name].clone().requires_grad_() if given[name] is not None else None
@@ -78,7 +86,7 @@ def fused(
     log_probs, *_, gap = FusionLogProbFunction.apply(
         *leaves.values(),
         given["targets"],
-        1.0,
+        temperature,
         32,  # several vocabulary tiles
         cap,
         scale,
@@ -113,10 +121,13 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
         pytest.param(True, 1.7, 2.0, id="bias-scale-cap"),
     ],
 )
-def test_value_and_gradients_equal_the_dense_reference(clm_weight, with_bias, scale, cap):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_value_and_gradients_equal_the_dense_reference(
+    clm_weight, with_bias, scale, cap, temperature
+):
     given = problem(torch.float32, with_bias)
-    value, gradients = fused(given, clm_weight, scale, cap)
-    exact, exact_gradients = reference(given, clm_weight, scale, cap)
+    value, gradients = fused(given, clm_weight, scale, cap, temperature)
+    exact, exact_gradients = reference(given, clm_weight, scale, cap, temperature)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=2e-5)
     assert len(gradients) == len(exact_gradients)
     for ours, wanted in zip(gradients, exact_gradients, strict=True):
@@ -215,7 +226,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
     monkeypatch.setattr(loss_module, "_CPU_BLOCK", 2**12)
     hidden = torch.randn(count, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
-    ids = torch.randint(vocabulary, (count, 3))
+    ids = torch.randint(vocabulary, (count, 31))  # at once their rows would be the largest
     with Sizes() as sizes:
         log_probs, *_, gap = FusionLogProbFunction.apply(
             hidden,
@@ -228,7 +239,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
             1.0,
             ("entropy", "is_top1"),
             ids,
-            torch.full((count, 3), 0.3),
+            torch.full((count, 31), 0.03),
         )
         (gap - log_probs).sum().backward()
     assert sizes.largest == count * tile  # TRL's own, twice the head's gradient

@@ -83,6 +83,13 @@ def test_an_overflow_becomes_infinity() -> None:
     assert out.item() == math.inf
 
 
+def test_they_run_for_bfloat16_on_the_cpu_alone() -> None:
+    tensor = torch.zeros(4, dtype=BF16)
+    assert varm._loops_for(tensor, tensor) is compiled
+    assert varm._loops_for(tensor, tensor.float()) is None
+    assert varm._loops_for(tensor, tensor.to("meta")) is None
+
+
 def test_without_numba_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(70_001, generator=generator).to(BF16)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fusechat_merge
 from fusechat_merge.methods import sce as method
-from fusechat_merge.methods.blocks import BLOCK, Block, InMemory, NonFiniteError
+from fusechat_merge.methods.blocks import BLOCK, STRIP, Block, InMemory, NonFiniteError
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {
@@ -183,6 +183,47 @@ def test_ties_go_to_the_lower_index(size: int, tau: float) -> None:
     assert torch.count_nonzero(out[k:]) == 0
 
 
+def neighbours() -> np.ndarray:
+    """Variances, as the int64 of their bits: on, before and after the border of every digit."""
+    digits = np.random.default_rng(0).integers(1, 0x7FEF, (6, 4))
+    borders = [
+        sum(int(d) << (48 - 16 * i) for i, d in enumerate(row[: 1 + n]))
+        for row in digits
+        for n in range(4)
+    ]
+    subnormal = [1, 2, 1 << 16, 1 << 32, 3 << 32, (1 << 48) - 1]
+    return np.array([0, *subnormal, *(border + off for border in borders for off in (-1, 0, 1))])
+
+
+@pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
+@pytest.mark.parametrize("size", [160, (STRIP + 1) * BLOCK + 17])
+def test_selection_of_variances_with_any_bits(
+    monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
+) -> None:
+    # δ itself stands for the variance.
+    monkeypatch.setattr(
+        method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
+    )
+    monkeypatch.setattr(method, "CANDIDATES", candidates)
+    few = [2 << 48, (2 << 48) + 5, (2 << 48) + 5]  # ties beside one other
+    keys = np.concatenate([np.random.default_rng(1).choice(neighbours(), size - 3), few])
+    target = torch.from_numpy(keys.view(np.float64))
+    order = np.lexsort((np.arange(size), -keys))
+    nonzero = np.count_nonzero(keys)
+    for k in range(nonzero) if size == 160 else (nonzero // 50, nonzero // 2):
+        for passes in (
+            InMemory(torch.zeros_like(target), [target]),
+            Segments(torch.zeros_like(target), [target], 2),
+        ):
+            selection = method.select(passes, (k + 0.5) / nonzero)
+            masks = passes.map(
+                lambda block: torch.cat(
+                    [selection.mask(strip, method._deltas(strip)) for strip in block.strips()]
+                )
+            )
+            assert np.array_equal(np.flatnonzero(torch.cat(list(masks))), np.sort(order[:k]))
+
+
 def test_algorithm_1_by_hand() -> None:
     base = torch.zeros(4)
     first = torch.tensor([4.0, 1.0, -1.0, 0.0])
@@ -213,7 +254,7 @@ def test_realistic_deltas_get_their_weights_where_mergekits_sce_falls_back() -> 
     g = torch.Generator().manual_seed(3)
     base = torch.randn(100_000, generator=g)
     targets = [base + s * torch.randn(base.shape, generator=g) for s in (2e-4, 6e-4)]
-    eta = method.merge(InMemory(base, targets))
+    eta = method.merge(InMemory(base, targets), 1.0, "paper")
     assert eta == pytest.approx([0.1, 0.9], abs=2e-3)
 
 
@@ -326,6 +367,8 @@ def test_nan_and_inf_are_named(
     with pytest.raises(NonFiniteError) as caught:
         fusechat_merge.sce(base, targets, select_topk=tau, variant=variant)
     assert caught.value.target == where
+    with pytest.raises(NonFiniteError):
+        method.select(InMemory(base, targets), tau)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])

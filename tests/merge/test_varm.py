@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fusechat_merge
 from fusechat_merge.methods import varm as method
-from fusechat_merge.methods.blocks import BLOCK, Block, InMemory, NonFiniteError
+from fusechat_merge.methods.blocks import BLOCK, STRIP, Block, InMemory, NonFiniteError
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SIGNIFICANT = {BF16: 8, F16: 11, F32: 24, F64: 53}
@@ -279,11 +279,25 @@ def test_threads_and_segments_leave_the_bits(dtypes: Sequence[torch.dtype]) -> N
         assert same_bits(other[2], first[2])
 
 
+def test_strips_cover_a_block_and_its_output() -> None:
+    n = (STRIP + 1) * BLOCK + 5
+    block = Block(3 * BLOCK, torch.arange(n), ())
+    out = torch.arange(n)
+    strips = list(block.strips())
+    assert [strip.base.numel() for strip in strips] == [STRIP * BLOCK, BLOCK + 5]
+    assert all(torch.equal(block.part(out, strip), strip.base) for strip in strips)
+
+
 def test_total_knows_no_order() -> None:
     rows = [[1e16, 1.0], [1.0, 1e-9], [-1e16, 3.0], [2.0**-60, 0.0]]
     for order in itertools.permutations(rows):
         assert method.total(order, 2) == [1.0 + 2.0**-60, 4.000000001]
     assert method.total([], 2) == [0.0, 0.0]
+
+
+def test_no_weight_where_no_target_with_a_prior_moved() -> None:
+    assert method.weights([2.0, 0.0], [0.0, 1.0]) == [0.0, 0.0]
+    assert method.weights([2.0, 1.0], [0.0, 0.0]) == [0.0, 0.0]
 
 
 # -- copies
@@ -324,7 +338,7 @@ def test_one_target_among_weightless_ones_is_copied() -> None:
 @pytest.mark.parametrize("granularity", ["matrix", "element"])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
 def test_lambda_zero_is_the_base(dtype: torch.dtype, granularity: str) -> None:
-    base, targets = models(200, (dtype,) * 3)
+    base, targets = models((STRIP + 1) * BLOCK, (dtype,) * 3)  # more than one strip
     base[:9] = -0.0
     out = fusechat_merge.varm(base, targets, granularity=granularity, lambda_=0.0)
     assert same_bits(out, base)
@@ -456,6 +470,13 @@ def test_nan_and_inf_are_named(
             # A weight of 0 doesn't excuse a broken checkpoint.
             fusechat_merge.varm(base, targets, granularity=call, weight=[1, 1, 0])
     assert caught.value.target == where
+
+
+def test_deltas_beyond_float64_are_refused() -> None:
+    base, target = torch.tensor([-1e200], dtype=F64), torch.tensor([1e200], dtype=F64)
+    with pytest.raises(OverflowError) as caught:
+        fusechat_merge.varm(base, [target])
+    assert str(caught.value) == "a target differs from the base by more than float64 can square"
 
 
 def test_the_same_infinity_everywhere_is_no_agreement() -> None:
