@@ -538,7 +538,7 @@ class Renderer:
 
     def _span(self, messages: tuple[Message, ...], i: int, text: str) -> tuple[int, int] | None:
         """The characters that come from message i: those that differ when it alone is replaced."""
-        mark = "\ue000\ue001\ue000"
+        mark = _mark(text, *(message.content for message in messages))
         try:
             probe = self._render(
                 [*messages[:i], messages[i]._replace(content=mark), *messages[i + 1 :]]
@@ -620,6 +620,14 @@ class Renderer:
             pending=b" " + pending if tokens.dummy[first] else pending,
             stop=kind,
         )
+
+
+def _mark(*texts: str) -> str:
+    """Text of characters that none of these has."""
+    used = set().union(*texts)
+    private = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
+    first, second = next(private), next(private)
+    return first + second + first
 
 
 @dataclass(frozen=True, eq=False)

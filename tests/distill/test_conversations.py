@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import real_tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
 from texts import texts
@@ -202,6 +202,8 @@ plain = texts(4, specials=False).filter(lambda text: text.strip() and "▁" not 
 
 @settings(max_examples=25)
 @given(contents=st.lists(plain, min_size=2, max_size=5), system=st.none() | plain)
+@example(contents=["Hello", "Hello", "\ue000\ue001\ue000"], system=None)
+@example(contents=["\ue000\ue001", "\ue001\ue000 \ue002"], system="\ue000")
 def test_ends_are_the_answers_own_bytes(renderer, contents, system):
     chat = conversation(*contents, system=system)
     (rendering,) = renderer([chat])
