@@ -74,10 +74,26 @@ def plan(
         except CheckpointError as error:
             result.problems += error.problems
     if not result.problems:
+        result.problems += _range_problems(result)
+    if not result.problems:
         models = {r: result.models[str(r)] for r in referenced_models(result.config)}
         with loading(models, result.options.of_mergekit()):
             _plan_outputs(result)
     return result
+
+
+def _range_problems(planned: Plan) -> list[str]:
+    """Slices of more layers than there can be, which mergekit would plan one by one."""
+    pieces: list[Any] = [planned.config, *(planned.config.modules or {}).values()]
+    return [
+        f"layer_range {list(source.layer_range)}: {source.model} has not so many layers"
+        for piece in pieces
+        for part in piece.slices or []
+        for source in part.sources
+        if source.layer_range
+        and source.layer_range[1] - source.layer_range[0]
+        > len(planned.models[str(source.model)].tensors)
+    ]
 
 
 def _plan_outputs(planned: Plan) -> None:

@@ -525,3 +525,10 @@ def test_tokenizer_settings_that_are_no_json(paths: list[Path]) -> None:
     (paths[0] / "tokenizer_config.json").write_text("{")
     (problem,) = plan(configuration(paths, chat_template="chatml")).problems
     assert "side files can't be read (Expecting property name" in problem
+
+
+def test_a_slice_of_more_layers_than_can_be(paths: list[Path]) -> None:
+    source = {"model": str(paths[0]), "layer_range": [0, 1 << 63]}
+    config = {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
+    (problem,) = plan(config).problems
+    assert problem == f"layer_range [0, {1 << 63}]: {paths[0]} has not so many layers"

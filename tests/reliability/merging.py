@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import crashing
 import safetensors
 from click.testing import CliRunner
 from figure import Figure, Section, Tally, times
@@ -26,6 +25,7 @@ from models import (
     adapter,
     configuration,
     content,
+    crashing,
     digest,
     family,
     with_tokenizer,

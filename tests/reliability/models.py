@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 MERGE_TESTS = Path(__file__).parents[1] / "merge"
 sys.path.append(str(MERGE_TESTS))
 import conftest  # noqa: E402
+import crashing  # noqa: E402, F401
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 write_checkpoint = inspect.unwrap(conftest.write_checkpoint)()
