@@ -323,8 +323,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     """
     from fusechat_distill.inputs import open_inputs
     from fusechat_distill.report import report as read_report
-    from fusechat_distill.report import write_report
-    from fusechat_distill.report_page import require_matplotlib, tables
+    from fusechat_distill.report_page import require_matplotlib, tables, write_report
 
     _quieten()
     require_matplotlib("report")

@@ -34,7 +34,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +51,6 @@ from fusechat_distill.aligning import (
 )
 from fusechat_distill.alignment import Responses, match_positions
 from fusechat_distill.errors import RequestError
-from fusechat_distill.files import write_json
 from fusechat_distill.fusing import fuse_stages
 from fusechat_distill.fusion import CrossEntropy, Scores, fuse
 from fusechat_distill.store import ScoredSample, ScoreStore, Shards
@@ -111,17 +109,6 @@ def report(inputs: Inputs) -> dict[str, Any]:
         "sources": sources,
         "targets": {stage.name: _decisions(stage) for stage in fuse_stages(inputs)},
     }
-
-
-def write_report(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `report.json` and `report.png` to `folder`; needs matplotlib."""
-    from fusechat_distill.report_page import write_page
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "report.json", folder / "report.png"]
-    write_json(paths[0], found)
-    write_page(found, paths[1])
-    return paths
 
 
 def _missing(inputs: Inputs, stage: AlignStage) -> tuple[int, str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_distill.errors import RequestError
-from fusechat_distill.files import replacing
+from fusechat_distill.files import replacing, write_json
 from fusechat_distill.report import REASONS
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ def require_matplotlib(command: str) -> None:
     if find_spec("matplotlib") is None:
         problem = "draws with matplotlib, which is missing: pip install 'fusechat[report]'"
         raise RequestError(command, [problem])
+
+
+def write_report(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `report.json` and `report.png` to `folder`; needs matplotlib."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "report.json", folder / "report.png"]
+    write_json(paths[0], found)
+    write_page(found, paths[1])
+    return paths
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:

@@ -22,8 +22,8 @@ from fusechat_distill.errors import RequestError
 from fusechat_distill.fusing import fuse_stages
 from fusechat_distill.inputs import Inputs, open_inputs
 from fusechat_distill.recipe import Alignment, Fusion
-from fusechat_distill.report import REASONS, report, write_report
-from fusechat_distill.report_page import tables
+from fusechat_distill.report import REASONS, report
+from fusechat_distill.report_page import tables, write_report
 from fusechat_distill.store import ScoreStore, Shards, scores_table
 from fusechat_distill.tokens import vocabulary
 

@@ -202,7 +202,6 @@ def _imports(path: Path, package: str) -> Iterator[str]:
 
 UPWARDS = {
     ("mergekit_plugin", "mergekit_units"),  # once mergekit has imported its planner
-    ("report", "report_page"),
 }
 
 
