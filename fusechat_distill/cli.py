@@ -391,7 +391,7 @@ def evaluate(
     Example: fusechat-distill evaluate recipe.yaml --model merged=merged
     """
     from fusechat_distill.answers import export, markdown, side_by_side
-    from fusechat_distill.evaluation import Opening
+    from fusechat_distill.evaluated import Opening
     from fusechat_distill.evaluation import evaluate as measure
     from fusechat_distill.evaluation_page import tables, write_picture
     from fusechat_distill.files import write_json, write_text

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.evaluation import ALL
+from fusechat_distill.evaluated import ALL
 from fusechat_distill.files import replacing
 
 if TYPE_CHECKING:

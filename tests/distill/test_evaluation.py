@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusechat_distill.bootstrap import Losses, bootstrap, holm
 from fusechat_distill.cli import commands
 from fusechat_distill.conversations import Conversations
-from fusechat_distill.evaluation import Evaluated, compared
+from fusechat_distill.evaluated import Evaluated
+from fusechat_distill.evaluation import compared
 from fusechat_distill.fusing import held_out
 from fusechat_distill.inputs import open_inputs
 
