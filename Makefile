@@ -12,7 +12,7 @@ help:
 	@echo "make demo    small chat models: distil, merge, evaluate (offline once installed)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make mutation  does a test notice every change of the mathematics? (docs/mutation.md)"
+	@echo "make mutation  change the mathematics one place at a time: do the tests notice?"
 	@echo "make ladder  measure the papers' claims in the small, about an hour"
 	@echo "make bench   measure speed and memory, as ratios"
 	@echo "make clean   remove .venv, runs/ and caches"
