@@ -318,7 +318,7 @@ def main() -> None:
     for package in wanted:
         runner = Runner(wanted[package], arguments.jobs)
         files = dict.fromkeys(file for m in wanted[package] for file in TESTS[m.path])
-        options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
         pytest.main([*options, *(f"tests/{file}" for file in files)], plugins=[runner])
         open_ += [m for m in runner.survivors if m.change not in explained]
     if open_:
