@@ -244,6 +244,30 @@ def test_ms_is_the_most_frequent_pair(pivot, source, pairs):
         assert ms.ids[s] == expected
 
 
+def test_ms_by_hand():
+    pivot = small("a", "bb", "bc", "cc", None)
+    seen = {
+        "b": ({0: 1, 1: 3, 2: 3, 3: 2}, 1),  # of two as frequent and as near the lower id
+        "q": ({0: 4, 3: 1}, 0),
+        "x": ({1: 1, 3: 4}, 3),
+        "cx": ({1: 2, 3: 2}, 3),  # of two as frequent the nearer
+        "cy": ({1: 2, 2: 2, 3: 1}, 1),  # nearer, but seen less often
+        "a": ({3: 9}, 0),  # the same bytes
+        "z": ({4: 5}, -1),  # special
+    }
+    pairs = np.array(
+        [
+            (s, p)
+            for s, (counts, _) in enumerate(seen.values())
+            for p, number in counts.items()
+            for _ in range(number)
+        ]
+    )
+    ms = VocabularyMap.from_counts(pivot, small(*seen), PairCounts.of(*pairs.T))
+    assert ms.ids.tolist() == [expected for _, expected in seen.values()]
+    assert ms.kinds.tolist() == [MAPPED] * 5 + [EXACT, DROPPED]
+
+
 def test_bytes_map_to_the_pivots_first_token(mistral, qwen):
     pivot, source = vocabulary(mistral), vocabulary(qwen)
     first = first_tokens_of(mistral, pivot, source)

@@ -244,9 +244,22 @@ def test_a_row_of_improbable_entries_is_renormalised_too():
 
 
 def test_of_equally_probable_tokens_the_lower_comes_first():
-    ids = np.random.default_rng(0).permutation(64)[None]
-    fused = fuse([one([1.0], ids=ids, logprobs=np.log(np.full((1, 64), 0.01)))], [0, 1], np.ones(1))
-    assert fused.ids.tolist() == [list(range(64))]
+    generator = np.random.default_rng(0)
+    ids, mass = generator.permutation(64), generator.choice([0.01, 0.005, 0.0025], 64)
+    model = one([1.0], ids=ids[None], logprobs=np.log(mass)[None])
+    fused = fuse([model], np.array([0, 1]), np.ones(1))
+    assert fused.ids[0].tolist() == ids[np.lexsort((ids, -mass))].tolist()
+
+
+def test_the_first_source_takes_the_pivots_row_where_it_has_none():
+    models = [
+        one([9.0, 9.0], ids=np.array([[3], [3]])),
+        one([1.0, 1.0], ids=np.array([[5], [5]]), matched=np.array([True, False])),
+    ]
+    for unmatched, second in (("pivot", [[3], [1.0]]), ("one_hot", [[0], [0.0]])):
+        fused = fuse(models, np.array([0, 2]), np.ones(2), unmatched=unmatched)
+        assert fused.ids.tolist() == [[5], second[0]]
+        assert fused.probs.tolist() == [[1.0], second[1]]
 
 
 def test_the_gold_tail_is_what_the_entries_leave():
