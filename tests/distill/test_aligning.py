@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import real_tokenizers
+from safetensors.numpy import save_file
 from transformers import LlamaConfig, Qwen3Config
 
 from fusechat_distill.aligning import (
@@ -113,7 +114,7 @@ def scored(tmp_path_factory) -> Inputs:
     ):
         tokenizer.save_pretrained(folder / name)
         config(vocab_size=len(tokenizer)).save_pretrained(folder / name)
-        (folder / name / "model.safetensors").write_bytes(name.encode())
+        save_file({}, folder / name / "model.safetensors", metadata={"model": name})
     with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
         for i in range(300):
             messages = []

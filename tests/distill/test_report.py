@@ -13,6 +13,7 @@ import pytest
 import real_tokenizers
 from click.testing import CliRunner
 from rich.console import Console
+from safetensors.numpy import save_file
 from test_aligning import Alone, Silent, changed, scores, stages
 from transformers import LlamaConfig, Qwen3Config
 
@@ -51,7 +52,7 @@ def made(tmp_path_factory) -> Inputs:
     ):
         tokenizer.save_pretrained(folder / name)
         config(vocab_size=len(tokenizer)).save_pretrained(folder / name)
-        (folder / name / "model.safetensors").write_bytes(name.encode())
+        save_file({}, folder / name / "model.safetensors", metadata={"model": name})
     with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
         for i in range(SAMPLES):
             messages = []
