@@ -85,13 +85,6 @@ def meddle(how: str, file: str) -> None:
     """Do to a file what someone else may, while it is being read."""
     if how == "vanish":
         os.replace(file, f"{file}.gone")
-    elif how == "fill":  # the file system
-        with open(file, "wb", buffering=0) as filler:
-            try:
-                while filler.write(b"\1" * 4096):
-                    pass
-            except OSError:
-                pass
     else:
         size = os.path.getsize(file)
         with open(file, "r+b", buffering=0) as changed:
