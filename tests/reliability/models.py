@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,12 @@ from safetensors.torch import save_file
 
 MERGE_TESTS = Path(__file__).parents[1] / "merge"
 sys.path.append(str(MERGE_TESTS))
-import conftest  # noqa: E402
 import crashing  # noqa: E402, F401
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-write_checkpoint = inspect.unwrap(conftest.write_checkpoint)()
-family = inspect.unwrap(conftest.llama_family)(write_checkpoint)
+conftest = runpy.run_path(str(MERGE_TESTS / "conftest.py"))  # one of several of that name
+write_checkpoint = inspect.unwrap(conftest["write_checkpoint"])()
+family = inspect.unwrap(conftest["llama_family"])(write_checkpoint)
 """``family(folder, dtypes, ...)``: checkpoints base, t0, t1, ...; see the tests' conftest.py."""
 
 TOKENIZER = {
