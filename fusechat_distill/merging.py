@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from fusechat_distill.recipe import Recipe, unknown_key
+from fusechat_distill.recipe import Recipe, unexpected, unknown_key
 
 OWN_METHODS = ("varm", "fusechat_sce")
 """What this project's other half adds to mergekit; importing mergekit takes seconds."""
@@ -111,14 +112,30 @@ def merge_problems(recipe: Recipe) -> list[str]:
     except Exception as error:  # pydantic's, and what mergekit's own validators raise
         problems.append(f"merge: {' '.join(str(error).split())}")
     known = {parameter.name: parameter for parameter in method.parameters}
-    problems += [
-        f"merge.parameters.{name}: {unknown_key(name, known, f'a parameter of {method.name}')}"
-        for name in section.parameters
-        if name not in known
-    ]
+    for name, setting in section.parameters.items():
+        where = f"merge.parameters.{name}"
+        if name not in known:
+            problems.append(f"{where}: {unknown_key(name, known, f'a parameter of {method.name}')}")
+            continue
+        for value in _values(setting):
+            try:
+                known[name].validate(value)
+            except ValidationError as error:
+                problems.append(f"{where}: {unexpected(error.errors(), value)}")
     problems += [
         f"merge.parameters: {method.name} needs `{name}`"
         for name, parameter in known.items()
         if parameter.required and name not in section.parameters
     ]
     return problems
+
+
+def _values(setting: Any) -> Iterator[Any]:
+    """The scalars in a parameter's setting: plain, a gradient, or filtered."""
+    if isinstance(setting, list):
+        for item in setting:
+            yield from _values(item)
+    elif isinstance(setting, dict) and "value" in setting:
+        yield from _values(setting["value"])
+    else:
+        yield setting

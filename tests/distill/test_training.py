@@ -416,6 +416,15 @@ def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_pa
             "training.lora: modules_to_save: no module of the model is called embed",
         ),
         ({"merge": {"parameters": {"granularty": "layer"}}}, "did you mean `granularity`"),
+        (
+            {"merge": {"parameters": {"granularity": "matrx"}}},
+            "merge.parameters.granularity: should be 'matrix', 'module', 'layer', 'model' or "
+            "'element', found 'matrx'",
+        ),
+        (
+            {"merge": {"parameters": {"lambda": [{"filter": "mlp", "value": [0.5, "x"]}, 1]}}},
+            "merge.parameters.lambda: should be a valid number",
+        ),
         ({"merge": {"merge_method": "slerp"}}, "merge.parameters: slerp needs `t`"),
     ],
 )
