@@ -18,8 +18,9 @@ class ConfigError(click.ClickException, ValueError):
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__(problems[0] if len(problems) == 1 else _listed(problems))
+        # A name with a line break in it, say, shall not look like a line of its own.
+        self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
+        super().__init__(self.problems[0] if len(problems) == 1 else _listed(self.problems))
 
 
 def _listed(problems: Sequence[str]) -> str:

@@ -299,6 +299,10 @@ class OutputMaker:
                     rows = min(shape[axis] for shape in shapes)
                 else:
                     rows = self._vocabulary_size(gather)
+                    sizes = [(model, found.shape[axis]) for model, found in present]
+                    if misfits := list(self._misfits(rows, sizes)):
+                        self.problems += [(weight.name, misfit) for misfit in misfits]
+                        return None
                 return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
         elif len(set(shapes)) == 1:
             return shapes[0]
@@ -314,6 +318,19 @@ class OutputMaker:
         size = len(self.planned.tokenizer.tokenizer.get_vocab())
         multiple = gather.pad_to_multiple_of
         return -(-size // multiple) * multiple if multiple else size
+
+    def _misfits(self, rows: int, sizes: list[tuple[ModelReference, int]]) -> Iterator[str]:
+        """Token ids of a tokenizer merge that no row of the embeddings is for."""
+        ids = self.planned.tokenizer.tokenizer.get_vocab().values()
+        if max(ids, default=-1) >= rows:
+            yield (
+                f"the merged tokenizer has {len(ids)} tokens and ids up to {max(ids)}: mergekit"
+                " needs ids without gaps, each of one token"
+            )
+        for model, size in sizes:
+            rows_of = self.planned.tokenizer.permutations[model]
+            if len(rows_of) < len(set(ids)) or max(rows_of.values(), default=-1) >= size:
+                yield f"{model}: its tokenizer has ids beyond its {size} embeddings"
 
     def _how(
         self,

@@ -461,6 +461,16 @@ def test_text_that_is_no_configuration(tmp_path: Path, text: str, message: str) 
     assert message in result.stderr
 
 
+def test_a_name_of_two_lines_is_told_in_one(paths: list[Path], tmp_path: Path) -> None:
+    config = configuration(paths)
+    config["models"][1]["model"] = "x\ny"
+    yml = tmp_path / "merge.yml"
+    yml.write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(main, ["plan", str(yml)])
+    assert result.stderr.startswith("Error: x y: no folder of this name")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_name_that_can_be_no_path(paths: list[Path]) -> None:
     config = configuration(paths)
     config["models"][1]["model"] = "/" + "x" * 300

@@ -27,6 +27,7 @@ from transformers import (
 
 from fusechat_merge import passes, saving
 from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_merge.planning import plan
 from fusechat_merge.stream import merge
 from fusechat_merge.verify import verify
 
@@ -243,6 +244,22 @@ def test_tokenizer_union(tmp_path: Path, llama_family: Family, method: str) -> N
         ours, theirs = ((tmp_path / out / name).read_bytes() for out in ("ours", "mergekit"))
         assert ours == theirs
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["vocab_size"] == 8
+
+
+def test_token_ids_that_no_embedding_is_for(tmp_path: Path, llama_family: Family) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 2, changes={"vocab_size": 8})
+    settings = configuration(paths, "varm", tokenizer={"source": "base"})
+    add_tokenizer(paths[0], "abcdef")
+    add_tokenizer(paths[1], "abcdefg")
+    assert plan(settings).problems == []
+    add_tokenizer(paths[1], "ghabcdef")
+    (problem,) = plan(settings).problems
+    assert problem.startswith(f"{paths[1]}: its tokenizer has ids beyond its 8 embeddings")
+    add_tokenizer(paths[1], "abcdef")
+    text = (paths[0] / "tokenizer.json").read_text()
+    (paths[0] / "tokenizer.json").write_text(text.replace('"f": 6', '"f": 7'))
+    (problem,) = plan(settings).problems
+    assert problem.startswith("the merged tokenizer has 7 tokens and ids up to 7: ")
 
 
 def test_a_chat_template_alone(tmp_path: Path, llama_family: Family) -> None:
