@@ -621,10 +621,13 @@ def test_states_of_responses_by_hand():
     assert match_states(responses, responses).tolist() == [0, -1, 2, 3, 4, -1, 6, -1, 8]
 
 
-def test_an_empty_answer_matches_no_state_inside_another():
+def test_an_empty_answer_matches_an_empty_answer_only():
     trimmed, kept = by_hand(1, 1, [-1]), by_hand(0, 4, [2, 4, -1])
     for pivot, source in ((trimmed, kept), (kept, trimmed)):
         assert (match_states(Responses.of([pivot]), Responses.of([source])) == -1).all()
+    for begin in (0, 1):
+        empty = Responses.of([by_hand(begin, begin, [-1])])
+        assert match_states(empty, empty).tolist() == [0]
 
 
 def test_pairs_are_counted_where_both_begin_after_the_same_text():
