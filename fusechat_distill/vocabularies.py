@@ -111,7 +111,7 @@ class VocabularyMap:
         """
         built = cls._build(pivot, source, specials, "bytes")
         text = np.flatnonzero(source.text)
-        return built._with(text, np.asarray(first, dtype=np.int64)[text])
+        return built._with(text, first[text])
 
     @classmethod
     def _build(
@@ -183,7 +183,7 @@ class VocabularyMap:
             return -1
         text = pivot_pending + text[len(source_pending) :]
         found = self.pivot.by_bytes.get(text, -1)
-        if found < 0 and self.mode != "em" and text in self.source.by_bytes:
+        if found < 0 and text in self.source.by_bytes:
             found = int(self.ids[self.source.by_bytes[text]])
         if found < 0 and self.mode == "bytes":
             found = self.pivot.longest_prefix(text)
@@ -208,8 +208,8 @@ class VocabularyMap:
 
 def collapse(ids: NDArray[np.int64], probs: NDArray[np.float64]) -> Projection:
     """Add up what is on the same id in each row of [n, k], drop id -1, sort by probability."""
-    probs = np.where((ids >= 0) & (probs > 0), probs, 0.0)
-    ids = np.where(probs > 0, ids, -1)
+    kept = (ids >= 0) & (probs > 0)
+    ids, probs = np.where(kept, ids, -1), np.where(kept, probs, 0.0)
     ordered = np.sort(ids, axis=1)
     collide = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     rows = np.flatnonzero(collide)
@@ -218,7 +218,7 @@ def collapse(ids: NDArray[np.int64], probs: NDArray[np.float64]) -> Projection:
     # Rows that are in order already, the common case, stay as they are.
     higher, lower = probs[:, :-1], probs[:, 1:]
     rows = np.flatnonzero(
-        ((higher < lower) | ((higher == lower) & (higher > 0) & (ids[:, :-1] > ids[:, 1:]))).any(1)
+        ((higher < lower) | ((higher == lower) & (ids[:, :-1] > ids[:, 1:]))).any(axis=1)
     )
     if len(rows):
         order = np.lexsort((ids[rows], -probs[rows]), axis=1)

@@ -31,6 +31,7 @@ from fusechat_distill.alignment import (
 from fusechat_distill.conversations import Conversation, Message, Renderer
 from fusechat_distill.store import ScoredResponse
 from fusechat_distill.tokens import Vocabulary, first_tokens, token_bytes, tokenize, vocabulary
+from fusechat_distill.vocabularies import collapse
 
 # --- positions ----------------------------------------------------------------------------------
 
@@ -252,6 +253,7 @@ def test_ms_by_hand():
         "x": ({1: 1, 3: 4}, 3),
         "cx": ({1: 2, 3: 2}, 3),  # of two as frequent the nearer
         "cy": ({1: 2, 2: 2, 3: 1}, 1),  # nearer, but seen less often
+        "cw": ({1: 2, 2: 1, 3: 2}, 3),  # the lower is seen as often, another less
         "a": ({3: 9}, 0),  # the same bytes
         "z": ({4: 5}, -1),  # special
     }
@@ -265,7 +267,69 @@ def test_ms_by_hand():
     )
     ms = VocabularyMap.from_counts(pivot, small(*seen), PairCounts.of(*pairs.T))
     assert ms.ids.tolist() == [expected for _, expected in seen.values()]
-    assert ms.kinds.tolist() == [MAPPED] * 5 + [EXACT, DROPPED]
+    assert ms.kinds.tolist() == [MAPPED] * 6 + [EXACT, DROPPED]
+
+
+def test_a_map_says_how_each_token_was_found():
+    assert (DROPPED, EXACT, MAPPED, SPECIAL) == (0, 1, 2, 3)  # as they are stored
+    sides, roles = (small("a", "ab", None), small("a", "abc", "qrs", None)), {3: 2}
+    maps = {
+        "em": VocabularyMap.from_em(*sides, roles),
+        "mined": VocabularyMap.from_mined(*sides, roles, workers=1),
+        "ms": VocabularyMap.from_counts(*sides, PairCounts.empty(), roles),
+        "bytes": VocabularyMap.from_bytes(*sides, np.array([0, 1, -1, -1]), roles),
+    }
+    expected = {
+        "em": ([0, -1, -1, 2], [EXACT, DROPPED, DROPPED, SPECIAL]),
+        "mined": ([0, 1, 0, 2], [EXACT, MAPPED, MAPPED, SPECIAL]),
+        "ms": ([0, -1, -1, 2], [EXACT, DROPPED, DROPPED, SPECIAL]),
+        "bytes": ([0, 1, -1, 2], [EXACT, MAPPED, DROPPED, SPECIAL]),
+    }
+    for mode, built in maps.items():
+        assert built.mode == mode
+        assert (built.ids.tolist(), built.kinds.tolist()) == expected[mode]
+
+
+def test_pairs_of_both_counts_are_added_up():
+    last = 2**32 - 1  # of the ids that a store can hold
+    one = PairCounts.of(np.array([1, 1, 0]), np.array([2, 2, last], dtype=np.uint32))
+    for left, right in ((one, PairCounts.empty()), (PairCounts.empty(), one)):
+        assert [c.tolist() for c in left + right] == [[0, 1], [last, 2], [1, 2]]
+    both = one + PairCounts.of(np.array([1, 3]), np.array([2, 0]))
+    assert [column.tolist() for column in both] == [[0, 1, 3], [last, 2, 0], [1, 3, 1]]
+    assert {column.dtype for column in both} == {np.dtype(np.int64)}
+
+
+def test_a_token_of_another_length_may_be_as_near():
+    pivot = small("abcdef", "abxy")
+    assert VocabularyMap.from_mined(pivot, small("abcd"), workers=1).ids.tolist() == [0]
+
+
+def test_a_distance_may_be_more_than_a_byte():
+    pivot, source = small("b", "a"), small("a" * 256)  # 256 and 255
+    assert VocabularyMap.from_mined(pivot, source, workers=1).ids.tolist() == [1]
+
+
+def test_lookups_by_hand():
+    """In mid-text BPE may begin with another token than the longest; where an answer begins, the
+    token of all its bytes is looked up first."""
+    pivot = small("ab", "a", "abc")
+    source = small(" ab", "ab", " abcx", "abcx", " abcd", " zz", "b", None)
+    first = np.array([-1, 1, -1, 0, -1, -1, -1, -1])
+    mapped = VocabularyMap.from_bytes(pivot, source, first)
+    ids = np.arange(9).reshape(3, 3)  # the last is padding
+    for pending in (b"", b" "):
+        same = mapped.lookup_pending(ids, pending, pending)
+        assert same.tolist() == [[-1, 1, -1], [0, -1, -1], [-1, -1, -1]]
+    begin = mapped.lookup_pending(ids, b" ", b"")
+    assert begin.tolist() == [[0, -1, 0], [-1, 2, -1], [-1, -1, -1]]
+    nothing = mapped.lookup_pending(ids[:0], b" ", b"")
+    assert (nothing.shape, nothing.dtype) == ((0, 3), np.int64)
+    em = VocabularyMap.from_em(pivot, source)
+    begin = em.lookup_pending(ids, b" ", b"")
+    assert begin.tolist() == [[0, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    one = VocabularyMap.from_em(small("a"), small("a"))
+    assert one.lookup(np.array([1, 0])).tolist() == [-1, 0]
 
 
 def test_bytes_map_to_the_pivots_first_token(mistral, qwen):
@@ -292,6 +356,11 @@ def test_specials_map_by_role_alone(mistral, qwen):
     assert em.ids[[151645, 151643]].tolist() == [32000, 32001]
     assert em.kinds[151645] == SPECIAL
     assert em.ids[qwen.convert_tokens_to_ids("<|im_start|>")] == -1
+    both = {"eos": 5, "end_of_turn": 5, "bos": 6, "pad": 7}
+    pivots = {"end_of_turn": 0, "bos": 1, "eos": 2, "pad": 3}
+    assert match_roles(pivots, both) == {5: 0, 6: 1, 7: 3}
+    assert match_roles(pivots, {"pad": 5, "eos": 5}) == {5: 2}
+    assert match_roles({"eos": 2}, both) == {5: 2}
     # Text that spells a special token of the pivot stays text.
     spelling = small("</s>", "<|end_of_turn|>")
     assert (VocabularyMap.from_em(vocabulary(mistral), spelling).ids == -1).all()
@@ -323,10 +392,27 @@ def test_projection_adds_up_what_collides(rows):
         assert len(kept) == len(expected)
         assert mass == pytest.approx(sum(expected.values()), rel=1e-12)
         assert mass <= sum(p for _, p in row) * (1 + 1e-12)
+        assert (found[len(kept) :] == -1).all()
         assert (values[len(kept) :] == 0).all()
     first = vocabulary_map.project(ids[0], probs[0])
     assert first.ids.tolist() == projection.ids[0].tolist()
     assert first.mass.shape == ()
+
+
+def test_collapse_by_hand():
+    rows = (
+        # All on one id; equals in the wrong order, at the end and at the beginning; no probability.
+        ([7, 7, 7], [0.25, 0.25, 0.5], [7, -1, -1], [1, 0, 0]),
+        ([1, 5, 3], [0.5, 0.25, 0.25], [1, 3, 5], [0.5, 0.25, 0.25]),
+        ([5, 3, -1], [0.5, 0.5, 0.5], [3, 5, -1], [0.5, 0.5, 0]),
+        ([2, 0, 4], [0.5, 0.25, 0], [2, 0, -1], [0.5, 0.25, 0]),
+        ([0, 1, 0], [0.25, 0.5, 0.5], [0, 1, -1], [0.75, 0.5, 0]),
+    )
+    ids, probs, ids_after, probs_after = (np.array(column) for column in zip(*rows, strict=True))
+    projection = collapse(ids, probs)
+    assert projection.ids.tolist() == ids_after.tolist()
+    assert projection.probs.tolist() == probs_after.tolist()
+    assert projection.mass.tolist() == [1, 1, 1, 0.75, 1.25]
 
 
 # --- distributions ------------------------------------------------------------------------------
@@ -535,10 +621,13 @@ def test_states_of_responses_by_hand():
     assert match_states(responses, responses).tolist() == [0, -1, 2, 3, 4, -1, 6, -1, 8]
 
 
-def test_an_empty_answer_matches_no_state_inside_another():
+def test_an_empty_answer_matches_an_empty_answer_only():
     trimmed, kept = by_hand(1, 1, [-1]), by_hand(0, 4, [2, 4, -1])
     for pivot, source in ((trimmed, kept), (kept, trimmed)):
         assert (match_states(Responses.of([pivot]), Responses.of([source])) == -1).all()
+    for begin in (0, 1):
+        empty = Responses.of([by_hand(begin, begin, [-1])])
+        assert match_states(empty, empty).tolist() == [0]
 
 
 def test_pairs_are_counted_where_both_begin_after_the_same_text():
