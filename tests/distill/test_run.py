@@ -437,13 +437,20 @@ def test_without_weights_every_shard_must_be_there(brought):
     assert "1 of its 2 shards of scores are here; with all it needs no weights" in result.stderr
 
 
-def test_scores_of_another_model_do_not_stand_for_it(brought):
+def test_scores_of_another_model_do_not_stand_for_it(brought, whole):
     config = brought.parent / "models" / "neox" / "config.json"
     changed = json.loads(config.read_text()) | {"hidden_act": "relu"}
     config.write_text(json.dumps(changed))
     result = run("validate", brought)
     assert result.exit_code == 2, result.output
     assert "scores/neox was made otherwise (model.config was" in result.stderr
+    # Nor does another folder of a run that was copied in its place.
+    folder = load_recipe(brought).scores_folder / "neox"
+    shutil.rmtree(folder)
+    shutil.copytree(load_recipe(whole).aligned_folder / "neox", folder)
+    result = run("validate", brought)
+    assert result.exit_code == 2, result.output
+    assert f"scores of neox: {folder} was made otherwise (" in result.stderr
 
 
 def test_without_its_tokenizer_what_to_copy_is_said(brought):

@@ -18,7 +18,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from fusechat_distill.errors import RequestError
 from fusechat_distill.tokens import first_tokens, token_bytes, tokenize, vocabulary
@@ -205,6 +205,11 @@ def lossy(kind: str) -> PreTrainedTokenizerFast:
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(kind, why):
     with pytest.raises(RequestError, match=why):
         vocabulary(lossy(kind))
+
+
+def test_a_tokenizer_that_is_written_in_python_is_refused():
+    with pytest.raises(RequestError, match="ByT5Tokenizer: it is not backed by the `tokenizers`"):
+        vocabulary(ByT5Tokenizer())
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(qwen):
