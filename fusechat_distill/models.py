@@ -52,7 +52,16 @@ class ModelFiles:
                 "config": digests.of([folder / config]),
                 "weights": digests.of(sorted(folder.glob("*.safetensors"))),
             } | ({"base": self.base.identity(digests)} if self.base else {})
-        return {"name": self.spec.model, "commit": self.config._commit_hash}
+        return {"name": self.spec.model, "commit": self._commit}
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """The hub's commit that the configuration was read from: the cache's folder names it."""
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        name, revision = self.spec.model, self.spec.revision
+        path = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        return extract_commit_hash(path, None)
 
 
 def open_model(

@@ -233,7 +233,10 @@ def test_the_vocabulary_map_is_made_once(inputs, monkeypatch):
 @pytest.mark.parametrize("mode", ["em", "mined"])
 def test_the_same_tokenizer_loses_nothing_in_any_vocabulary(inputs, mode):
     source = inputs.models["twin"]
-    source = replace(source, files=replace(source.files, spec=source.spec.model_copy(update={"vocabulary": mode})))
+    source = replace(
+        source,
+        files=replace(source.files, spec=source.spec.model_copy(update={"vocabulary": mode})),
+    )
     stage = AlignStage(inputs, source)
     shares = alignment_shares(stage.run(Alone(), Silent()).details)
     assert stage.vocabulary_file().name.startswith(f"{mode}-")

@@ -391,7 +391,8 @@ def test_nothing_is_written_where_it_can_not_or_among_a_models_files(
     change(recipe, (f"output: {llama / 'out'}", "output: ~/out"))
     assert "would be a folder called ~; write the path in full" in run("score", recipe).stderr
     change(recipe, ("output: ~/out", f"output: {tmp_path / 'out'}"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
     assert f"output: {tmp_path} can't be written to; set" in run("score", recipe).stderr
 
 
@@ -663,8 +664,8 @@ def test_a_model_that_can_not_be_scored_says_why(tmp_path, llama, file, content,
     assert problem in found
 
 
-def test_a_model_of_the_hub_is_opened_from_its_cache(tmp_path, llama):
-    """What was downloaded before is enough; what was not is named."""
+def test_a_model_of_the_hub_is_scored_from_its_cache(recipe, tmp_path, llama):
+    """What was downloaded before is enough, and known by its commit; what was not is named."""
     commit = "0123456789" * 4
     for name in ("whole", "pickled"):
         folder = tmp_path / "hub" / f"models--org--{name}"
@@ -673,23 +674,27 @@ def test_a_model_of_the_hub_is_opened_from_its_cache(tmp_path, llama):
         (folder / "refs" / "main").write_text(commit)
     (folder / "snapshots" / commit / "model.safetensors").unlink()
     code = (
-        "from pathlib import Path\nfrom fusechat_distill.errors import RequestError\n"
-        "from fusechat_distill.models import Digests, open_model\n"
+        "import sys\nfrom fusechat_distill.cli import commands\n"
+        "from fusechat_distill.errors import RequestError\n"
+        "from fusechat_distill.models import open_model\n"
         "from fusechat_distill.recipe import Model\n"
-        "print(open_model(Model(model='org/whole')).identity(Digests(Path('none'))))\n"
         "for name in ('pickled', 'none'):\n"
         "    try:\n        open_model(Model(model=f'org/{name}'))\n"
         "    except RequestError as error:\n        print(error)\n"
+        "commands(['score', sys.argv[1]])\n"
     )
+    change(recipe, (f"pivot: {llama}", "pivot: org/whole"))
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(recipe)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")},
     )
     assert done.returncode == 0, done.stderr
-    whole, pickled, none = done.stdout.splitlines()
-    assert whole == str({"name": "org/whole", "commit": commit})
+    pickled, none, scored = done.stdout.splitlines()
     assert pickled.startswith("org/pickled: has no weights in safetensors; convert them with")
     assert none.startswith("org/none: its configuration can't be read: ")
+    assert scored.startswith("score pivot: 30 of 30 samples; ")
+    manifest = json.loads((tmp_path / "out" / "scores" / "pivot" / "manifest.json").read_text())
+    assert manifest["fingerprint"]["model"] == {"name": "org/whole", "commit": commit}

@@ -374,11 +374,17 @@ def test_a_source_that_nothing_matches(inputs):
     shutil.rmtree(inputs.recipe.aligned_folder / ".vocabularies")
     assert stages(inputs)["other"].run(Alone(), Silent()).complete
     found = report(inputs)["sources"]["other"]
-    (left,) = [s for s in ScoreStore(inputs.scores_folder(inputs.pivot)).shard(second)
-               if s.key == sample.key]
+    (left,) = [
+        s
+        for s in ScoreStore(inputs.scores_folder(inputs.pivot)).shard(second)
+        if s.key == sample.key
+    ]
     positions = found["positions"]
     assert positions["matched"] == 0
-    assert positions["no_sample"] == 1 - sum(len(r.tokens) for r in left.responses) / positions["total"]
+    assert (
+        positions["no_sample"]
+        == 1 - sum(len(r.tokens) for r in left.responses) / positions["total"]
+    )
     assert set(found["edges"].values()) == {None}
     assert found["mass"]["kept"] is None
     write_report(report(inputs), inputs.recipe.output_folder / "report")

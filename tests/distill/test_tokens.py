@@ -135,6 +135,14 @@ def test_added_tokens_that_are_not_special_stand_for_their_own_text():
         assert tokens.ends[-1] == 10
 
 
+def test_a_byte_level_piece_outside_the_alphabet_stands_for_itself():
+    backend = Tokenizer(models.BPE({"a": 0, "日本": 1, "Ġa": 2}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_bytes(made, [0, 1, 2]) == [b"a", "日本".encode(), b" a"]
+
+
 def small_unigram() -> PreTrainedTokenizerFast:
     pieces = [
         "<unk>",

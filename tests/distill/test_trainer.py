@@ -458,6 +458,35 @@ def test_prepared_by_the_user_it_trains_the_same(tmp_path):
     assert_same_gradients(recorder.gradients[0], wanted)
 
 
+def test_a_collator_of_ones_own_is_kept(tmp_path):
+    class Counting(DataCollatorForFusion):
+        calls = 0
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            Counting.calls += 1
+            return super().__call__(*arguments, **options)
+
+    dataset = pico.rows()
+    trainer = FusionTrainer(
+        pico.model(),
+        FusionConfig(**pico.arguments(tmp_path)),
+        data_collator=Counting(pad_token_id=0),
+        train_dataset=dataset,
+        processing_class=pico.tokenizer(),
+    )
+    trainer.train()
+    assert Counting.calls
+
+
+def test_without_arguments_the_output_is_called_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pico.model().save_pretrained(tmp_path / "pico")
+    given = {"train_dataset": pico.rows(), "processing_class": pico.tokenizer()}
+    trainer = FusionTrainer(str(tmp_path / "pico"), **given)
+    assert trainer.args.output_dir == "pico-Fusion"
+    assert trainer.args.clm_weight == 0.9
+
+
 def test_probabilities_survive_a_cast_of_the_inputs(tmp_path):
     # DeepSpeed and FSDP cast floating-point inputs of the forward to bf16.
     trainer, _ = train(tmp_path, pico.model(), pico.rows())
@@ -565,6 +594,8 @@ def test_a_streamed_dataset_is_refused(tmp_path):
     streamed = pico.rows().to_iterable_dataset()
     assert isinstance(streamed, IterableDataset)
     assert "the train dataset is an `IterableDataset`" in refused(tmp_path, train_dataset=streamed)
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        FusionTrainer(pico.model(), FusionConfig(**pico.arguments(tmp_path)))
     assert "the b dataset is" in refused(tmp_path, eval_dataset={"a": pico.rows(), "b": streamed})
 
 
