@@ -192,6 +192,13 @@ def test_an_end_inside_a_normalised_character_is_not_known():
     assert tokens.ends.tolist() == [1, -1, 4, 5]
 
 
+def test_where_text_has_no_token_an_end_is_not_guessed():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.decoder = decoders.Fuse()
+    (tokens,) = tokenize(PreTrainedTokenizerFast(tokenizer_object=backend), ["a日b"])
+    assert (tokens.ids.tolist(), tokens.ends.tolist()) == ([0, 1], [1, -1])
+
+
 def lossy(kind: str) -> PreTrainedTokenizerFast:
     if kind == "WordPiece":
         backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

@@ -479,6 +479,11 @@ def test_a_collator_of_ones_own_is_kept(tmp_path):
 
 
 def test_without_arguments_the_output_is_called_after_the_model(tmp_path, monkeypatch):
+    class OnCpu(FusionConfig):
+        def __init__(self, folder: str) -> None:
+            super().__init__(folder, use_cpu=True, bf16=False)  # the defaults need a GPU
+
+    monkeypatch.setattr(trainer_module, "FusionConfig", OnCpu)
     monkeypatch.chdir(tmp_path)
     pico.model().save_pretrained(tmp_path / "pico")
     given = {"train_dataset": pico.rows(), "processing_class": pico.tokenizer()}
