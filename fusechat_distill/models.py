@@ -165,7 +165,7 @@ def _config_problem(spec: Model, error: Exception) -> str:
         )
     try:
         adapter = has_file(spec.model, "adapter_config.json", spec.revision)
-    except Exception:
+    except Exception:  # pragma: no cover (the hub)
         adapter = False
     if adapter:
         return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
@@ -196,7 +196,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
         found = any(has_file(spec.model, name, spec.revision) for name in names)
-    except Exception as error:
+    except Exception as error:  # pragma: no cover (the hub)
         yield f"its files can't be listed: {first_line(error)}"
         return
     if not found:
