@@ -77,8 +77,6 @@ def _with_one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         try:
             function(**options)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
         except BaseException as error:
             if click.get_current_context().meta.get(_DEBUG):
                 raise
@@ -524,7 +522,7 @@ def _quieten(first: bool = True) -> None:
     for message in OWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
     transformers_logging.set_verbosity_error()
-    if not (first and sys.stderr.isatty()):
+    if not (first and sys.stderr.isatty()):  # pragma: no branch (a terminal)
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
 

@@ -225,7 +225,7 @@ def _load(path: str, name: str | None, split: str) -> Any:
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
         # Else the hub would be asked for it, again and again.
         raise ValueError(f"there is no such file or folder here ({Path.cwd()})")
-    return datasets.load_dataset(path, name, split=split)
+    return datasets.load_dataset(path, name, split=split)  # pragma: no cover (the hub)
 
 
 class _UnusableError(Exception):
@@ -380,15 +380,11 @@ class Rendering:
         """Keep at most `max_length` tokens (the pivot's rendering); None if all of it fits."""
         if len(self.input_ids) <= max_length:
             return self, None
-        kept: list[Response] = []
-        for response in self.responses:
-            if response.tokens().stop <= max_length:
-                kept.append(response)
-                continue
-            part = response._upto(response.end, max(max_length - response.first, 0))
-            byte = 0 if part is None else int(part.ends[-1])
-            return self._with([*kept, *([part] if part else [])]), Cut(response.turn, byte)
-        return self, None
+        kept = [r for r in self.responses if r.tokens().stop <= max_length]
+        response = self.responses[len(kept)]  # the last one ends where `input_ids` do
+        part = response._upto(response.end, max(max_length - response.first, 0))
+        byte = 0 if part is None else int(part.ends[-1])
+        return self._with([*kept, *([part] if part else [])]), Cut(response.turn, byte)
 
     def cut_at(self, cut: Cut | None) -> Rendering:
         """Keep what ends at or before the pivot's cut (a source's rendering)."""

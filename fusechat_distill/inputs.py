@@ -241,7 +241,7 @@ def _device_problems(recipe: Recipe) -> list[str]:
                 "scoring.engine: vllm is not installed; install it with `pip install "
                 "'fusechat[vllm]'`, or set scoring.engine: transformers"
             ]
-        return []
+        return []  # pragma: no cover (vLLM)
     device = recipe.scoring.device
     if device in ("auto", "cpu"):
         return []
@@ -252,7 +252,7 @@ def _device_problems(recipe: Recipe) -> list[str]:
     count = backend.device_count() if backend is not None and backend.is_available() else 0
     if int(number or 0) >= count:
         return [f"scoring.device: {device} is not there ({count} {kind} devices); set it to auto"]
-    return []
+    return []  # pragma: no cover (an accelerator)
 
 
 def _section_problems(

@@ -126,7 +126,7 @@ def _manifest(
 def _load(evaluation: Evaluation, model: OpenModel, *, placed: bool = False) -> dict[str, Any]:
     """The model's `load`, where it is meant for transformers."""
     if evaluation.inputs.recipe.scoring.engine != "transformers":
-        return {}
+        return {}  # pragma: no cover (vLLM)
     return {k: v for k, v in model.spec.load.items() if placed or k not in PLACEMENT}
 
 

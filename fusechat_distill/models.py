@@ -52,7 +52,16 @@ class ModelFiles:
                 "config": digests.of([folder / config]),
                 "weights": digests.of(sorted(folder.glob("*.safetensors"))),
             } | ({"base": self.base.identity(digests)} if self.base else {})
-        return {"name": self.spec.model, "commit": self.config._commit_hash}
+        return {"name": self.spec.model, "commit": self._commit}
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """The hub's commit that the configuration was read from: the cache's folder names it."""
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        name, revision = self.spec.model, self.spec.revision
+        path = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        return extract_commit_hash(path, None)
 
 
 def open_model(
@@ -156,7 +165,7 @@ def _config_problem(spec: Model, error: Exception) -> str:
         )
     try:
         adapter = has_file(spec.model, "adapter_config.json", spec.revision)
-    except Exception:
+    except Exception:  # pragma: no cover (the hub)
         adapter = False
     if adapter:
         return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
@@ -187,7 +196,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
         found = any(has_file(spec.model, name, spec.revision) for name in names)
-    except Exception as error:
+    except Exception as error:  # pragma: no cover (the hub)
         yield f"its files can't be listed: {first_line(error)}"
         return
     if not found:

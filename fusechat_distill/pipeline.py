@@ -175,7 +175,7 @@ class ScoreStage:
                     "scoring.engine: vllm spreads a model over devices itself; start it without "
                     "`accelerate launch`, with `load: {tensor_parallel_size: N}`"
                 )
-            return VLLMScorer.load(
+            return VLLMScorer.load(  # pragma: no cover (vLLM)
                 spec.model, self.model.files.token_ids, max_length=self._longest(), **options
             )
         from fusechat_distill.scoring.transformers_engine import TransformersScorer
@@ -188,7 +188,7 @@ class ScoreStage:
             **options,
         )
 
-    def _longest(self) -> int | None:
+    def _longest(self) -> int | None:  # pragma: no cover (vLLM)
         config = self.model.files.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
@@ -341,7 +341,7 @@ def placement(device: str, processes: Processes) -> str:
     import torch
 
     if processes.count == 1 and torch.cuda.device_count() > 1:
-        return "spread"
+        return "spread"  # pragma: no cover (several accelerators)
     return processes.device
 
 

@@ -495,8 +495,7 @@ def _without(raw: Any, locs: Iterable[Sequence[str | int]]) -> Any:
     """A copy of `raw` without the values at `locs`."""
     cut: dict[Any, list[Sequence[str | int]]] = {}
     for loc in locs:
-        if loc:
-            cut.setdefault(loc[0], []).append(loc[1:])
+        cut.setdefault(loc[0], []).append(loc[1:])
     if isinstance(raw, Mapping):
         items: Iterable[tuple[Any, Any]] = raw.items()
     elif isinstance(raw, list):

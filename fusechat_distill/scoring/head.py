@@ -169,7 +169,7 @@ def _logits(hidden: Tensor, head: Head, low: int, high: int, *, out: Tensor) -> 
     weight = head.weight[low:high].T
     if weight.dtype == out.dtype:
         torch.mm(hidden, weight, out=out)
-    elif weight.device.type == "cuda":
+    elif weight.device.type == "cuda":  # pragma: no cover (CUDA)
         out.copy_(torch.mm(hidden, weight, out_dtype=out.dtype))
     else:
         torch.mm(hidden.to(out.dtype), weight.to(out.dtype), out=out)

@@ -25,7 +25,7 @@ class Logprob(Protocol):
     logprob: float
 
 
-class VLLMScorer:
+class VLLMScorer:  # pragma: no cover (vLLM)
     """Scores with a `vllm.LLM`. Not yet run.
 
     vLLM normalises over the rows of the padded head; where a model gives padding any probability,

@@ -230,6 +230,20 @@ def test_the_vocabulary_map_is_made_once(inputs, monkeypatch):
         stage.run(Alone(), Silent())
 
 
+@pytest.mark.parametrize("mode", ["em", "mined"])
+def test_the_same_tokenizer_loses_nothing_in_any_vocabulary(inputs, mode):
+    source = inputs.models["twin"]
+    source = replace(
+        source,
+        files=replace(source.files, spec=source.spec.model_copy(update={"vocabulary": mode})),
+    )
+    stage = AlignStage(inputs, source)
+    shares = alignment_shares(stage.run(Alone(), Silent()).details)
+    assert stage.vocabulary_file().name.startswith(f"{mode}-")
+    assert shares["mass_exact"] + shares["mass_special"] == pytest.approx(1)
+    assert shares["mass_kept"] == pytest.approx(1, abs=1e-3)
+
+
 def test_scores_that_are_not_complete_are_asked_for(inputs):
     model = inputs.models["other"]
     sorted(inputs.scores_folder(model).glob("*.parquet"))[1].unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import chain
@@ -149,6 +150,31 @@ def test_mt_bench_answers_have_fastchats_fields(recipe, tmp_path):
     models = yaml.safe_load(recipe.read_text("utf-8"))
     expected = greedy(Path(models["pivot"]), messages, "<|im_start|>assistant\n", found["tokens"])
     assert again == expected
+
+
+def test_questions_that_a_template_refuses(recipe, tmp_path):
+    """The first one at once, another at its second turn; one of a single turn is answered."""
+    strict = tmp_path / "strict"
+    shutil.copytree(recipe.parent / "models" / "twin", strict)
+    refuses = "{% for m in messages if m.content in ('Again?', 'Où?') %}{{ 0 // 0 }}{% endfor %}"
+    (strict / "chat_template.jinja").write_text(refuses + chain.CHATML, encoding="utf-8")
+    rows = [
+        {"question_id": 3, "turns": ["Où?", "Là?"]},
+        MT_BENCH[0],
+        {"question_id": 4, "turns": ["one"]},
+        MT_BENCH[1],
+    ]
+    questions = tmp_path / "mt.jsonl"
+    questions.write_text("".join(json.dumps(q) + "\n" for q in rows), encoding="utf-8")
+    out = run(recipe, "--questions", questions, "--model", f"strict={strict}")
+    found = json.loads((out / "report" / "answers.json").read_text("utf-8"))
+    given = [entry["answers"]["strict"] for entry in found["entries"]]
+    assert [turns and len(turns) for turns in given] == [None, None, 1, 2]
+    assert [len(entry["answers"]["pivot"]) for entry in found["entries"]] == [2, 2, 1, 2]
+    text = (out / "report" / "answers.md").read_text("utf-8")
+    assert text.count("### strict\n\n(its template refuses the question)\n") == 2
+    lines = (out / "answers" / "mt" / "model_answer" / "strict.jsonl").read_text("utf-8")
+    assert [json.loads(line)["question_id"] for line in lines.splitlines()] == [4, 82]
 
 
 def test_alpaca_eval_outputs_have_its_fields(recipe, tmp_path):

@@ -113,13 +113,22 @@ def dense(model, tokenizer, text: str, begin: int, end: int) -> tuple[float, int
     return total, tokens
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level", "byte-level, plain text"])
+BEFORE_STOP = real_tokenizers.CHATML.replace("<|im_end|>", "\\n\\n<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["sentencepiece", "byte-level", "byte-level, plain text", "byte-level, text before the stop"],
+)
 def test_bits_are_the_dense_computation(kind):
-    """OpenChat's template has the answer begin inside a token, the plain one end inside one."""
+    """OpenChat's template has the answer begin inside a token, the last two end inside one."""
     tokenizer = {
         "sentencepiece": real_tokenizers.mistral,
         "byte-level": real_tokenizers.qwen,
         "byte-level, plain text": lambda: real_tokenizers.qwen(template=real_tokenizers.PLAIN),
+        "byte-level, text before the stop": lambda: byte_level(
+            [b"\n\n", b".\n\n", b"d\n\n"], ["<|im_end|>", "<|im_start|>"], BEFORE_STOP
+        ),
     }[kind]()
     model = llama(tokenizer)
     renderer = Renderer(tokenizer)

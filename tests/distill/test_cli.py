@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import chain
@@ -16,7 +17,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from real_tokenizers import INSTRUCT
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 from fusechat_distill.cli import commands
 from fusechat_distill.conversations import Renderer, open_conversations
@@ -199,6 +206,10 @@ def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path, llama):
     assert entry["seconds_left"] > 0
     assert entry["cut"] > 0, "the long answers do not fit into 96 tokens"
     assert (other["done"], other["total"]) == (0, None)
+    (tmp_path / "out" / "scores" / "pivot" / "log.jsonl").unlink()
+    line = run("status", recipe).stdout.splitlines()[0]
+    assert line.startswith("score pivot: 256 of 300 samples; ")
+    assert "tokens/s" not in line
 
 
 def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_path, mistral, llama):
@@ -212,19 +223,27 @@ def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_pat
         }
     )
     made.append({"messages": [{"role": "user", "content": "no answer"}]})
+    for asked in ("a poem", "word " * 99):
+        made.append({"messages": [{"role": "user", "content": asked}, *made[2]["messages"][1:]]})
     write_rows(tmp_path / "chats.jsonl", made)
     strict = tmp_path / "strict"
     shutil.copytree(llama, strict)
-    (strict / "chat_template.jinja").write_text(INSTRUCT)
+    refuses = "{{ raise_exception('No poems.') if messages[0].content == 'a poem' }}"
+    (strict / "chat_template.jinja").write_text(refuses + INSTRUCT)
     change(recipe, ("fusion: {strategy: sft}", f"sources: [{strict}]"))
     result = run("score", recipe)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("score pivot: 5 of 5 samples; ")
+    assert lines[0].startswith("score pivot: 7 of 7 samples; ")
     assert (
-        "; 1 left out; 1 answers as context only (1 the answer spells the special token" in lines[0]
+        "; 2 left out; 1 answers as context only (1 the answer spells the special token" in lines[0]
     )
     assert "; 1 with the system prompt in the first user message" in lines[1]
+    pivot, other = json.loads(run("status", recipe, "--json").stdout)[:2]
+    spelt = [4, "the answer spells the special token <|end_of_turn|>"]
+    cut = [7, "no answer within max_length"]
+    assert pivot["left_out"] == [spelt, cut]
+    assert other["left_out"] == [spelt, [6, "the chat template refuses it: No poems."], cut]
 
 
 def test_validate_says_what_will_be_done(recipe, tmp_path, llama):
@@ -243,6 +262,9 @@ def test_validate_says_what_will_be_done(recipe, tmp_path, llama):
     assert facts["dataset"]["left_out"] == [{"row": 23, "reason": "no assistant turn"}]
     assert set(facts["models"]) == {"pivot", "twin"}
     assert not (tmp_path / "out").exists()
+    write_rows(tmp_path / "chats.jsonl", [*made, *made[-1:] * 22])
+    lines = run("validate", recipe).stdout.splitlines()
+    assert lines[20:22] == ["  row 42: no assistant turn", "  ... and 3 more (--json lists all)"]
 
 
 def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
@@ -312,6 +334,45 @@ def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
     assert heading == f"Error: {recipe} has {len(problems)} problems:"
 
 
+def test_what_a_recipe_asks_too_much_of(recipe, tmp_path, llama):
+    """Each is said once, with a pivot that can't be opened and without."""
+    text = recipe.read_text("utf-8")
+
+    def refused(*replacements: tuple[str, str]) -> str:
+        recipe.write_text(text, encoding="utf-8")
+        result = run("validate", change(recipe, *replacements))
+        assert result.exit_code == 2
+        return result.stderr.removeprefix(f"Error: {recipe}: ")
+
+    reason = f"pivot ({llama}): of the first 30 conversations none can be scored ("
+    assert refused(("max_length: 96", "max_length: 3")) == (
+        f"{reason}nothing is left within 3 tokens); check its template, or max_length\n"
+    )
+    few = tmp_path / "few"
+    save(few, LlamaConfig(**TINY, vocab_size=300), AutoTokenizer.from_pretrained(llama))
+    lines = refused((str(llama), str(few)), ("scoring: {", "scoring: {top_k: 301, ")).splitlines()
+    assert f"pivot ({few}): has 300 tokens; set scoring.top_k to at most that" in lines[1]
+    without = tmp_path / "without"
+    shutil.copytree(llama, without)
+    (without / "chat_template.jinja").unlink()
+    sources = f"sources: [{{model: {llama}, template: pivot, name: twin}}]\n"
+    broken = refused(
+        (f"pivot: {llama}", f"pivot: {without}"),
+        ("fusion: {strategy: sft}\n", sources + "training: {learning_rate: 1e-3}\n"),
+    )
+    assert broken.startswith(f"pivot ({without}): it has no chat template; put")
+    assert broken.count("\n") == 1
+    recipe.write_text("[", encoding="utf-8")
+    assert "is not YAML" in run("validate", recipe).stderr
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="says what to do without vLLM")
+def test_without_vllm_its_remedy_is_said(recipe):
+    result = run("validate", change(recipe, ("device: cpu", "device: cpu, engine: vllm")))
+    assert result.exit_code == 2
+    assert "scoring.engine: vllm is not installed; install it with `pip install" in result.stderr
+
+
 def test_a_mistyped_key_is_one_problem_and_its_default_none(recipe):
     change(recipe, ("max_length: 96", "max_lenght: 96"))
     result = run("validate", recipe)
@@ -320,13 +381,19 @@ def test_a_mistyped_key_is_one_problem_and_its_default_none(recipe):
     )
 
 
-def test_nothing_is_written_among_a_models_files(recipe, tmp_path, llama):
+def test_nothing_is_written_where_it_can_not_or_among_a_models_files(
+    recipe, tmp_path, llama, monkeypatch
+):
     change(recipe, (f"output: {tmp_path / 'out'}", f"output: {llama / 'out'}"))
     result = run("score", recipe)
     assert result.exit_code == 2
     assert f"output: lies inside the model pivot ({llama}); set" in result.stderr
     change(recipe, (f"output: {llama / 'out'}", "output: ~/out"))
     assert "would be a folder called ~; write the path in full" in run("score", recipe).stderr
+    change(recipe, ("output: ~/out", f"output: {tmp_path / 'out'}"))
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
+    assert f"output: {tmp_path} can't be written to; set" in run("score", recipe).stderr
 
 
 def test_an_error_is_not_among_what_libraries_say(recipe, tmp_path):
@@ -532,7 +599,9 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monk
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nsys.argv = ['fusechat-distill', 'score', '--help']\n"
+        "import sys\nimport fusechat_distill\n"
+        "sys.argv = ['fusechat-distill', 'score', '--help']\n"
+        "assert 'FusionTrainer' in dir(fusechat_distill)\n"
         "from fusechat_distill.cli import main\n"
         "try:\n    main()\nfinally:\n"
         "    print({'torch', 'transformers', 'datasets', 'pyarrow', 'trl'} & set(sys.modules))\n"
@@ -553,3 +622,79 @@ def test_a_tokenizer_that_its_library_breaks_on_is_refused(tmp_path):
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(RequestError, match="its tokenizer can't be read: "):
         open_model(Model(model=str(tmp_path / "pivot")))
+
+
+def test_an_interrupt_while_a_tokenizer_is_read_is_one(llama, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_model(Model(model=str(llama)))
+
+
+CUSTOM = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("config.json", json.dumps(CUSTOM), "needs code from its own repository to run; read"),
+        ("config.json", "{", "its configuration can't be read: "),
+        (
+            "config.json",
+            json.dumps(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1).to_dict()),
+            "is a t5 model, which is no causal language model",
+        ),
+        ("model.safetensors.index.json", "{}", "model.safetensors.index.json can't be read: "),
+        ("model.safetensors.index.json", '{"weight_map": []}', "json can't be read: 'list'"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "tokenizer.json", "b": "model.safetensors"}}',
+            "tokenizer.json is torn or no safetensors file",
+        ),
+    ],
+)
+def test_a_model_that_can_not_be_scored_says_why(tmp_path, llama, file, content, problem):
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content, encoding="utf-8")
+    with pytest.raises(RequestError) as caught:
+        open_model(Model(model=str(tmp_path / "model")))
+    (found,) = caught.value.problems
+    assert problem in found
+
+
+def test_a_model_of_the_hub_is_scored_from_its_cache(recipe, tmp_path, llama):
+    """What was downloaded before is enough, and known by its commit; what was not is named."""
+    commit = "0123456789" * 4
+    for name in ("whole", "pickled"):
+        folder = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(llama, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit / "model.safetensors").unlink()
+    code = (
+        "import sys\nfrom fusechat_distill.cli import commands\n"
+        "from fusechat_distill.errors import RequestError\n"
+        "from fusechat_distill.models import open_model\n"
+        "from fusechat_distill.recipe import Model\n"
+        "for name in ('pickled', 'none'):\n"
+        "    try:\n        open_model(Model(model=f'org/{name}'))\n"
+        "    except RequestError as error:\n        print(error)\n"
+        "commands(['score', sys.argv[1]])\n"
+    )
+    change(recipe, (f"pivot: {llama}", "pivot: org/whole"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")},
+    )
+    assert done.returncode == 0, done.stderr
+    pickled, none, scored = done.stdout.splitlines()
+    assert pickled.startswith("org/pickled: has no weights in safetensors; convert them with")
+    assert none.startswith("org/none: its configuration can't be read: ")
+    assert scored.startswith("score pivot: 30 of 30 samples; ")
+    manifest = json.loads((tmp_path / "out" / "scores" / "pivot" / "manifest.json").read_text())
+    assert manifest["fingerprint"]["model"] == {"name": "org/whole", "commit": commit}

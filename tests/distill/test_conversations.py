@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
 from texts import texts
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_distill.conversations import (
@@ -58,6 +59,8 @@ def test_every_layout_gives_the_same_conversation(tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(RequestError, match="no split 'train'; it has 'test'"):
+        open_conversations(str(tmp_path / "dict"))
     columns = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello."]}]}
     found.append(Conversations(datasets.Dataset.from_dict(columns))[0])
     found.append(open_conversations(str(tmp_path / "a.parquet"))[0])
@@ -78,14 +81,24 @@ def test_bad_rows_are_listed_and_left_out(tmp_path):
         [user, {"role": "assistant", "content": None}],
         None,
         [answer],
+        [user, answer | {"tool_calls": [{"name": "f"}]}],
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     conversations = open_conversations(str(path))
     assert [c.row for c in conversations] == [1, 6]
-    assert [row for row, _ in conversations.rejected] == [0, 2, 3, 4, 5]
+    assert [row for row, _ in conversations.rejected] == [0, 2, 3, 4, 5, 7]
+    texts_alone = Conversations(datasets.Dataset.from_dict({"messages": [["Hi", "Hello."]]}))
+    assert texts_alone.rejected[0].reason == "message 0 is not an object with role and content"
     reasons = " | ".join(reason for _, reason in conversations.rejected)
-    for part in ("no assistant turn", "empty answer", "'oracle'", "NoneType", "not a list"):
+    for part in (
+        "no assistant turn",
+        "empty answer",
+        "'oracle'",
+        "NoneType",
+        "not a list",
+        "message 1 has tool calls",
+    ):
         assert part in reasons
     assert [c.row for c in open_conversations(str(path), max_samples=1)] == [1]
 
@@ -310,6 +323,26 @@ def test_a_system_prompt_goes_before_the_user_where_the_template_takes_none(mist
     assert rendered(qwen, "Be brief.", "Yes", system="Be brief.", template=silent).system_folded
     lone = Conversation("", 0, (Message("system", "Be brief."), Message("assistant", "Yes")))
     assert "drops the system prompt" in Renderer(qwen, silent)([lone])[0].problem
+
+
+def test_an_answer_that_can_not_be_found_in_the_rendering_is_left_out(mistral, qwen):
+    known = "{{ raise_exception('Who?') if messages[-1].content not in ('Yes', 'No') }}" + CHATML
+    (rendering,) = Renderer(qwen, known)([conversation("Hi", "Yes")])
+    assert rendering.skipped[0].reason == "the chat template rewrites the answer"
+    assert Renderer(qwen, known).after_answer() == ""
+    (rendering,) = Renderer(qwen, "{{ messages[1].content }}")([conversation("Hi", "Yes")])
+    assert rendering.skipped[0].reason == "no token stands before the answer"
+
+
+def test_the_stop_is_no_part_of_an_answer_whose_end_the_tokenizer_drops():
+    """It has no token for the answer's last character, nor one for what it doesn't know."""
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<e>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    template = "{% for m in messages %}{{ 'b' + m.content + '<e>' }}{% endfor %}"
+    response = rendered(tokenizer, "a", "ab日", template=template).responses[0]
+    assert (response.ends.tolist(), response.stop) == ([1, 2, -1], "special")
 
 
 def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):

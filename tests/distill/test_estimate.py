@@ -18,11 +18,13 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
+    T5Config,
 )
 
 from fusechat_distill import estimating
 from fusechat_distill.cli import commands
 from fusechat_distill.estimate import FLOPS, Shape, Text, estimate, total
+from fusechat_distill.inputs import readable_size
 from fusechat_distill.recipe import load_recipe
 from fusechat_distill.running import run_status
 from fusechat_distill.settings import lora_config
@@ -210,6 +212,20 @@ def test_without_the_pivots_tokenizer_bytes_are_counted(tmp_path, models):
     assert found.text.tokens * 6 == pytest.approx(sum(sizes[::2]) / 4)
     assert found.text.response_tokens * 6 == pytest.approx(sum(sizes[1::2]) / 4)
     assert found.assumed == ["the pivot's tokenizer isn't here: 4 bytes a token"]
+
+
+def test_what_is_here_but_no_use_is_named(tmp_path, models):
+    T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1).save_pretrained(tmp_path / "t5")
+    lora = {"lora": {"target_modules": ["nowhere"]}}
+    path = chain.recipe(tmp_path, models, sources=[str(tmp_path / "t5")], training=lora)
+    (tmp_path / "chats.jsonl").write_text("{", encoding="utf-8")
+    found = estimating.estimate_recipe(load_recipe(path))
+    t5, adapter, dataset = found.missing
+    assert t5.startswith(f"t5 ({tmp_path / 't5'}): Unrecognized configuration class")
+    assert adapter.startswith("training.lora: Target modules {'nowhere'} not found")
+    assert dataset.startswith(f"dataset {tmp_path / 'chats.jsonl'}: can't be opened: line 1 is not")
+    assert found.assumed[0].startswith("the dataset isn't here: ")
+    assert "5 TB" in readable_size(5e12)
 
 
 def test_a_wrong_recipe_is_refused(tmp_path, models):

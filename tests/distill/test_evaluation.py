@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
 import shutil
@@ -17,6 +19,7 @@ import yaml
 from chain import in_child, kill_at
 from click.testing import CliRunner, Result
 from datasets import ClassLabel, Dataset, Features, Value
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_distill.bootstrap import Losses, bootstrap, holm
@@ -24,8 +27,10 @@ from fusechat_distill.cli import commands
 from fusechat_distill.conversations import Conversations
 from fusechat_distill.evaluated import Evaluated
 from fusechat_distill.evaluation import compared
+from fusechat_distill.evaluation_page import tables, write_picture
 from fusechat_distill.fusing import held_out
 from fusechat_distill.inputs import open_inputs
+from fusechat_distill.processes import Processes
 
 DOMAINS = ("code", "prose")
 
@@ -257,7 +262,12 @@ def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, mo
     damaged = next((out / "evaluation").glob("*.json"))
     damaged.write_text("{", encoding="utf-8")
     assert run(recipe).exit_code == 0
-    table = run(recipe).stdout
+    assert len(loaded) == 2
+    # A file under another's name is not taken for it.
+    one, other, *_ = (out / "evaluation").glob("*.json")
+    one.write_bytes(other.read_bytes())
+    table = run(recipe, "--model", f"twin={twin}").stdout
+    assert len(loaded) == 3
     assert "target neox vs pivot*" in " ".join(table.split())
     assert "source neox" in table
 
@@ -288,6 +298,100 @@ def test_an_unfinished_target_is_listed(recipe):
     assert "target neox: not there yet" in run(recipe).stdout
 
 
+def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe, monkeypatch):
+    target = recipe.parent / "out" / "targets" / "neox"
+    (target / "tokenizer.json").unlink()
+    (target / "tokenizer_config.json").unlink()
+    result = run(recipe)
+    assert result.exit_code == 2
+    assert "target neox: holds no tokenizer; copy the tokenizer's files" in result.stderr
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    content["training"]["lambda"] = 0.25
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    result = run(recipe)
+    assert result.exit_code == 2
+    assert f"target neox: {target} was made otherwise (training.lambda was 0.5" in result.stderr
+
+
+def test_it_runs_in_one_process(made, monkeypatch):
+    class Two(Processes):
+        def __init__(self, device):
+            super().__init__(device)
+            self.count = 2
+
+    monkeypatch.setattr("fusechat_distill.processes.Processes", Two)
+    result = run(made)
+    assert result.exit_code == 2
+    assert "evaluate: runs in one process, on all devices of the machine; start it" in result.stderr
+
+
+def with_template(model: Path, folder: Path, refuses: str) -> Path:
+    shutil.copytree(model, folder)
+    template = "{{ raise_exception('no') if " + refuses + " }}" + chain.CHATML
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def test_only_answers_that_all_models_can_be_given_count(recipe, made):
+    twin = made.parent / "models" / "twin"
+    short = with_template(twin, recipe.parent / "short", "messages | length > 2")
+    long = with_template(twin, recipe.parent / "long", "messages | length == 2")
+    one = ("--model", f"short={short}")
+    result = run(recipe, *one)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((recipe.parent / "out" / "evaluation.json").read_text("utf-8"))
+    left = found["models"]["short"]["left_out"]
+    assert found["dataset"]["counted"] == found["dataset"]["answers"] - left
+    assert 0 < left < found["dataset"]["answers"]
+    shown = " ".join(result.stdout.split())
+    assert f"short: could not be given {left} answers; not counted for any" in shown
+    result = run(recipe, *one, "--model", f"long={long}")
+    assert result.exit_code == 1
+    assert "there is no held-out answer that all models could be given" in result.stderr
+
+
+def test_a_model_that_gives_nan_is_not_evaluated(recipe, made):
+    bad = recipe.parent / "bad"
+    shutil.copytree(made.parent / "models" / "twin", bad)
+    model = AutoModelForCausalLM.from_pretrained(bad, dtype=torch.float32)
+    read = AutoTokenizer.from_pretrained(bad)(chain.ANSWERS[3], add_special_tokens=False)
+    model.model.embed_tokens.weight.data[read.input_ids[:4]] = float("nan")
+    model.save_pretrained(bad)
+    result = run(recipe, "--model", f"bad={bad}")
+    assert result.exit_code == 1
+    assert f"evaluate bad ({bad}): NaN or Inf in its output for " in result.stderr
+    assert "evaluate it in another dtype" in result.stderr
+
+
+def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
+    """As of one held-out conversation, and of models that all have several seeds."""
+
+    def shown(content: dict) -> str:
+        stream = io.StringIO()
+        content["groups"] = {"all": found["groups"]["all"]}
+        for table in tables(content):
+            Console(file=stream, width=200).print(table)
+        return stream.getvalue()
+
+    bare, several = copy.deepcopy(found), copy.deepcopy(found)
+    for entry in (*bare["models"].values(), *bare["pairs"]):
+        for group in entry["groups"].values():
+            for interval in (group, group.get("difference"), group.get("relative")):
+                if interval:
+                    interval |= {"low": None, "high": None}
+    relative = found["pairs"][0]["groups"]["all"]["relative"]
+    text = shown(bare)
+    assert f"{relative['value']:+.2%}" in text
+    assert "[" not in text
+    assert "±0" not in text
+    write_picture(bare, tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    several["pairs"] = [pair for pair in found["pairs"] if pair["scope"] == "seeds and samples"]
+    text = shown(several)
+    assert "two vs pivot" in text
+    assert "*" not in text
+
+
 def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch):
     content = yaml.safe_load(recipe.read_text("utf-8"))
     models = Path(content["pivot"]).parent
@@ -299,6 +403,12 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
     shutil.copytree(models / "twin", seen)
     made_of = {"dataset": {"path": content["dataset"]["path"], "eval_fraction": 0.01}}
     (seen / "fusechat_distill.json").write_text(json.dumps(made_of), encoding="utf-8")
+    torn, orphan = recipe.parent / "torn", recipe.parent / "orphan"
+    for folder, adapter in ((torn, "{"), (orphan, '{"base_model_name_or_path": "./nowhere"}')):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(adapter, encoding="utf-8")
+    shutil.copy(models / "twin" / "tokenizer.json", orphan)
+    (orphan / "adapter_model.safetensors").write_bytes(b"")
     asked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *a, **k: asked.append(a))
@@ -308,13 +418,14 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
     options = [
         f"gone={recipe.parent}/gone", "some/where", f"pivot={models}/twin", f"neox={models}/twin",
         f"bare={bare}", f"pickled={pickled}", f"seen={seen}", f"x={models}/twin", f"y={models}/twin",
+        f"torn={torn}", f"orphan={orphan}",
     ]  # fmt: skip
     questions = recipe.parent / "questions.jsonl"
     questions.write_text('{"question": "What?"}\n', encoding="utf-8")
     result = run(recipe, *(a for o in options for a in ("--model", o)), "--questions", questions)
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
-    assert lines[0].endswith("has 9 problems:")
+    assert lines[0].endswith("has 13 problems:")
     for named, said in (
         ("gone=", "there is no such folder"),
         ("some/where", "should be NAME=PATH"),
@@ -324,6 +435,10 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
         ("pickled=", "has no weights in safetensors"),
         ("seen=", "was trained with eval_fraction 0.01"),
         ("y=", "is the same folder as --model x="),
+        ("torn=", "holds no tokenizer"),
+        ("torn=", "has adapter_config.json, but no adapter_model.safetensors"),
+        ("torn=", "its adapter_config.json can't be read: "),
+        ("orphan=", "its base model ./nowhere: there is no such folder"),
     ):
         assert any(line.startswith(f"  --model {named}") and said in line for line in lines), named
     assert any("--questions" in line and "neither MT-Bench's" in line for line in lines)

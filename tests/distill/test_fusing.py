@@ -308,6 +308,9 @@ def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_pat
     sample = join_sample(conversation, rendering, None, [None])
     assert not any(s.present[0] for s in sample.scores)
     assert len(sample.num_bytes) == 5
+    # Scores of other tokens than the conversation's are no scores of it.
+    with pytest.raises(DistillError, match="5 positions where the conversation has 3; delete the"):
+        join_sample(conversation, replace(rendering, responses=rendering.responses[:1]), pivot, [])
 
 
 @pytest.mark.parametrize(
@@ -352,7 +355,9 @@ def test_the_columns_are_of_fixed_size_and_datasets_reads_them(aligned, tmp_path
     assert np.array(dataset[5]["fusion_probs"]).shape == (len(dataset[5]["input_ids"]), 18)
 
 
-def test_resuming_gives_the_same_bytes_and_other_settings_are_refused(aligned, tmp_path):
+def test_resuming_gives_the_same_bytes_and_other_settings_are_refused(
+    aligned, tmp_path, monkeypatch
+):
     stage = fuse_all(changed(aligned), tmp_path)[0]
     expected = {path.name: path.read_bytes() for path in stage.folder.iterdir()}
     names = sorted(name for name in expected if name.endswith(".parquet"))
@@ -361,6 +366,7 @@ def test_resuming_gives_the_same_bytes_and_other_settings_are_refused(aligned, t
     (stage.folder / "decisions.json").unlink()
     assert stage.status().done == 24
     (stage.folder / names[1]).write_bytes(expected[names[1]][:200])
+    monkeypatch.setattr("fusechat_distill.fusing.BLOCK", 300)  # of two or three samples each
     assert stage.run(Processes("cpu"), Silent()).complete
     assert {p.name: p.read_bytes() for p in stage.folder.iterdir() if p.is_file()} == expected
     before = (stage.folder / names[0]).stat().st_mtime_ns
@@ -385,6 +391,18 @@ def test_what_is_not_aligned_is_asked_for(aligned, tmp_path):
     ):
         stage.run(Processes("cpu"), Silent())
     assert not stage.folder.exists()
+
+
+def test_a_shard_without_an_answer_that_the_pivot_can_be_given(aligned, tmp_path, models):
+    made = chain.rows(258)
+    for row in made[256:]:  # a special token of the pivot's
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "<|im_end|>"}]
+    path = chain.recipe(tmp_path, models, count=258, fusion={"strategy": "sft"})
+    chain.write_rows(tmp_path / "chats.jsonl", made)
+    (stage,) = fuse_all(open_inputs(path), tmp_path / "fused")
+    assert [row["row"] for row in read(stage)] == list(range(256))
+    table, summary = fuse_stages(changed(aligned))[0]._shard([])
+    assert (len(table), summary["positions"], summary["positions_with_target"]) == (0, 0, 0)
 
 
 def test_who_is_held_out_depends_on_the_conversation_alone():

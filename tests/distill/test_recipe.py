@@ -130,6 +130,12 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
             "digits and . _ + -, 128 at most",
         ),
         (MINIMAL + "max_length: true\n", "max_length: should be a valid integer, found True"),
+        (MINIMAL + "max_length: [9]\n", "max_length: should be a valid integer, found a list"),
+        (MINIMAL + "output_: {}\n", "output_: is not a key here; did you mean `output`?"),
+        (
+            MINIMAL.replace("[org/source]", "[{model: org/source, vocabulry: em}]"),
+            "sources[0].vocabulry: is not a key here; did you mean `vocabulary`?",
+        ),
         (
             MINIMAL.replace("[org/source]", "org/source"),
             "sources: should be a list, found 'org/source'",

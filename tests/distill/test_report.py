@@ -25,7 +25,7 @@ from fusechat_distill.inputs import Inputs, open_inputs
 from fusechat_distill.recipe import Alignment, Fusion
 from fusechat_distill.report import REASONS, report
 from fusechat_distill.report_page import tables, write_report
-from fusechat_distill.store import ScoreStore, Shards, scores_table
+from fusechat_distill.store import ScoredSample, ScoreStore, Shards, scores_table
 from fusechat_distill.tokens import vocabulary
 
 ANSWERS = [
@@ -281,6 +281,8 @@ def test_targets_are_what_the_fuse_stage_decided(inputs):
     samples = found["sources"]["other"]["samples"]
     assert decided["samples_compared"] == samples["compared"]
     assert decided["won"]["other"]["samples"] == pytest.approx(samples["source_won"])
+    (stage.folder / "decisions.json").unlink()
+    assert report(inputs)["targets"]["other"] is None
 
 
 def test_the_worst_samples_side_by_side(made, found):
@@ -355,6 +357,37 @@ def test_what_is_not_there_is_said(inputs):
     problem = report(em)["sources"]["other"]["problem"]
     assert "was made otherwise" in problem
     assert "move it away or delete it" in problem
+
+
+def test_a_source_that_nothing_matches(inputs):
+    """It has scores of one answer, of which only the bytes of the end are known: no share is made
+    of nothing, and no sample of it is put side by side."""
+    folder = inputs.scores_folder(inputs.models["other"])
+    shards, store = Shards.open(folder), ScoreStore(folder)
+    first, second = shards.manifest.ranges()
+    sample = store.shard(second)[-1]
+    (whole, *_) = sample.responses
+    response = replace(whole, begin=whole.begin + 1, ends=np.full_like(whole.ends, -1))
+    shards.write(first, scores_table([]), {})
+    shards.write(second, scores_table([ScoredSample(sample.key, sample.row, (response,))]), {})
+    shutil.rmtree(inputs.recipe.aligned_folder / "other")
+    shutil.rmtree(inputs.recipe.aligned_folder / ".vocabularies")
+    assert stages(inputs)["other"].run(Alone(), Silent()).complete
+    found = report(inputs)["sources"]["other"]
+    (left,) = [
+        s
+        for s in ScoreStore(inputs.scores_folder(inputs.pivot)).shard(second)
+        if s.key == sample.key
+    ]
+    positions = found["positions"]
+    assert positions["matched"] == 0
+    assert (
+        positions["no_sample"]
+        == 1 - sum(len(r.tokens) for r in left.responses) / positions["total"]
+    )
+    assert set(found["edges"].values()) == {None}
+    assert found["mass"]["kept"] is None
+    write_report(report(inputs), inputs.recipe.output_folder / "report")
 
 
 def test_the_command_writes_json_and_a_page(made, found, monkeypatch):

@@ -17,16 +17,32 @@ import torch
 import yaml
 from chain import in_child, kill_at
 from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_distill.cli import commands
 from fusechat_distill.errors import RequestError
 from fusechat_distill.inputs import open_inputs
+from fusechat_distill.merging import merge_configuration
+from fusechat_distill.processes import Processes
 from fusechat_distill.recipe import Recipe, load_recipe
-from fusechat_distill.running import run_problems
+from fusechat_distill.running import MergeStage, run_problems
 
 ROOT = Path(__file__).parents[2]
+
+
+class Silent:
+    def start(self, title, total):
+        pass
+
+    def advance(self, samples, tokens):
+        pass
+
+    def stop(self):
+        pass
+
+
 TIMED = ("trainer_state.json", "log.jsonl")
 """Files that say how long something took."""
 
@@ -185,6 +201,8 @@ def test_a_merge_yml_that_was_edited_is_not_overwritten(whole, models):
         "merge.yml: was changed by hand, and would be written anew; move it away" in result.stderr
     )
     assert "float32" in (out / "merge.yml").read_text()
+    with pytest.raises(RequestError, match="was changed by hand"):  # while the run was going on
+        MergeStage(load_recipe(changed)).run(Processes("cpu"), Silent())
     (out / "merge.yml").write_text(text)
     assert run("run", changed).exit_code == 0
     assert yaml.safe_load((out / "merge.yml").read_text())["merge_method"] == "ties"
@@ -205,6 +223,16 @@ def test_status_shows_the_whole_chain(whole, models, tmp_path):
     assert all(line.endswith(": not begun") for line in run("status", fresh).stdout.splitlines())
     sft = recipe(tmp_path, models, "sft", fusion={"strategy": "sft"})
     assert run("status", sft).stdout == "fuse sft: not begun\ntrain sft: not begun\n"
+    # Begun, but nothing of it done; and targets that are not there yet are not merged.
+    fused = load_recipe(fresh).fused_folder / "neox"
+    shutil.copytree(load_recipe(whole).fused_folder / "neox", fused)
+    for path in fused.glob("*.parquet"):
+        path.unlink()
+    (line,) = [x for x in run("status", fresh).stdout.splitlines() if x.startswith("fuse")]
+    assert line == "fuse neox: 0 of 270 samples; 0 held out; 0 B"
+    stage = MergeStage(load_recipe(fresh))
+    assert not stage.run(Processes("cpu"), Silent()).complete
+    assert not stage.path.exists()
 
 
 @pytest.mark.parametrize(
@@ -330,6 +358,22 @@ def test_mergekit_merges_what_merge_yml_says(whole, models, tmp_path):
         torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_mergekit_reads_paths_with_its_own_signs_in_them(models, tmp_path, lora):
+    pivot = tmp_path / "pivot@1+x"
+    shutil.copytree(models / "pivot", pivot)
+    output = tmp_path / "out+1"
+    path = recipe(tmp_path, models, output=output, pivot=str(pivot), training={"lora": lora})
+    read = MergeConfiguration.model_validate(merge_configuration(load_recipe(path), ["neox"]))
+    assert (read.base_model.model.path, read.base_model.lora) == (str(pivot), None)
+    (model,) = (entry.model for entry in read.models)
+    target = str(output / "targets" / "neox")
+    if lora:
+        assert (model.model.path, model.lora.path) == (str(pivot), target)
+    else:
+        assert (model.model.path, model.lora) == (target, None)
+
+
 def test_mergekit_merges_adapters(models, tmp_path):
     path = recipe(
         tmp_path,
@@ -437,13 +481,20 @@ def test_without_weights_every_shard_must_be_there(brought):
     assert "1 of its 2 shards of scores are here; with all it needs no weights" in result.stderr
 
 
-def test_scores_of_another_model_do_not_stand_for_it(brought):
+def test_scores_of_another_model_do_not_stand_for_it(brought, whole):
     config = brought.parent / "models" / "neox" / "config.json"
     changed = json.loads(config.read_text()) | {"hidden_act": "relu"}
     config.write_text(json.dumps(changed))
     result = run("validate", brought)
     assert result.exit_code == 2, result.output
     assert "scores/neox was made otherwise (model.config was" in result.stderr
+    # Nor does another folder of a run that was copied in its place.
+    folder = load_recipe(brought).scores_folder / "neox"
+    shutil.rmtree(folder)
+    shutil.copytree(load_recipe(whole).aligned_folder / "neox", folder)
+    result = run("validate", brought)
+    assert result.exit_code == 2, result.output
+    assert f"scores of neox: {folder} was made otherwise (" in result.stderr
 
 
 def test_without_its_tokenizer_what_to_copy_is_said(brought):

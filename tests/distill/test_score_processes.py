@@ -11,14 +11,16 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fusechat_distill.errors import DistillError
 from fusechat_distill.inputs import open_inputs
-from fusechat_distill.pipeline import score_stages
+from fusechat_distill.pipeline import placement, score_stages
 from fusechat_distill.processes import Processes
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,21 @@ def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: 
 def score(recipe: Path) -> Callable[[], object]:
     inputs = open_inputs(recipe)
     return lambda: [stage.run(Processes("cpu"), Silent()) for stage in score_stages(inputs)]
+
+
+def test_where_a_model_is_put(recipe):
+    alone = Processes()
+    several = torch.cuda.device_count() > 1
+    assert placement("auto", alone) == ("spread" if several else alone.device)
+    assert placement("cpu", alone) == "cpu"
+    inputs = open_inputs(recipe("vllm"))
+    scoring = inputs.recipe.scoring.model_copy(update={"engine": "vllm"})
+    inputs = replace(inputs, recipe=inputs.recipe.model_copy(update={"scoring": scoring}))
+    (stage,) = score_stages(inputs)
+    assert (stage.status().done, stage.status().total) == (0, 900)
+    alone.count = 2
+    with pytest.raises(DistillError, match="vllm spreads a model over devices itself; start it"):
+        stage._scorer(alone)
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,11 @@ def test_a_model_whose_logits_are_something_else_is_refused():
     model.model.norm.weight.data[0] = float("inf")
     with pytest.raises(DistillError, match="gives NaN or Inf for the simplest input"):
         TransformersScorer(model, TOKENS)
+    model = build("llama")
+    weight = model.lm_head.weight.to(torch.int8)  # as a quantised head holds it
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(DistillError, match="its output head is Linear without a plain weight"):
+        TransformersScorer(model, TOKENS)
     with pytest.raises(DistillError, match=r"has 2 tokens; set scoring\.top_k to at most that"):
         TransformersScorer(build("llama"), [1, 5], top_k=3)
 
@@ -408,6 +413,8 @@ def test_prompt_logprobs_are_shifted_filtered_and_sorted():
         scores_from_prompt_logprobs(
             rows, Request(request.input_ids, np.array([2])), frozenset(range(10)), 4
         )
+    with pytest.raises(DistillError, match="vLLM gave no log-probabilities for token 1"):
+        scores_from_prompt_logprobs([None, None], request, frozenset(range(10)), 3)
 
 
 LOGPROBS = np.log(np.array([[0.5, 0.3, 0.1], [0.6, 0.2, 0.1]], dtype=np.float32))

@@ -18,7 +18,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from fusechat_distill.errors import RequestError
 from fusechat_distill.tokens import first_tokens, token_bytes, tokenize, vocabulary
@@ -135,6 +135,14 @@ def test_added_tokens_that_are_not_special_stand_for_their_own_text():
         assert tokens.ends[-1] == 10
 
 
+def test_a_byte_level_piece_outside_the_alphabet_stands_for_itself():
+    backend = Tokenizer(models.BPE({"a": 0, "日本": 1, "Ġa": 2}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_bytes(made, [0, 1, 2]) == [b"a", "日本".encode(), b" a"]
+
+
 def small_unigram() -> PreTrainedTokenizerFast:
     pieces = [
         "<unk>",
@@ -184,6 +192,13 @@ def test_an_end_inside_a_normalised_character_is_not_known():
     assert tokens.ends.tolist() == [1, -1, 4, 5]
 
 
+def test_where_text_has_no_token_an_end_is_not_guessed():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.decoder = decoders.Fuse()
+    (tokens,) = tokenize(PreTrainedTokenizerFast(tokenizer_object=backend), ["a日b"])
+    assert (tokens.ids.tolist(), tokens.ends.tolist()) == ([0, 1], [1, -1])
+
+
 def lossy(kind: str) -> PreTrainedTokenizerFast:
     if kind == "WordPiece":
         backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
@@ -205,6 +220,11 @@ def lossy(kind: str) -> PreTrainedTokenizerFast:
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(kind, why):
     with pytest.raises(RequestError, match=why):
         vocabulary(lossy(kind))
+
+
+def test_a_tokenizer_that_is_written_in_python_is_refused():
+    with pytest.raises(RequestError, match="ByT5Tokenizer: it is not backed by the `tokenizers`"):
+        vocabulary(ByT5Tokenizer())
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(qwen):

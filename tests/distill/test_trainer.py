@@ -93,6 +93,17 @@ def test_every_gradient_equals_the_dense_reference(tmp_path, kind, layout):
     assert log["loss"] == pytest.approx(0.6 * log["clm_loss"] + 0.4 * log["fusion_loss"], rel=1e-6)
 
 
+def test_where_only_labelled_positions_are_scored_it_is_the_same(tmp_path, monkeypatch):
+    """As TRL scores them where Triton runs; here its kernel's stand-in takes them without it."""
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    dataset = pico.rows()
+    _, recorder = train(tmp_path, pico.model(), dataset, clm_weight=0.4)
+    wanted = pico.dense_gradients(pico.model(), dataset, clm_weight=0.4)
+    assert_same_gradients(recorder.gradients[0], wanted)
+    log = recorder.logs[0]
+    assert log["loss"] == pytest.approx(0.4 * log["clm_loss"] + 0.6 * log["fusion_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("clm_weight", [0.0, 0.9])
 def test_wrapped_packing_equals_the_dense_reference_on_its_own_rows(tmp_path, clm_weight):
     # Without a prompt the first label of every document counts once it stands inside a row, and
@@ -234,6 +245,27 @@ def test_logged_terms_are_means_over_the_steps_they_stand_for(tmp_path):
         values = [log[key] for log in each.logs if key in log]
         assert len(values) == 3
         assert once.logs[0][key] == pytest.approx(sum(values) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("by", ["process", "micro-batch"])
+def test_logged_terms_add_up_to_the_logged_loss(tmp_path, by):
+    """However `Trainer` divides it: by the tokens of this process alone, or, for models that don't
+    take their number, by those of each micro-batch."""
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer = FusionTrainer(
+        pico.model(),
+        FusionConfig(
+            **pico.arguments(
+                tmp_path, clm_weight=0.3, average_tokens_across_devices=False, **changes
+            )
+        ),
+        train_dataset=pico.rows(),
+        processing_class=pico.tokenizer(),
+    )
+    trainer.model_accepts_loss_kwargs = by == "process"
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(0.3 * log["clm_loss"] + 0.7 * log["fusion_loss"], rel=1e-4)
 
 
 def test_evaluation_reports_the_objective_and_the_plain_loss(tmp_path):
@@ -388,10 +420,10 @@ def test_the_collator_pads_and_joins():
 
 
 def test_flat_targets_are_cut_as_nested_ones(tmp_path):
-    def prepared(dataset: Dataset) -> Any:
+    def prepared(dataset: Dataset, **changes: Any) -> Any:
         return FusionTrainer(
             pico.model(),
-            FusionConfig(**pico.arguments(tmp_path, max_length=6)),
+            FusionConfig(**pico.arguments(tmp_path, **{"max_length": 6} | changes)),
             train_dataset=dataset,
             processing_class=pico.tokenizer(),
         ).train_dataset
@@ -405,6 +437,9 @@ def test_flat_targets_are_cut_as_nested_ones(tmp_path):
     for again in (prepared(Dataset.from_dict(columns)), prepared(once)):
         assert again.with_format(None).to_dict() == once.with_format(None).to_dict()
     assert len(once[0]["fusion_ids"]) == 18
+    packing = {"packing": True, "max_length": 20}
+    packed = prepared(nested, **packing)
+    assert prepared(packed, **packing) is packed
     columns["fusion_ids"][1].pop()
     with pytest.raises(ValueError, match="has 14 entries but `input_ids` has 5, for which 15 are"):
         prepared(Dataset.from_dict(columns))
@@ -421,6 +456,40 @@ def test_prepared_by_the_user_it_trains_the_same(tmp_path):
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     assert_same_gradients(recorder.gradients[0], wanted)
+
+
+def test_a_collator_of_ones_own_is_kept(tmp_path):
+    class Counting(DataCollatorForFusion):
+        calls = 0
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            Counting.calls += 1
+            return super().__call__(*arguments, **options)
+
+    dataset = pico.rows()
+    trainer = FusionTrainer(
+        pico.model(),
+        FusionConfig(**pico.arguments(tmp_path)),
+        data_collator=Counting(pad_token_id=0),
+        train_dataset=dataset,
+        processing_class=pico.tokenizer(),
+    )
+    trainer.train()
+    assert Counting.calls
+
+
+def test_without_arguments_the_output_is_called_after_the_model(tmp_path, monkeypatch):
+    class OnCpu(FusionConfig):
+        def __init__(self, folder: str) -> None:
+            super().__init__(folder, use_cpu=True, bf16=False)  # the defaults need a GPU
+
+    monkeypatch.setattr(trainer_module, "FusionConfig", OnCpu)
+    monkeypatch.chdir(tmp_path)
+    pico.model().save_pretrained(tmp_path / "pico")
+    given = {"train_dataset": pico.rows(), "processing_class": pico.tokenizer()}
+    trainer = FusionTrainer(str(tmp_path / "pico"), **given)
+    assert trainer.args.output_dir == "pico-Fusion"
+    assert trainer.args.clm_weight == 0.9
 
 
 def test_probabilities_survive_a_cast_of_the_inputs(tmp_path):
@@ -530,6 +599,8 @@ def test_a_streamed_dataset_is_refused(tmp_path):
     streamed = pico.rows().to_iterable_dataset()
     assert isinstance(streamed, IterableDataset)
     assert "the train dataset is an `IterableDataset`" in refused(tmp_path, train_dataset=streamed)
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        FusionTrainer(pico.model(), FusionConfig(**pico.arguments(tmp_path)))
     assert "the b dataset is" in refused(tmp_path, eval_dataset={"a": pico.rows(), "b": streamed})
 
 
@@ -588,6 +659,11 @@ def test_an_adapter_on_untied_embeddings_is_trained(tmp_path):
     wanted = pico.dense_gradients(copy.deepcopy(net), dataset, clm_weight=0.5)
     _, recorder = train(tmp_path, net, dataset, clm_weight=0.5)
     assert_same_gradients(recorder.gradients[0], wanted)
+
+
+def test_packing_without_a_length_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`max_length` can't be `None`"):
+        train(tmp_path, pico.model(), pico.rows(), packing=True, max_length=None)
 
 
 def test_all_problems_are_named_at_once(tmp_path):

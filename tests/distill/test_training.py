@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fusechat_distill.aligning import align_stages
+from fusechat_distill.card import model_card
 from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.inputs import Inputs, open_inputs
 from fusechat_distill.pipeline import score_stages
@@ -253,7 +254,11 @@ def test_what_decides_about_the_weights_is_not_changed_silently(make, monkeypatc
 def test_a_checkpoint_that_lost_a_file_is_not_gone_on_from(make, monkeypatch, lost):
     stage = make()
     stopped(stage, 3, monkeypatch)
-    (stage.work / "checkpoint-2" / lost).unlink()
+    checkpoint = stage.work / "checkpoint-2"
+    (checkpoint / lost).unlink()
+    (checkpoint / "global_step2").mkdir()  # where DeepSpeed has it, which looks itself
+    assert stage._last_checkpoint() == str(checkpoint)
+    (checkpoint / "global_step2").rmdir()
     assert stage._last_checkpoint() is None
 
 
@@ -343,6 +348,10 @@ def test_settings_are_trls_own_but_for_what_the_recipe_owns(tmp_path, models):
     assert plain.save_total_limit == 1
     free = chain.recipe(tmp_path, models, training={"padding_free": True})
     assert fusion_config(load_recipe(free), tmp_path).max_length is None
+    half = fusion_config(
+        load_recipe(chain.recipe(tmp_path, models, training={"fp16": True})), tmp_path
+    )
+    assert (half.fp16, half.bf16) == (True, False)
     unquoted = chain.recipe(tmp_path, models, training={"save_strategy": False})
     assert fusion_config(load_recipe(unquoted), tmp_path).save_strategy == "no"
 
@@ -426,6 +435,15 @@ def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_pa
             "merge.parameters.lambda: should be a valid number",
         ),
         ({"merge": {"merge_method": "slerp"}}, "merge.parameters: slerp needs `t`"),
+        ({"merge": {"parameters": {"granularity": [{"valu": 1}]}}}, "merge: 10 validation errors"),
+        ({"training": {"optim": "galore_adamw"}}, "training.optim: You need to install `galore"),
+        ({"training": {"fsdp": "full_shrad"}}, "training: Unknown `fsdp` option: full_shrad"),
+        ({"training": {"report_to": "codecarbon"}}, "training.report_to: CodeCarbonCallback req"),
+        (
+            {"training": {"lora": {"target_modules": "all-linear", "layers_to_transform": [0]}}},
+            "training.lora: `layers_to_transform` cannot be used when `target_modules` is a str",
+        ),
+        ({"pivot": "./none", "training": {"seed": 1}}, "pivot (./none): there is no such folder"),
     ],
 )
 def test_settings_that_no_training_can_begin_with(tmp_path, models, sections, message):
@@ -483,5 +501,18 @@ def test_a_link_to_elsewhere_is_not_written_through(make, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (stage.work / "trainer_state.json").symlink_to(victim)
+    (stage.work / "runs" / "today").mkdir(parents=True)
+    (stage.work / "runs" / "today" / "events").write_text("what `report_to` wrote")
     run(stage)
     assert victim.read_text() == "mine"
+    assert (stage.folder / "runs" / "today" / "events").read_text() == "what `report_to` wrote"
+
+
+def test_the_card_of_a_target_of_models_on_the_hub(make):
+    made_of = make().made_of({})
+    dataset = made_of["dataset"] | {"path": "org/chats"}
+    card = model_card(made_of | {"pivot": "org/pivot", "dataset": dataset})
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert (metadata["base_model"], metadata["datasets"]) == ("org/pivot", ["org/chats"])
+    assert "`org/pivot`, fine-tuned on" in card
+    assert "held-out" not in card
