@@ -246,6 +246,8 @@ def test_every_problem_at_once(tmp_path: Path, paths: list[Path]) -> None:
     for part in ("'base_mode'", "'bf16'", "granularty", "truncated", "gptq"):
         assert part in text
     assert result.stderr.count("Error:") == 1
+    in_words = CliRunner().invoke(main, ["plan", str(yml)])
+    assert (in_words.exit_code, in_words.stdout, in_words.stderr) == (2, "", result.stderr)
 
 
 @pytest.mark.parametrize(
