@@ -81,7 +81,7 @@ class _NothingWritten:
         self.done = Done()
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
-        raise AssertionError("measuring writes nothing")
+        raise AssertionError("measuring writes nothing")  # pragma: no cover (it never does)
 
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
         getattr(self.done, kind)[name] = value

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -184,13 +185,16 @@ class HubRepository:
         url = huggingface_hub.hf_hub_url(self._repository, name, revision=self.commit)
         headers = build_hf_headers() | {"Range": f"bytes={offset}-{offset + length - 1}"}
         received = b""
-        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
-            answer.raise_for_status()
-            skip = 0 if answer.status_code == 206 else offset  # a server without ranges
-            for chunk in answer.iter_bytes():
-                received += chunk
-                if len(received) >= skip + length:
-                    break
+        try:
+            with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+                answer.raise_for_status()
+                skip = 0 if answer.status_code == 206 else offset  # a server without ranges
+                for chunk in answer.iter_bytes():
+                    received += chunk
+                    if len(received) >= skip + length:
+                        break
+        except Exception as error:  # the client's errors have no common base
+            raise OSError(one_line(error)) from error
         return received[skip : skip + length]
 
 
@@ -531,11 +535,8 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the name {key!r:.200} occurs twice")
-            seen.add(key)
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the name {key!r:.200} occurs twice")
     return unique
 
 

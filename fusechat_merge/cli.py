@@ -94,8 +94,6 @@ class _Size(click.ParamType):
     }  # fmt: skip
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         if match is None or match[2].upper() not in self._units:
             self.fail(f"{value!r} is no size; write 256MiB or 5GB", param, ctx)
@@ -252,7 +250,12 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
         if as_json:
             click.echo(json.dumps({"problems": list(error.problems)}, indent=1))
         raise
-    summary = planned.summary() | {"peak_memory_bytes": peak_memory(planned, memory, threads)}
+    peak = memory
+    try:
+        peak = peak_memory(planned, memory, threads)
+    except ValueError as error:
+        planned.problems.append(str(error))
+    summary = planned.summary() | {"peak_memory_bytes": peak}
     if as_json:
         click.echo(json.dumps(summary, indent=1))
     elif planned.outputs:

@@ -119,14 +119,18 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
                 tensors[plain] = at  # modules_to_save
             else:
                 problems.append(f"{name}: {key} fits no tensor of {checkpoint.name}")
-        elif match[3] == "B":
             continue
-        else:
-            problem = _pair(match[1], key, bool(match[2]), config, locations, tensors, low_rank)
-            if problem:
-                problems.append(f"{name}: {problem}")
-    if not problems and len(low_rank) * 2 > len(locations):
-        problems.append(f"{name}: factors without their other half")
+        half = len(key) - len(plain) + match.start(3)
+        other = key[:half] + ("B" if match[3] == "A" else "A") + key[half + 1 :]
+        problem: str | None = None
+        if other not in locations:
+            problem = f"{key}: {other} is missing"
+        elif match[3] == "A":
+            problem = _pair(
+                match[1], key, other, bool(match[2]), config, locations, tensors, low_rank
+            )
+        if problem:
+            problems.append(f"{name}: {problem}")
     if problems:
         raise CheckpointError(problems)
     folder = checkpoint.folder if store.folder is not None else None
@@ -184,6 +188,7 @@ def _is_number(value: Any, positive: bool) -> bool:
 def _pair(
     module: str,
     key: str,
+    other: str,
     embedding: bool,
     config: Mapping[str, Any],
     locations: Mapping[str, Location],
@@ -192,11 +197,8 @@ def _pair(
 ) -> str | None:
     """Enter one module's factors; what is wrong with them."""
     weight = f"{module}.weight"
-    other = re.sub(r"lora_(embedding_)?A", lambda found: found[0][:-1] + "B", key)
     if weight not in tensors:
         return f"{key}: the model has no {weight}"
-    if other not in locations:
-        return f"{key}: {other} is missing"
     a, b = locations[key], locations[other]
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:

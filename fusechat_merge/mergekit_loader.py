@@ -56,21 +56,10 @@ class CheckpointLoader:
             shards=[ShardInfo(file, names) for file, names in by_file.items()],
         )
 
-    def get_tensor(
-        self,
-        key: str,
-        device: str = "cpu",
-        aliases: Sequence[str] | None = None,
-        raise_on_missing: bool = True,
-    ) -> Tensor | None:
+    def get_tensor(self, key: str, device: str = "cpu") -> Tensor:
         """The tensor, read anew unless ``read_ahead`` has it."""
-        names = [name for name in (key, *(aliases or ())) if name in self._checkpoint.tensors]
-        if not names:
-            if raise_on_missing:
-                raise KeyError(key)
-            return None
-        tensor = self._ahead.pop(names[0], None)
-        return (self._read(names[0]) if tensor is None else tensor).to(device)
+        tensor = self._ahead.pop(key, None)
+        return (self._read(key) if tensor is None else tensor).to(device)
 
     def read_ahead(self, names: Sequence[str]) -> None:
         """Read these now and keep each until it is asked for once."""
@@ -98,9 +87,6 @@ class CheckpointLoader:
                     raise OSError(f"{at.file} of {self._checkpoint.name} has become shorter")
                 into, offset = into[count:], offset + count
         return raw.view(DTYPES[at.dtype]).reshape(at.shape)
-
-    def flush(self) -> None:
-        self._ahead.clear()
 
 
 @contextmanager

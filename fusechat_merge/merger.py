@@ -119,7 +119,7 @@ class Merger:
     def _measure(self, output: Output) -> None:
         if output.how == "varm":
             self._shares(output)
-        elif output.how == "fusechat_sce":
+        else:
             self._tensor_sums(output, "square")
             parameters = output.parameters
             with _naming(output):

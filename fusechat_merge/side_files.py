@@ -136,7 +136,7 @@ def _value_at(data: Any, path: list[str]) -> Any:
 
 
 def _with_value(text: str, path: list[str], value: Any) -> str:
-    """JSON ``text`` with one value replaced (or added at the start of its object)."""
+    """JSON ``text`` with one value replaced, or added to its object and all laid out anew."""
     first = text.index("{")
     span = _span(text, first, path)
     if span:
@@ -144,7 +144,9 @@ def _with_value(text: str, path: list[str], value: Any) -> str:
     data = json.loads(text)
     inner = data
     for key in path[:-1]:
-        inner = inner.setdefault(key, {})
+        if not isinstance(inner.get(key), dict):
+            inner[key] = {}  # null, say
+        inner = inner[key]
     inner[path[-1]] = value
     return _as_json(data)
 

@@ -180,12 +180,12 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
 
     Exact buffers for what is computed block by block; for mergekit's tasks the largest tensor's
     inputs, those read ahead and float32 working copies, which is an estimate.
+
+    Raises:
+        ValueError: ``memory`` is too little.
     """
     native = [output for output in planned.outputs if output.how != "task"]
-    try:
-        ring = divide(native, memory, threads).total
-    except ValueError:
-        ring = memory
+    ring = divide(native, memory, threads).total
     tasks = 0
     for output in planned.outputs:
         if output.how == "task":
@@ -263,7 +263,7 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
     place = out.parent
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK):
         problems.append(f"{place}: can't be written to")
         return problems
     if _planted(work):

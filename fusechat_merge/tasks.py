@@ -40,12 +40,12 @@ def run_tasks(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         by_name = {str(reference): loader for reference, loader in loaders.items()}
-        coming = _read(reader, by_name, outputs[0]) if outputs else None
-        for number, output in enumerate(outputs):
-            if coming is not None:
-                coming.result()
-            following = outputs[number + 1 : number + 2]
-            coming = _read(reader, by_name, following[0]) if following else None
+        coming = [_read(reader, by_name, output) for output in outputs[:1]]
+        for number, output in enumerate(outputs, 1):
+            coming.pop().result()
+            coming += [
+                _read(reader, by_name, following) for following in outputs[number : number + 1]
+            ]
             torch.manual_seed(_seed(planned.options.random_seed, output.name))
             try:
                 value = _value(planned.tasks[output.name], planned, shared, device)
@@ -86,8 +86,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
     return value
 
 

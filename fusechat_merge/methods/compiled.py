@@ -78,7 +78,9 @@ def _compiled(function: Any) -> Any:
 def _widened(_: Any, raw: Any) -> Any:
     """The float32 whose upper half are a bfloat16's bits."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(  # pragma: no cover (numba calls it, until the loops are in its cache)
+        context: Any, builder: Any, signature: Any, arguments: Any
+    ) -> Any:
         word = ir.IntType(32)
         shifted = builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16))
         return builder.bitcast(shifted, ir.FloatType())
@@ -90,14 +92,18 @@ def _widened(_: Any, raw: Any) -> Any:
 def _bits(_: Any, value: Any) -> Any:
     """A float32's bits."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(  # pragma: no cover (numba calls it, until the loops are in its cache)
+        context: Any, builder: Any, signature: Any, arguments: Any
+    ) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
 
 
 @_compiled
-def _delta_sums(base: Any, targets: Any, sums: Any, part: int, squared: bool) -> None:
+def _delta_sums(  # pragma: no cover (runs as machine code)
+    base: Any, targets: Any, sums: Any, part: int, squared: bool
+) -> None:
     lanes = np.empty((len(targets), _LANES), np.float64)
     for number in range(sums.shape[1]):
         lanes[:] = 0.0
@@ -122,7 +128,7 @@ def _delta_sums(base: Any, targets: Any, sums: Any, part: int, squared: bool) ->
 
 
 @_compiled
-def _combine(tensors: Any, factors: Any, out: Any) -> None:
+def _combine(tensors: Any, factors: Any, out: Any) -> None:  # pragma: no cover (machine code)
     chunk = np.empty(_CHUNK, np.float32)
     for i in range(0, out.shape[0], _CHUNK):
         n = min(_CHUNK, out.shape[0] - i)

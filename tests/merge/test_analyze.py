@@ -15,8 +15,9 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from fusechat_merge.analysis import _NothingWritten
+from fusechat_merge.analysis import _NothingWritten, analyze
 from fusechat_merge.cli import main
+from fusechat_merge.errors import ConfigError
 from fusechat_merge.merger import Merger
 from fusechat_merge.passes import SourceFiles, divide
 from fusechat_merge.planning import plan
@@ -159,6 +160,7 @@ def test_rows_of_the_tables_are_means() -> None:
 
 def test_models_of_the_same_folder_name_are_told_apart() -> None:
     assert short_names(["a/x/merged", "a/y/merged"]) == ["x/merged", "y/merged"]
+    assert short_names(["x/one", "x/one/"]) == ["x/one", "x/one/"]
 
 
 def test_picture_of_a_model_without_layers(tmp_path: Path) -> None:
@@ -185,6 +187,64 @@ def test_a_method_that_nothing_writes_is_not_taken_for_another(family: list[Path
     with pytest.raises(NotImplementedError, match="median is known to `parameters`, but not"):
         merger.run(outputs)
     files.close()
+
+
+def test_what_cannot_be_analyzed(tmp_path: Path, family: list[Path]) -> None:
+    config = _config(family, granularity="matrix")
+    with pytest.raises(ConfigError, match="granularity"):
+        analyze(plan(config | {"parameters": {"granularity": "matrices"}}))
+    result = _analyze(tmp_path, config, "--memory", "1MiB")
+    assert result.exit_code == 2
+    assert "--memory: at least 5MiB is needed" in result.stderr
+    result = _analyze(tmp_path, config | {"merge_method": "vram"})
+    assert result.exit_code == 2
+    assert "did you mean 'varm'?" in result.stderr
+
+    def sliced(*models: list[Path]) -> dict:
+        slices = [
+            {"sources": [{"model": str(path), "layer_range": [at, at + 1]} for path in paths]}
+            for at, paths in enumerate(models)
+        ]
+        return {"merge_method": "varm", "base_model": str(family[0]), "slices": slices}
+
+    with pytest.raises(ConfigError, match="no tensor is computed from targets here"):
+        analyze(plan(sliced(family[:1], family[:1])))
+    with pytest.raises(ConfigError, match="slices with different targets can't be analyzed"):
+        analyze(plan(sliced(family[:2], [family[0], family[2]])))
+
+
+def test_the_picture_needs_matplotlib(
+    tmp_path: Path, family: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = _analyze(tmp_path, _config(family), "--out", str(tmp_path / "analysis"))
+    assert result.exit_code == 2
+    assert "--out draws with matplotlib: pip install 'fusechat[report]'" in result.stderr
+    assert not (tmp_path / "analysis").exists()
+
+
+def test_numbers_are_left_out_where_they_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: drawn.append(text))
+    for layers in (8, 9):
+        units = tuple(
+            Unit(
+                f"model.layers.{n}.a.weight",
+                "matrix",
+                (f"model.layers.{n}.a.weight",),
+                1,
+                (),
+                (1.0,),
+            )
+            for n in range(layers)
+        )
+        draw(Report("varm", "p", ("t",), units), tmp_path / f"{layers}.png")
+    assert drawn == ["1.00"] * 8
+    assert (tmp_path / "9.png").stat().st_size > 1000
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -9,9 +9,16 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+
+from fusechat_merge import _autoload, mergekit_plugin
 
 CHECK = """
 import sys
@@ -228,6 +235,54 @@ def test_everything_the_stub_itself_uses_may_raise() -> None:
     result = python(program)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "2.0\n"
+
+
+def test_what_other_finders_do_stays_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finder = _autoload._Finder()
+    monkeypatch.setattr(sys, "meta_path", [finder])
+    assert finder.find_spec("mergekit.plan") is None
+
+    class Broken(Loader):
+        def exec_module(self, module: ModuleType) -> None:
+            raise ImportError("half installed")
+
+    class Other:
+        def find_spec(self, name: str, path: Any, target: Any) -> Any:
+            return spec_from_loader(name, Broken()) if broken else SimpleNamespace(name=name)
+
+    sys.meta_path.append(Other())
+    broken = True
+    with pytest.raises(ImportError, match="^half installed$"):
+        module = module_from_spec(finder.find_spec("mergekit.plan"))
+        module.__spec__._initializing = True
+        try:
+            module.__spec__.loader.exec_module(module)
+        finally:
+            monkeypatch.delitem(sys.modules, "mergekit.plan", raising=False)
+            module.__spec__._initializing = False
+    assert type(module.__spec__) is ModuleSpec
+    assert capsys.readouterr().err == ""
+    broken = False  # a spec of a kind that can't be watched
+    assert finder.find_spec("mergekit.plan").name == "mergekit.plan"
+    assert "won't know varm and fusechat_sce: TypeError(" in capsys.readouterr().err
+
+
+def test_one_failure_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def extend() -> None:
+        raise RuntimeError("another mergekit")
+
+    monkeypatch.setattr(_autoload, "_AFTER", dict(_autoload._AFTER))
+    monkeypatch.setattr(mergekit_plugin, "extend_planner", extend)
+    monkeypatch.setattr(mergekit_plugin, "extend_genome", extend)
+    _autoload._extend("mergekit.plan")
+    _autoload._extend("mergekit.evo.genome")
+    assert capsys.readouterr().err == (
+        "fusechat: mergekit won't know varm and fusechat_sce: RuntimeError('another mergekit')\n"
+    )
 
 
 def test_lazy_names_are_real() -> None:

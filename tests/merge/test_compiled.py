@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fusechat_merge import methods
 from fusechat_merge.methods import compiled, varm
 
 BF16 = torch.bfloat16
@@ -95,7 +101,34 @@ def test_without_numba_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch)
     base = torch.randn(70_001, generator=generator).to(BF16)
     targets = [(base + s * torch.randn(70_001, generator=generator)).to(BF16) for s in (0.1, 0.3)]
     merged, found = varm.varm(base, targets), varm.varm_weights(base, targets)
-    monkeypatch.setattr(varm, "compiled_loops", lambda: None)
+    monkeypatch.delattr(methods, "compiled")
+    monkeypatch.setitem(sys.modules, compiled.__name__, None)  # as where numba is missing
+    monkeypatch.setattr(varm, "compiled_loops", varm.compiled_loops.__wrapped__)
+    assert varm.compiled_loops() is None
     torch.testing.assert_close(varm.varm_weights(base, targets), found, rtol=1e-13, atol=0)
     plain = varm.varm(base, targets)
     assert (plain.view(torch.int16).int() - merged.view(torch.int16).int()).abs().max() <= 1
+
+
+def test_without_a_place_for_what_is_compiled(tmp_path: Path) -> None:
+    """Nowhere to keep it from the start, and none left when it has been compiled."""
+    text = "def doubled(numbers):\n    numbers[0] *= 2\n"
+    nowhere: dict[str, Any] = {}
+    exec(text, nowhere)
+    file = tmp_path / "kept.py"
+    file.write_text(text)
+    spec = spec_from_file_location("kept", file)
+    kept = module_from_spec(spec)
+    spec.loader.exec_module(kept)
+    lost = compiled._compiled(kept.doubled)
+    numbers = np.array([3.0])
+    compiled._compiled(nowhere["doubled"])(numbers)
+    assert numbers.tolist() == [6.0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        lost(numbers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lost(numbers)
+    assert numbers.tolist() == [24.0]

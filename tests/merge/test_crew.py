@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import nullcontext
 
@@ -110,3 +111,41 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RuntimeError, match="can't start new thread"):
         crew(3).run(range(5), lambda _: threading.Event().wait(0.01))
     assert torch.get_num_threads() == threads
+
+
+def test_ctrl_c_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the thread that waits; the others are stopped and waited for all the same."""
+    plain, presses = threading.Thread.join, iter(range(2))
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        if thread.name == "merge" and next(presses, None) is not None:
+            raise KeyboardInterrupt
+        plain(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        crew(3).run(itertools.count(), lambda _: threading.Event().wait(0.001))
+    assert not [thread for thread in threading.enumerate() if thread.name == "merge"]
+
+
+def test_pieces_under_way_are_waited_for_when_a_job_stops_early() -> None:
+    working, begun, met, ended = crew(2), threading.Event(), threading.Barrier(2, timeout=30), []
+
+    def piece(number: int, _: object) -> None:
+        begun.set()
+        met.wait()
+        if number:  # the helper's
+            while working._shared:  # until the job has closed its pieces
+                threading.Event().wait(0.001)
+            ended.append(number)
+
+    def job(number: int) -> None:
+        if number:
+            begun.wait(30)  # the first piece is the other thread's, then this one helps
+            return
+        pieces = working.pieces(2, piece)
+        next(pieces)
+        pieces.close()
+        assert ended == [1]
+
+    working.run(range(2), job)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -156,3 +156,47 @@ def test_an_adapter_of_another_model(tmp_path: Path, llama_family: Family) -> No
     }
     problems = plan(config).problems
     assert any("B·A is [32, 32]" in problem for problem in problems), problems
+
+
+UP = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+PAIR = {UP.format("A"): torch.ones(2, 32), UP.format("B"): torch.ones(48, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (PAIR, None),
+        (PAIR | {"base_model.model.odd": torch.ones(3)}, "base_model.model.odd fits no tensor of"),
+        (
+            PAIR | {"base_model.model.model.norm.weight": torch.ones(3)},
+            "model.norm.weight fits no tensor of",
+        ),
+        (
+            PAIR | {UP.format("B").replace("up", "down"): torch.ones(32, 2)},
+            "layers.0.mlp.down_proj.lora_A.weight is missing",
+        ),
+        ({UP.format("A"): PAIR[UP.format("A")]}, f"{UP.format('B')} is missing"),
+        (
+            {key.replace("layers.0", "layers.7"): value for key, value in PAIR.items()},
+            "the model has no model.layers.7.mlp.up_proj.weight",
+        ),
+        (PAIR | {UP.format("B"): torch.ones(48, 3)}, "factors of shape [48, 3] and [2, 32] don't"),
+        (None, "adapter_model.safetensors: 3 bytes is too short for a safetensors file"),
+    ],
+)
+def test_factors_that_fit_nothing(
+    tmp_path: Path, llama_family: Family, tensors: dict[str, Tensor] | None, message: str | None
+) -> None:
+    (base,) = llama_family(tmp_path / "in", (F32,))
+    adapter = tmp_path / "a"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    file = adapter / "adapter_model.safetensors"
+    if tensors is None:
+        file.write_bytes(b"abc")
+    else:
+        save_file(tensors, file)
+    models = [{"model": f"{base}+{adapter}"}]
+    problems = plan({"merge_method": "varm", "base_model": str(base), "models": models}).problems
+    assert [message in problem for problem in problems] == [True] * (message is not None)

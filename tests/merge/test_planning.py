@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,14 +16,24 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusechat_merge import passes, stream
+from fusechat_merge import passes, planning, stream
+from fusechat_merge.checkpoint import (
+    MAX_HEADER,
+    CheckpointError,
+    Folder,
+    HubRepository,
+    download_model,
+    read_checkpoint,
+)
 from fusechat_merge.cli import main
 from fusechat_merge.errors import ConfigError
 from fusechat_merge.merge_plan import Plan
 from fusechat_merge.planning import plan
+from fusechat_merge.verify import verify
 
 BF16 = torch.bfloat16
 Family = Callable[..., list[Path]]
@@ -146,6 +158,30 @@ def pointer_of_git_lfs(paths: list[Path]) -> None:
     (paths[1] / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid")
 
 
+def without_what_an_index_lists(paths: list[Path]) -> None:
+    index = {"metadata": {}, "weight_map": [1]}
+    (paths[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def index_too_long(paths: list[Path]) -> None:
+    (paths[1] / "model.safetensors.index.json").touch()
+    os.truncate(paths[1] / "model.safetensors.index.json", MAX_HEADER + 1)
+
+
+def config_too_long(paths: list[Path]) -> None:
+    os.truncate(paths[1] / "config.json", MAX_HEADER + 1)
+
+
+def config_that_is_a_pipe(paths: list[Path]) -> None:
+    (paths[1] / "config.json").unlink()
+    os.mkfifo(paths[1] / "config.json")
+
+
+def a_file(paths: list[Path]) -> None:
+    gone(paths)
+    paths[1].touch()
+
+
 def gone(paths: list[Path]) -> None:
     paths[1].rename(paths[1].with_name("elsewhere"))
 
@@ -168,6 +204,11 @@ def gone(paths: list[Path]) -> None:
         (pickled, "its weights are pickled (pytorch_model.bin), which can run code; convert it"),
         (no_config, "t0: config.json can't be read"),
         (gone, "t0: no such folder"),
+        (a_file, "t0: a model is a folder, this is a file"),
+        (config_that_is_a_pipe, "t0: config.json can't be read (config.json is not a regular"),
+        (config_too_long, "t0: config.json can't be read (100000001 bytes is too long)"),
+        (index_too_long, "index.json: 100000001 bytes is too long for an index"),
+        (without_what_an_index_lists, "weight_map must map tensor names to file names"),
     ],
 )
 def test_problems_of_models(
@@ -205,6 +246,8 @@ def test_every_problem_at_once(tmp_path: Path, paths: list[Path]) -> None:
     for part in ("'base_mode'", "'bf16'", "granularty", "truncated", "gptq"):
         assert part in text
     assert result.stderr.count("Error:") == 1
+    in_words = CliRunner().invoke(main, ["plan", str(yml)])
+    assert (in_words.exit_code, in_words.stdout, in_words.stderr) == (2, "", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +257,8 @@ def test_every_problem_at_once(tmp_path: Path, paths: list[Path]) -> None:
         ("models: [{model: a}\nx: 1", "merge.yml, line 2, column 1: can't be read as YAML"),
         ("models: []\nmodels: []", "merge.yml: 'models' stands twice, in line 1 and in line 2"),
         ("models: [{model: a, model: b}]", "'model' stands twice, in line 1 and in line 1"),
+        ("- merge_method: varm", "a mergekit configuration is a YAML mapping with merge_method"),
+        ("? [a, b]\n: 1", "merge.yml, line 1, column 3: can't be read as YAML (while construct"),
         ("a: 1\n---\nb: 1", "merge.yml, line 2, column 1: a second document begins"),
         ("merge_method: varm".encode("utf-16"), "merge.yml: is no text in UTF-8; save it"),
         (None, "merge.yml: is a folder; name the YAML file"),
@@ -267,6 +312,7 @@ def test_merge_keys_of_yaml_are_no_repetition(tmp_path: Path, paths: list[Path])
             "models[0].parameters.weight: has no value; write one or leave the key out",
         ),
         (["a"], {}, "models[0]: 'a' stands alone; write - model: a"),
+        (3, {}, "models: Input should be a valid list"),
     ],
 )
 def test_a_key_or_value_in_the_wrong_form(models: Any, parameters: Any, message: str) -> None:
@@ -363,12 +409,16 @@ class _Hub(SimpleHTTPRequestHandler):
         if self.path.startswith("/api/models/"):
             self._api()
             return
+        if self.path.startswith("/api/"):
+            self._send(404, b"", {})
+            return
         _, _, name, _, _, file = self.path.split("?")[0].split("/", 5)
         path = Path(self.directory) / name / file
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
-        body, code, headers = path.read_bytes(), 200, {"X-Repo-Commit": "c" * 40, "ETag": '"e"'}
+        body, code, headers = path.read_bytes(), 200, {"X-Repo-Commit": "c" * 40}
+        headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
         if "Range" in self.headers:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
@@ -383,8 +433,11 @@ class _Hub(SimpleHTTPRequestHandler):
         if not folder.is_dir():
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return
+        body: Any
         files = [{"rfilename": file.name, "size": file.stat().st_size} for file in folder.iterdir()]
         body = {"id": f"o/{name}", "sha": "c" * 40, "siblings": files, "private": False}
+        if "/tree/" in self.path:
+            body = [f | {"type": "file", "path": f["rfilename"], "oid": "0"} for f in files]
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _send(self, code: int, body: bytes, headers: dict[str, str]) -> None:
@@ -422,8 +475,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[
 def test_a_model_on_the_hub_is_planned_from_its_headers(
     paths: list[Path], hub: list[tuple[str, str | None]]
 ) -> None:
-    from fusechat_merge.checkpoint import Folder, HubRepository, read_checkpoint
-
     def widen(tensors: dict[str, Tensor]) -> None:
         tensors["filler"] = torch.zeros(1 << 20)
 
@@ -434,6 +485,72 @@ def test_a_model_on_the_hub_is_planned_from_its_headers(
     assert remote.folder is None
     ranges = [r for path, r in hub if "safetensors" in path]
     assert ranges == ["bytes=0-65535"]
+
+
+def test_models_of_the_hub_are_fetched_to_be_merged(
+    tmp_path: Path, paths: list[Path], hub: list[tuple[str, str | None]]
+) -> None:
+    yml, local = tmp_path / "merge.yml", tmp_path / "local.yml"
+    models = {"merge_method": "varm", "base_model": "o/base", "models": [{"model": "o/t0"}]}
+    yml.write_text(yaml.safe_dump(models))
+    planned = plan(yml)
+    assert planned.problems == []
+    assert all(model.folder is None for model in planned.models.values())
+    result = CliRunner().invoke(main, ["run", str(yml), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    local.write_text(yaml.safe_dump(configuration(paths[:2])))
+    CliRunner().invoke(main, ["run", str(local), str(tmp_path / "local")])
+    merged = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert merged == (tmp_path / "local" / "model.safetensors").read_bytes()
+    assert verify(yml, tmp_path / "out") == []
+    stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    stream.merge(yml, tmp_path / "out")  # finished
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
+    hub.clear()
+    assert plan(yml).problems == []  # from the cache
+    assert [path for path, _ in hub if "safetensors" in path] == []
+
+
+def test_a_hub_that_breaks_off(
+    tmp_path: Path, paths: list[Path], hub: list[tuple[str, str | None]]
+) -> None:
+    remote = HubRepository("o/base")
+    file = paths[0] / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes((1 << 20).to_bytes(8, "little") + b"{")  # fewer bytes than it had announced
+    remote._sizes[file.name] = 1 << 21
+    message = "o: model.safetensors: could only read 1 of 1048576 header bytes"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(remote, "o")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"o: model.safetensors: can't be read \(.*404"):
+        read_checkpoint(remote, "o")
+    remote._sizes[file.name] = None
+    with pytest.raises(CheckpointError, match="the hub gives no size for model.safetensors"):
+        read_checkpoint(remote, "o")
+    file.write_bytes(whole)
+    (paths[0] / "model.safetensors.index.json").touch()
+    remote = HubRepository("o/base")
+    (paths[0] / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"o: model.safetensors.index.json: can't be read \("):
+        read_checkpoint(remote, "o")
+    paths[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="o/t0: no folder of this name, and can't be fetched"):
+        download_model("o/t0")
+    with pytest.raises(CheckpointError, match="o/t0@v2: no folder of this name, and can't be"):
+        download_model("o/t0", "v2")
+
+
+def test_a_folder_that_may_not_be_listed(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(folder: Folder) -> set[str]:
+        raise PermissionError(13, "Permission denied", str(folder.folder))
+
+    monkeypatch.setattr(Folder, "names", names)
+    problems = plan(configuration(paths)).problems
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{paths[0]}: can't be read ([Errno 13] Permission denied")
 
 
 def test_a_model_that_the_hub_does_not_have(hub: list[tuple[str, str | None]]) -> None:
@@ -456,9 +573,11 @@ def test_a_model_that_the_hub_does_not_have(hub: list[tuple[str, str | None]]) -
 def test_text_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     yml = tmp_path / "merge.yml"
     yml.write_text(text)
-    result = CliRunner().invoke(main, ["plan", str(yml)])
+    result = CliRunner().invoke(main, ["plan", str(yml), "--json"])
     assert result.exit_code == 2
     assert message in result.stderr
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert message in problem
 
 
 def test_a_name_of_two_lines_is_told_in_one(paths: list[Path], tmp_path: Path) -> None:
@@ -542,3 +661,103 @@ def test_a_slice_of_more_layers_than_can_be(paths: list[Path]) -> None:
     config = {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
     (problem,) = plan(config).problems
     assert problem == f"layer_range [0, {1 << 63}]: {paths[0]} has not so many layers"
+
+
+def test_the_plan_in_words(tmp_path: Path, paths: list[Path]) -> None:
+    layer = "model.layers.0.self_attn."
+    for folder in paths:
+        rewrite(folder, lambda t: t.update({layer + "q_proj.bias": torch.ones(32, dtype=BF16)}))
+    rewrite(paths[0], lambda t: t.update({"extra": torch.ones(3, dtype=torch.int64)}))
+    rewrite(paths[1], lambda t: t.update({"odd": torch.ones(3)}))
+    yml = tmp_path / "merge.yml"
+    yml.write_text(yaml.safe_dump(configuration(paths)))
+    result = CliRunner().invoke(main, ["plan", str(yml), "--shard-size", "150KB"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    numel = sum(t.numel() for t in load_file(paths[0] / "model.safetensors").values())
+    assert lines[:4] == [
+        "method       varm",
+        f"parameters   {numel:,} in 23 tensors",
+        "reads        0.001 GB",
+        "writes       0.000 GB",
+    ]
+    assert lines[4].startswith("             model-00001-of-00002.safetensors  0.000 GB")
+    assert lines[6].startswith("peak memory  about ")
+    assert lines[7:] == [
+        f"the architecture doesn't know, merged by name: {layer}q_proj.bias",
+        "the architecture doesn't know, copied from the base: extra",
+        f"left out: {paths[1]}: odd (the architecture doesn't know it and the base has no such"
+        " tensor)",
+    ]
+
+
+def test_the_memory_of_mergekits_tasks_is_planned(tmp_path: Path, paths: list[Path]) -> None:
+    yml = tmp_path / "merge.yml"
+    largest = 1100 * 32
+
+    def peak(**settings: Any) -> int:
+        yml.write_text(
+            yaml.safe_dump(configuration(paths, "ties", parameters={"weight": 1}, **settings))
+        )
+        return json.loads(CliRunner().invoke(main, ["plan", str(yml), "--json"]).stdout)[
+            "peak_memory_bytes"
+        ]
+
+    assert peak() > stream._START_UP + 3 * 2 * largest  # at least its three inputs
+    assert peak(dtype="float32") >= peak() + 3 * 4 * largest  # and what they are converted to
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--memory", "lots", "'lots' is no size; write 256MiB or 5GB"),
+        ("--memory", "5 miles", "'5 miles' is no size"),
+        ("--shard-size", "0.5", "'0.5' is too small"),
+        ("--memory", "1MiB", "--memory: at least 4MiB is needed"),
+    ],
+)
+def test_sizes_that_are_refused(
+    tmp_path: Path, paths: list[Path], option: str, value: str, message: str
+) -> None:
+    yml = tmp_path / "merge.yml"
+    yml.write_text(yaml.safe_dump(configuration(paths)))
+    for command in (["plan", str(yml)], ["run", str(yml), str(tmp_path / "out")]):
+        result = CliRunner().invoke(main, [*command, option, value])
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_mergekits_own(paths: list[Path]) -> None:
+    settings = configuration(paths, dtype="float32")
+    theirs = MergeConfiguration.model_validate(settings)
+    before = theirs.model_dump()
+    planned = plan(theirs)
+    assert planned.outputs == plan(settings).outputs
+    assert theirs.model_dump() == before
+    assert plan(MergeConfiguration.model_validate(configuration(paths, "vram"))).problems
+
+
+def test_tensors_that_the_index_does_not_list_are_left_out(paths: list[Path]) -> None:
+    weight_map = dict.fromkeys(load_file(paths[1] / "model.safetensors"), "model.safetensors")
+    rewrite(paths[1], lambda t: t.update({"stray": torch.ones(3)}))
+    index = paths[1] / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    planned = plan(configuration(paths))
+    assert planned.problems == []
+    (left,) = planned.left_out
+    assert (left.model, left.tensor) == (str(paths[1]), "stray")
+    assert left.reason == "it lies in model.safetensors, but the index doesn't place it there"
+
+
+def test_an_error_that_nobody_expected(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yml = tmp_path / "merge.yml"
+    yml.write_text(yaml.safe_dump(configuration(paths)))
+    monkeypatch.setattr(planning, "read_model", lambda *_: 1 / 0)
+    result = CliRunner().invoke(main, ["plan", str(yml)])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: ZeroDivisionError: division by zero (--debug shows where)\n"
+    for command in (["--debug", "plan", str(yml)], ["plan", str(yml), "--debug"]):
+        assert isinstance(CliRunner().invoke(main, command).exception, ZeroDivisionError)

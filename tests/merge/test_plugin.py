@@ -716,6 +716,19 @@ def test_mergekit_pytorch_refuses(
     assert not reads
 
 
+def test_mergekit_pytorch_with_another_method(tmp_path: Path) -> None:
+    for number, name in enumerate(("base", "a", "b")):
+        save_file({"w": torch.full((3,), float(number))}, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
+    config = tmp_path / "merge.yml"
+    config.write_text(
+        yaml.safe_dump(configuration(files, "task_arithmetic", parameters={"weight": 0.5}))
+    )
+    result = CliRunner().invoke(merge_raw_pytorch.main, [str(config), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "out")["w"].tolist() == [1.5] * 3
+
+
 # -- in memory
 
 

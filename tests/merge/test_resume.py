@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -333,9 +337,132 @@ def test_a_journal_cut_short_is_believed_up_to_there(tmp_path: Path) -> None:
     journal.close()
     journal = Journal(path)
     assert (journal.done.elements, journal.done.weights) == ({"x": 5}, {"x": [0.1]})
+    with open(path, "ab") as file:  # blocks that the system had reserved, but not written
+        file.write(bytes(7) + b"\n" + b'{"elements":{"x":7}}\n')
     with pytest.raises(ConfigError, match="another fusechat-merge"):
         Journal(path)
     journal.close()
+    journal = Journal(path)
+    assert journal.done.elements == {"x": 5}
+    journal.close()
+
+
+def test_a_journal_that_its_last_holder_removed_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain, removed = tmp_path / "work" / "journal", fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(path.read_bytes())
+            shutil.rmtree(path.parent)
+        plain(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal = Journal(path)
+    journal.begin({"a": 1})
+    journal.close()
+    assert removed == [b""]
+    assert path.read_text() == '{"identity":{"a":1}}\n'
+
+
+@pytest.mark.parametrize("changed", ["device", "numba"])
+def test_a_merge_begun_elsewhere_is_another(
+    tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    out = tmp_path / "out"
+    interrupt(yml, out, monkeypatch)
+    if changed == "device":
+        path = work_of(out) / "journal"
+        path.write_text(path.read_text().replace('"device":"cpu"', '"device":"cuda"'))
+        message = 'device was "cuda", is "cpu"'
+    else:
+        plain = stream.version
+
+        def version(package: str) -> str:
+            if package == "numba":
+                raise PackageNotFoundError(package)
+            return plain(package)
+
+        message = f'software: numba was "{plain("numba")}", is null'
+        monkeypatch.setattr(stream, "version", version)
+    result = cli("run", str(yml), str(out))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    monkeypatch.undo()
+    assert cli("run", str(yml), str(out), "--no-resume").exit_code == 0
+
+
+def test_saving_falls_behind(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every note is worth more than two saves: each waits for the disk."""
+    expected = content(stream.merge(config, tmp_path / "whole"))
+    monkeypatch.setattr(saving, "SAVE_EVERY", 1)
+    assert content(stream.merge(config, tmp_path / "out")) == expected
+
+
+def test_a_disk_that_fails_when_it_is_to_be_sure(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = content(stream.merge(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "SAVE_EVERY", 1)
+        failed = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+        patch.setattr(saving.ShardFiles, "sync", failed)
+        with pytest.raises(stream.Broken, match="Input/output error; what was done is kept"):
+            stream.merge(config, tmp_path / "out")
+    assert failed.call_count == 1  # what it lost, a second one would not tell
+    assert not (tmp_path / "out").exists()
+    journal = Journal(work_of(tmp_path / "out") / "journal")
+    assert not journal.done.elements
+    journal.close()
+    assert content(stream.merge(config, tmp_path / "out")) == expected
+
+
+def test_a_system_that_neither_reserves_nor_exchanges(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = content(stream.merge(config, tmp_path / "whole"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    monkeypatch.setattr(saving, "ctypes", SimpleNamespace(CDLL=lambda *_, **__: object()))
+    assert content(stream.merge(config, tmp_path / "out", overwrite=True)) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_room_is_reserved_where_it_can_be(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        saving._reserve(file.fileno(), 1 << 20)
+        assert os.stat(file.name).st_size == 1 << 20
+        with pytest.raises(OSError) as caught:
+            saving._reserve(file.fileno(), (1 << 63) - 1)
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    read, write = os.pipe()
+    saving._reserve(write, 1)  # not a file that room can be reserved for
+    os.close(read), os.close(write)
+
+
+def test_an_unfinished_merge_is_kept_while_out_is_in_use(
+    tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupt(yml, out, monkeypatch)
+    plain = stream.Journal
+
+    def late(path: Path) -> Journal:
+        out.mkdir()
+        (out / "precious").touch()
+        return plain(path)
+
+    before = content(work_of(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "Journal", late)
+        result = cli("run", str(yml), str(out))
+    assert result.exit_code == 2
+    assert "in use by something other than this merge" in result.stderr
+    assert content(work_of(out)) == before
+    assert cli("run", str(yml), str(out), "--overwrite").exit_code == 0
 
 
 def stopped_at(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -25,10 +27,13 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from fusechat_merge import passes, saving
+from fusechat_merge import passes, saving, side_files
+from fusechat_merge.analysis import analyze
 from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_merge.mergekit_loader import CheckpointLoader
 from fusechat_merge.planning import plan
 from fusechat_merge.stream import merge
+from fusechat_merge.tasks import _as_planned
 from fusechat_merge.verify import verify
 
 Family = Callable[..., list[Path]]
@@ -219,6 +224,124 @@ def test_vocabulary_cut_to_the_smallest(tmp_path: Path, llama_family: Family) ->
         )
 
 
+GRANITE = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+BIAS = "model.layers.0.self_attn.q_proj.bias"  # which Granite need not have
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "having", "kept"),
+    [
+        ("varm", {"granularity": "layer"}, ("base", "t0"), True),
+        ("varm", {"granularity": "matrix"}, ("base", "t1"), True),
+        ("varm", {"granularity": "matrix"}, ("base",), True),
+        ("fusechat_sce", {}, ("base", "t1"), True),
+        ("model_stock", {}, ("base",), True),
+        ("model_stock", {}, ("base", "t1"), False),
+        ("slerp", {"t": 0.3}, ("t0",), True),
+        ("nearswap", {"t": 0.3}, ("base",), True),
+    ],
+)
+def test_an_optional_tensor_that_some_models_lack(
+    tmp_path: Path,
+    llama_family: Family,
+    method: str,
+    parameters: dict[str, Any],
+    having: tuple[str, ...],
+    kept: bool,
+) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if label in having:
+            tensors[BIAS] = torch.arange(32.0).to(BF16) + ("base", "t0", "t1").index(label)
+
+    count = 2 if method in ("slerp", "nearswap") else 3
+    paths = llama_family(tmp_path / "in", (BF16,) * count, changes=GRANITE, edit=edit)
+    assert_as_mergekit(configuration(paths, method, parameters=parameters), tmp_path)
+    assert (BIAS in read(tmp_path / "ours")) is kept
+    left = json.loads((tmp_path / "ours" / "fusechat_merge.json").read_text())["left_out"]
+    assert sorted(Path(entry["model"]).name for entry in left) == ([] if kept else list(having))
+
+
+def test_an_optional_tensor_that_the_base_lacks(tmp_path: Path, llama_family: Family) -> None:
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if label != "base":
+            tensors[BIAS] = torch.ones(32, dtype=BF16)
+
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, changes=GRANITE, edit=edit)
+    (problem,) = plan(configuration(paths)).problems
+    assert problem.startswith(f"{BIAS}: ")
+    assert "Base input is not present" in problem
+
+
+def test_whole_numbers_that_differ(tmp_path: Path, llama_family: Family) -> None:
+    """Tensors that the architecture knows, of a dtype that it doesn't expect."""
+    name = "model.norm.weight"
+
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        tensors[name] = torch.full((32,), 2 if different and label == "t1" else 1)
+
+    different = False
+    paths = llama_family(tmp_path / "same", (BF16,) * 3, edit=edit)
+    assert_as_mergekit(configuration(paths), tmp_path)
+    different = True
+    paths = llama_family(tmp_path / "different", (BF16,) * 3, edit=edit)
+    with pytest.raises(TensorError, match=f"^{name}: .*differs between inputs"):
+        merge(configuration(paths), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_mergekit_finds_impossible_when_it_merges(
+    tmp_path: Path, llama_family: Family
+) -> None:
+    paths = llama_family(tmp_path / "in", (BF16,) * 4)
+    parameters = {"weight": 0.0, "normalize_weights": False}
+    settings = configuration(paths, "multislerp", parameters=parameters)
+    assert plan(settings).problems == []
+    with pytest.raises(
+        TensorError, match=r"^[a-z_.]+weight: The weighted sum of the input tensors is"
+    ):
+        merge(settings, tmp_path / "out")
+
+
+def test_what_a_method_returns_is_as_planned(tmp_path: Path, paths: list[Path]) -> None:
+    output = plan(configuration(paths)).outputs[0]
+    for value, got in (
+        (None, "nothing"),
+        (torch.ones(3), r"torch.float32 \[3\]"),
+        (torch.ones(output.shape, dtype=F32), "torch.float32"),
+    ):
+        with pytest.raises(TensorError, match=f"{output.name}: the method returned {got}"):
+            _as_planned(value, output)
+    assert _as_planned(
+        torch.ones(output.shape, dtype=BF16).T.contiguous().T, output
+    ).is_contiguous()
+
+
+def test_leftover_layers_do_not_take_the_place_of_stacked_ones(
+    tmp_path: Path, llama_family: Family
+) -> None:
+    name = "model.layers.{}.input_layernorm.weight"
+
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        tensors[name.format(3)] = torch.full((32,), 9.0, dtype=BF16)
+
+    (a,) = llama_family(tmp_path / "in", (BF16,), edit=edit)
+    piece = {"sources": [{"model": str(a), "layer_range": [0, 2]}]}
+    stacked = {"merge_method": "passthrough", "slices": [piece, piece]}
+    assert_as_mergekit(stacked, tmp_path)
+    found = read(tmp_path / "ours")
+    assert torch.equal(found[name.format(3)], found[name.format(1)])
+
+
+def test_slices_of_another_base(tmp_path: Path, llama_family: Family) -> None:
+    a, b, c = llama_family(tmp_path / "in", (BF16,) * 3)
+    first = {"sources": [{"model": str(m), "layer_range": [0, 1]} for m in (a, b)]}
+    second = {"sources": [{"model": str(m), "layer_range": [1, 2]} for m in (b, c)]}
+    slices = [first | {"base_model": str(a)}, second | {"base_model": str(b)}]
+    settings = {"merge_method": "task_arithmetic", "slices": slices, "base_model": str(a)}
+    settings["parameters"] = {"weight": 0.5}
+    assert_as_mergekit(settings, tmp_path)
+
+
 def add_tokenizer(folder: Path, words: Sequence[str]) -> None:
     vocabulary = {word: number for number, word in enumerate(("<unk>", *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -236,13 +359,17 @@ def test_tokenizer_union(tmp_path: Path, llama_family: Family, method: str) -> N
         paths,
         method,
         tokenizer={"source": "union", "pad_to_multiple_of": 4},
-        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
         parameters={"weight": 0.5},
     )
+    if method == "varm":
+        settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        by_layer = [{"filter": "layers", "value": "layer"}, {"value": "matrix"}]
+        settings["parameters"]["granularity"] = by_layer
     assert_as_mergekit(settings, tmp_path)
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", *(["chat_template.jinja"] if method == "varm" else [])):
         ours, theirs = ((tmp_path / out / name).read_bytes() for out in ("ours", "mergekit"))
         assert ours == theirs
+    assert (tmp_path / "ours" / "chat_template.jinja").exists() is (method == "varm")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["vocab_size"] == 8
 
 
@@ -271,6 +398,15 @@ def test_a_chat_template_alone(tmp_path: Path, llama_family: Family) -> None:
     assert "<|im_start|>" in (out / "chat_template.jinja").read_text()
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
     assert (out / "tokenizer.json").read_bytes() == (paths[0] / "tokenizer.json").read_bytes()
+    (paths[0] / "tokenizer_config.json").unlink()
+    other = merge(configuration(paths, chat_template="chatml"), tmp_path / "other", report=False)
+    assert (other / "chat_template.jinja").read_bytes() == (
+        out / "chat_template.jinja"
+    ).read_bytes()
+    assert {path.name for path in other.iterdir()} == {
+        "chat_template.jinja", "config.json", "fusechat_merge.json", "model.safetensors",
+        "tokenizer.json",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["varm", "linear"])
@@ -302,6 +438,7 @@ def test_tensors_that_the_architecture_does_not_know(tmp_path: Path, llama_famil
         start = {"base": 0.0, "t0": 1.0, "t1": 3.0}[label]
         tensors[layer + "q_proj.bias"] = torch.arange(32, dtype=BF16) + start
         tensors["extra.table"] = torch.arange(6, dtype=torch.int64)
+        tensors["extra.empty"] = torch.zeros(0, 4, dtype=BF16)
         if label == "base":
             tensors[layer + "k_proj.bias"] = torch.full((16,), 0.1, dtype=F32)
         if label == "t1":
@@ -313,13 +450,14 @@ def test_tensors_that_the_architecture_does_not_know(tmp_path: Path, llama_famil
     found = read(merge(settings, tmp_path / "ours"))
     assert_same(found, expected)
     more = set(found) - set(expected)
-    assert more == {layer + "q_proj.bias", layer + "k_proj.bias", "extra.table"}
+    assert more == {layer + "q_proj.bias", layer + "k_proj.bias", "extra.table", "extra.empty"}
+    assert found["extra.empty"].shape == (0, 4)
     # A unit of its own: weights 1/10 and 9/10, whatever else the layer holds.
     assert torch.equal(found[layer + "q_proj.bias"], (torch.arange(32) + 2.8).to(BF16))
     assert found[layer + "k_proj.bias"].dtype == BF16
     assert torch.equal(found["extra.table"], torch.arange(6))
     record = json.loads((tmp_path / "ours" / "fusechat_merge.json").read_text())
-    assert record["merged_by_name"] == [layer + "q_proj.bias"]
+    assert sorted(record["merged_by_name"]) == ["extra.empty", layer + "q_proj.bias"]
     assert sorted(record["copied_from_base"]) == ["extra.table", layer + "k_proj.bias"]
     (left,) = [left for left in record["left_out"] if left["tensor"] == layer + "v_proj.bias"]
     assert left["model"] == str(paths[2])
@@ -529,9 +667,93 @@ def test_pages_that_cannot_go_directly(
     config = configuration(paths)
     monkeypatch.setattr(saving, "_DIRECT", 1)
     expected = read(merge(config, tmp_path / "direct"))
+    plain, direct = os.pwrite, os.O_DIRECT
+
+    def refusing(descriptor: int, data: Any, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return plain(descriptor, data, offset)
+
     with monkeypatch.context() as patched:
-        patched.setattr(saving.ShardFiles, "_write_pages", lambda *_: False)
+        patched.setattr(os, "pwrite", refusing)
         assert_same(read(merge(config, tmp_path / "refused")), expected)
     monkeypatch.delattr(os, "O_DIRECT")
     assert_same(read(merge(config, tmp_path / "unknown")), expected)
     assert verify(config, tmp_path / "direct") == []
+
+
+def with_tokenizers(paths: list[Path]) -> None:
+    for path, words in zip(paths, ("abc", "cba", "acb"), strict=True):
+        add_tokenizer(path, words)
+
+
+def test_units_of_a_permuted_vocabulary_are_refused(paths: list[Path]) -> None:
+    with_tokenizers(paths)
+    parameters = {"granularity": "model"}
+    settings = configuration(paths, tokenizer={"source": "base"}, parameters=parameters)
+    (problem,) = plan(settings).problems
+    assert "can't be combined with a tokenizer merge" in problem
+    assert "model.embed_tokens.weight" in problem
+
+
+def test_a_permuted_vocabulary_of_other_width(paths: list[Path]) -> None:
+    with_tokenizers(paths)
+    name = "model.embed_tokens.weight"
+    tensors = load_file(paths[1] / "model.safetensors")
+    save_file(tensors | {name: tensors[name][:, :5].clone()}, paths[1] / "model.safetensors")
+    problems = plan(configuration(paths, tokenizer={"source": "base"})).problems
+    assert any(p.startswith(f"{name}: shapes don't fit: [1100, 32] in ") for p in problems)
+
+
+def test_a_config_without_the_keys_that_change(tmp_path: Path, paths: list[Path]) -> None:
+    config = json.loads((paths[0] / "config.json").read_text())
+    del config["torch_dtype"]
+    (paths[0] / "config.json").write_text(json.dumps(config))
+    out = merge(configuration(paths, dtype="float32"), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "expected"),
+    [
+        ('{"a" : 1 , "b":2}\n', ["b"], '{"a" : 1 , "b":7}\n'),
+        (
+            '{"a":{"x":"}"},\n\t"b":{"a": 0, "x":null}}',
+            ["b", "x"],
+            '{"a":{"x":"}"},\n\t"b":{"a": 0, "x":7}}',
+        ),
+        ("{}", ["a"], {"a": 7}),
+        ('{"a": 1}', ["b"], {"a": 1, "b": 7}),
+        ('{"a": {"x": 1}, "b": 2}', ["a", "y"], {"a": {"x": 1, "y": 7}, "b": 2}),
+        ('{"a": null, "b": 2}', ["a", "y"], {"a": {"y": 7}, "b": 2}),
+        ('{"b": 2}', ["a", "y"], {"a": {"y": 7}, "b": 2}),
+    ],
+)
+def test_one_value_of_a_config_changes(text: str, path: list[str], expected: Any) -> None:
+    found = side_files._with_value(text, path, 7)
+    assert (found if isinstance(expected, str) else json.loads(found)) == expected
+
+
+def test_too_little_memory(tmp_path: Path, paths: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="--memory: at least 4MiB is needed"):
+        merge(configuration(paths), tmp_path / "out", memory=1 << 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_places_that_are_not_there_yet(tmp_path: Path, paths: list[Path]) -> None:
+    out = merge(configuration(paths), tmp_path / "a" / "b" / "out")
+    assert verify(configuration(paths), out) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file: can't be written to"):
+        merge(configuration(paths), tmp_path / "file" / "out")
+
+
+def test_a_file_that_became_shorter(paths: list[Path]) -> None:
+    planned = plan(configuration(paths))
+    file = paths[1] / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(OSError, match=f"model.safetensors of {paths[1]} has become shorter"):
+        analyze(planned)
+    loader = CheckpointLoader(planned.models[str(paths[1])])
+    with pytest.raises(OSError, match=f"model.safetensors of {paths[1]} has become shorter"):
+        loader.get_tensor("model.norm.weight")

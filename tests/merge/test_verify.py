@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fusechat_merge.checkpoint import Folder, read_checkpoint
 from fusechat_merge.cli import main
+from fusechat_merge.errors import ConfigError
 from fusechat_merge.stream import merge
 from fusechat_merge.verify import verify
 
@@ -131,3 +132,25 @@ def test_the_command(tmp_path: Path, paths: list[Path]) -> None:
     result = run(main, ["verify", str(yml), str(out)])
     assert "Error: 21 differences:" in result.stderr
     assert result.stderr.endswith("\n  … and 1 more\n")
+
+
+def test_side_files_that_are_missing_or_damaged(tmp_path: Path, paths: list[Path]) -> None:
+    config = configuration(paths, "varm")
+    out = merge(config, tmp_path / "out")
+    (out / "tokenizer.json").unlink()
+    (out / "config.json").write_text("{")
+    damaged, missing = verify(config, out, sample=0.01)
+    assert damaged.startswith("config.json: can't be read (Expecting property name")
+    assert missing == "tokenizer.json: is missing"
+    (out / "config.json").unlink()
+    damaged, _ = verify(config, out, sample=0.01)
+    assert damaged.startswith("config.json: can't be read ([Errno 2] No such file")
+
+
+def test_what_cannot_be_verified(tmp_path: Path, paths: list[Path]) -> None:
+    config = configuration(paths, "varm")
+    with pytest.raises(ConfigError, match=r"out: can't be read \(.*No such file"):
+        verify(config, tmp_path / "out")
+    out = merge(config, tmp_path / "out")
+    with pytest.raises(ConfigError, match="--memory: at least 4MiB is needed"):
+        verify(config, out, memory=1 << 20)
