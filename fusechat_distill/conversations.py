@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import RequestError
+from fusechat_distill.errors import RequestError, first_line
 from fusechat_distill.tokens import Tokenization, byte_offsets, fingerprint, tokenize, vocabulary
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ def _reason(path: Path, error: BaseException) -> str:
             return problem
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def _json_problem(path: Path) -> str | None:
@@ -225,6 +224,9 @@ def _load(path: str, name: str | None, split: str) -> Any:
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
         # Else the hub would be asked for it, again and again.
         raise ValueError(f"there is no such file or folder here ({Path.cwd()})")
+    if (local / "config.json").is_file():
+        # Else its JSON files would be taken for rows.
+        raise ValueError("is a model's folder; name a dataset")
     return datasets.load_dataset(path, name, split=split)  # pragma: no cover (the hub)
 
 

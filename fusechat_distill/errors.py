@@ -28,3 +28,9 @@ class RequestError(DistillError):
         else:
             lines = "".join(f"\n  {problem}" for problem in self.problems)
             super().__init__(f"{where} has {len(self.problems)} problems:{lines}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat_distill.errors import RequestError, first_line
 from fusechat_distill.estimate import GPU, Cost, Shape, Text, estimate, total
 from fusechat_distill.inputs import readable_size
-from fusechat_distill.models import empty_model, first_line
+from fusechat_distill.models import empty_model
 from fusechat_distill.settings import lora_config
 
 if TYPE_CHECKING:
@@ -194,7 +195,6 @@ def read_config(model: Model, trust_remote_code: bool) -> Any:
 def _text(recipe: Recipe, missing: list[str], trust_remote_code: bool) -> tuple[Text, list[str]]:
     """The dataset's size, and what of it is assumed."""
     from fusechat_distill.conversations import open_conversations
-    from fusechat_distill.errors import RequestError
 
     data = recipe.dataset
     if Path(data.path).exists():

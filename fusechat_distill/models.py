@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusechat_distill.errors import RequestError
+from fusechat_distill.errors import RequestError, first_line
 from fusechat_distill.recipe import Model
 
 PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
@@ -218,11 +218,6 @@ def _torn(paths: Iterable[Path]) -> Iterable[str]:
                 pass
         except (OSError, SafetensorError) as error:
             yield f"{path.name} is torn or no safetensors file ({first_line(error)}); copy it again"
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 class Digests:

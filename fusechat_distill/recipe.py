@@ -123,7 +123,9 @@ class Dataset(Section):
     the `path` alone."""
 
     path: Annotated[str, Field(min_length=1, examples=["trl-lib/Capybara"])]
-    """Hub name; JSON, JSONL, Parquet or Arrow file; or a folder of `save_to_disk`."""
+    """Hub name; JSON, JSONL, CSV, Parquet or Arrow file; a folder of such; or one of `save_to_disk`.
+
+    JSON, JSONL and CSV may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
     """Configuration of a hub dataset that has several."""
     split: str = "train"

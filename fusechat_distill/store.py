@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.errors import DistillError, RequestError, first_line
 from fusechat_distill.files import no_link, replacing, write_json
 
 SHARD_SAMPLES = 256
@@ -247,7 +247,7 @@ class Shards:
                     raise DistillError(f"{path}: holds samples {footer['range']}")
                 yield file
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise DistillError(f"{path}: can't be read ({_first_line(error)})") from error
+            raise DistillError(f"{path}: can't be read ({first_line(error)})") from error
 
     def _quarantine(self, path: Path) -> Path:
         folder = self.folder / "quarantine"
@@ -480,7 +480,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _number_lists(schema: pa.Schema) -> list[str]:
@@ -537,8 +537,3 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -97,7 +97,10 @@ def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for every place that pydantic refuses, however many types it tried there."""
     found: dict[str, str] = {}
     for detail in details:
-        location, given, says = detail["loc"], detail["input"], detail["msg"]
+        location, given = detail["loc"], detail["input"]
+        says = (
+            detail["msg"].replace("Input should", "should").replace("Field required", "is missing")
+        )
         if "parameters" in location[:-1]:
             location = location[: location.index("parameters") + 2]
             says = (
@@ -108,6 +111,8 @@ def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         elif detail["type"] == "model_type" and len(location) == 2 and isinstance(given, str):
             says = f"{given!r} stands alone; write - model: {given}"
+        elif location[-1] == "models" and detail["type"] == "list_type":
+            says = "should be a list; write - model: NAME for each"
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location)
         found.setdefault(place.lstrip(".") or "configuration", says)
     return [f"{place}: {says}" for place, says in found.items()]

@@ -40,6 +40,7 @@ def one_line(error: BaseException) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """`` (did you mean 'x'?)`` where one of the known names is near, the transposed one first."""
+    name = name.lower()
     letters = [k for k in known if sorted(k) == sorted(name)]
     found = letters or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""

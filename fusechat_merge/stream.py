@@ -263,7 +263,10 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
     place = out.parent
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not place.is_dir():
+        problems.append(f"{out}: {place} is a file, no folder; name another folder")
+        return problems
+    if not os.access(place, os.W_OK):
         problems.append(f"{place}: can't be written to")
         return problems
     if _planted(work):

@@ -489,3 +489,9 @@ def test_answers_that_a_template_puts_in_another_order_are_left_out(qwen):
     assert [response.turn for response in rendering.responses] == [1]
     assert rendering.responses[0].tokens().stop <= len(rendering.input_ids)
     assert "before an earlier answer" in rendering.skipped[0].reason
+
+
+def test_a_models_folder_is_no_dataset(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="is a model's folder; name a dataset"):
+        open_conversations(str(tmp_path))

@@ -312,7 +312,8 @@ def test_merge_keys_of_yaml_are_no_repetition(tmp_path: Path, paths: list[Path])
             "models[0].parameters.weight: has no value; write one or leave the key out",
         ),
         (["a"], {}, "models[0]: 'a' stands alone; write - model: a"),
-        (3, {}, "models: Input should be a valid list"),
+        ({"a": {}}, {}, "models: should be a list; write - model: NAME for each"),
+        (3, {}, "models: should be a list"),
     ],
 )
 def test_a_key_or_value_in_the_wrong_form(models: Any, parameters: Any, message: str) -> None:
@@ -372,6 +373,8 @@ def test_unknown_method_names_the_nearest(paths: list[Path]) -> None:
     assert "(did you mean 'varm'?)" in problem
     problems = plan(configuration(paths, "tiess")).problems
     assert any("unknown merge_method 'tiess' (did you mean 'ties'?)" in p for p in problems)
+    (problem,) = plan(configuration(paths, "VaRM")).problems
+    assert "(did you mean 'varm'?)" in problem
 
 
 @pytest.mark.parametrize("method", ["slerp", "model_stock"])
@@ -391,7 +394,12 @@ def test_no_room_and_bad_places(
     config = configuration(paths)
     file = tmp_path / "file"
     file.write_text("")
-    for out, message in [(paths[1], "holds one of the models"), (file, "is a file")]:
+    for out, message in [
+        (paths[1], "holds one of the models"),
+        (file, "is a file"),
+        (file / "out", f"{file} is a file, no folder; name another"),
+        (file / "deep" / "out", f"{file} is a file, no folder; name another"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             stream.merge(config, out)
     monkeypatch.setattr(Plan, "output_bytes", 1 << 60)

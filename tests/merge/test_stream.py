@@ -744,7 +744,7 @@ def test_places_that_are_not_there_yet(tmp_path: Path, paths: list[Path]) -> Non
     out = merge(configuration(paths), tmp_path / "a" / "b" / "out")
     assert verify(configuration(paths), out) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file: can't be written to"):
+    with pytest.raises(ConfigError, match="file is a file, no folder"):
         merge(configuration(paths), tmp_path / "file" / "out")
 
 

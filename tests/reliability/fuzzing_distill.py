@@ -172,12 +172,12 @@ HOSTILE = {
 
 
 def recipe_texts() -> list[str]:
-    from fusechat_distill.recipe import TEMPLATE
+    from fusechat_distill.reference import commented_recipe
 
     readme = (ROOT / "README.md").read_text("utf-8")
     blocks = [b for b in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "pivot:" in b]
     files = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-    return [TEMPLATE, *blocks, *(path.read_text("utf-8") for path in files)]
+    return [commented_recipe(), *blocks, *(path.read_text("utf-8") for path in files)]
 
 
 def recipe_outcome(path: Path) -> str | None:
