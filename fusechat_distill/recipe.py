@@ -123,7 +123,7 @@ class Dataset(Section):
     the `path` alone."""
 
     path: Annotated[str, Field(min_length=1, examples=["trl-lib/Capybara"])]
-    """Hub name; JSON, JSONL, CSV, Parquet or Arrow file; a folder of such; or one of `save_to_disk`.
+    """Hub name; JSON, JSONL, CSV, Parquet or Arrow file; folder of such, or of `save_to_disk`.
 
     JSON, JSONL and CSV may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
