@@ -139,7 +139,7 @@ def load_scorer(
     return TransformersScorer.load(
         model.spec.model,
         model.files.token_ids,
-        revision=model.spec.revision,
+        revision=model.files.commit,
         dtype=model.spec.dtype or scoring.dtype,
         device=placement(scoring.device, processes),
         trust_remote_code=evaluation.trust_remote_code,

@@ -52,13 +52,18 @@ class ModelFiles:
                 "config": digests.of([folder / config]),
                 "weights": digests.of(sorted(folder.glob("*.safetensors"))),
             } | ({"base": self.base.identity(digests)} if self.base else {})
-        return {"name": self.spec.model, "commit": self._commit}
+        return {"name": self.spec.model, "commit": self.commit}
 
     @cached_property
-    def _commit(self) -> str | None:
-        """The hub's commit that the configuration was read from: the cache's folder names it."""
+    def commit(self) -> str | None:
+        """The hub's commit that the configuration was read from: the cache's folder names it.
+
+        None for a local folder. Weights are to be read from the same, whatever a branch has become.
+        """
         from transformers.utils.hub import cached_file, extract_commit_hash
 
+        if Path(self.spec.model).is_dir():
+            return None
         name, revision = self.spec.model, self.spec.revision
         path = cached_file(name, "config.json", revision=revision, local_files_only=True)
         return extract_commit_hash(path, None)

@@ -161,7 +161,7 @@ class ScoreStage:
     def _scorer(self, processes: Processes) -> Scorer:
         scoring, spec = self.inputs.recipe.scoring, self.model.spec
         options: dict[str, Any] = {
-            "revision": spec.revision,
+            "revision": self.model.files.commit,
             "dtype": spec.dtype or scoring.dtype,
             "trust_remote_code": self._trust_remote_code,
             "load": spec.load,
