@@ -270,6 +270,9 @@ class _Reading:
                 self.byte_fallback = True
             elif kind not in ("ByteLevel", "Fuse", "Strip"):
                 problem = f"its decoder has a {kind} step"
+        marks = {marker for marker, _ in self.markers} | {" "}
+        if any(_space_mark(part) not in marks for part in splits + normalizer):
+            problem = "it marks spaces in a way that its decoder doesn't turn back"
         if not decoder and piece_bytes == self._sentence_piece and backend.pre_tokenizer:
             problem = "it has a pre-tokenizer but no decoder"
         if problem:
@@ -471,6 +474,15 @@ def _removes(pre_tokenizer: Mapping[str, Any]) -> bool:
         "BertPreTokenizer",
         "CharDelimiterSplit",
     )
+
+
+def _space_mark(part: Mapping[str, Any]) -> str:
+    """What a pre-tokenizer or normaliser puts for a space; a space where it leaves them alone."""
+    if part["type"] == "Metaspace":
+        return str(part["replacement"])
+    if part["type"] == "Replace" and part["pattern"].get("String") == " ":
+        return str(part["content"])
+    return " "
 
 
 def _lossy(model: Any) -> str | None:

@@ -268,6 +268,20 @@ def test_first_tokens_are_those_of_mid_text(mistral, qwen):
     assert first[8] == b"</"
 
 
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.Fuse(), decoders.Metaspace()])
+def test_marked_spaces_have_to_be_turned_back(decoder):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoder
+    backend.train_from_iterator(["a cat"] * 3, trainers.BpeTrainer(show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if isinstance(decoder, decoders.Metaspace):
+        assert b"".join(token_bytes(made, made("a cat")["input_ids"])) == b"a cat"
+    else:
+        with pytest.raises(RequestError, match="marks spaces in a way that its decoder"):
+            vocabulary(made)
+
+
 @pytest.mark.parametrize(
     ("pre_tokenizer", "refused"),
     [
