@@ -35,6 +35,7 @@ print(len(one), "tensors, the same bits")
 """
 DISTILL = [
     "init new",
+    "schema",
     "validate recipe.yaml",
     "validate recipe.yaml --estimate",
     "score recipe.yaml",
