@@ -821,3 +821,8 @@ def test_dtw_positions_pair_states_after_paired_tokens():
     sides = vocabulary(pivot.tokenizer), vocabulary(source.tokenizer)
     matches = match_states(pivots, sources, "dtw", sides)
     assert matches.tolist() == match_states(pivots, sources).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_counts_are_added_to_counts_only():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        PairCounts.empty() + 3

@@ -403,6 +403,9 @@ def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png"]
     write_report(found, folder)
     assert (folder / "report.png").read_bytes() == page
+    shown = CliRunner().invoke(commands, ["report", recipe])
+    assert shown.exit_code == 0, shown.stderr
+    assert all(name in shown.stdout for name in ("twin", "other", "late", "written: "))
 
     shutil.rmtree(folder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -769,3 +769,8 @@ def test_an_error_that_nobody_expected(
     assert result.stderr == "Error: ZeroDivisionError: division by zero (--debug shows where)\n"
     for command in (["--debug", "plan", str(yml)], ["plan", str(yml), "--debug"]):
         assert isinstance(CliRunner().invoke(main, command).exception, ZeroDivisionError)
+
+
+def test_a_value_of_another_type(paths: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="dtype: should be a valid string"):
+        plan(configuration(paths, dtype=16))

@@ -757,3 +757,11 @@ def test_a_file_that_became_shorter(paths: list[Path]) -> None:
     loader = CheckpointLoader(planned.models[str(paths[1])])
     with pytest.raises(OSError, match=f"model.safetensors of {paths[1]} has become shorter"):
         loader.get_tensor("model.norm.weight")
+
+
+def test_a_folder_that_can_not_be_written_to(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="can't be written to"):
+        merge(configuration(paths), tmp_path / "out")
