@@ -26,7 +26,6 @@ FORMAT = 1
 METADATA = b"fusechat_distill"
 MADE_FROM = ("pivot_scores ", "source_scores ", "aligned.", "fused ")
 """How differences of the stages before begin, in the fingerprints of those that follow."""
-HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 class SampleRange(NamedTuple):
@@ -278,8 +277,7 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
     # What was made from what is stale tells nothing new: the change is told where it was made.
     own = [line for line in changes if not line.startswith((*MADE_FROM, "samples was"))]
     if own or not any(line.startswith(MADE_FROM) for line in changes):
-        shown = HASH.sub(r"\1...", "; ".join(changes))
-        why = f"was made otherwise ({shown})"
+        why = f"was made otherwise ({'; '.join(changes)})"
     else:
         why = "was made from what has changed"
     return (

@@ -88,7 +88,7 @@ class TrainStage:
         manifest = self.manifest() if self.folder.exists() or self.work.exists() else None
         problems = []
         folders = {"target": self.folder}
-        if any(self._checkpoints()):
+        if any(_checkpoints(self.work)):
             folders["training of target"] = self.work
         for what, folder in folders.items():
             if manifest and (problem := stale(folder, manifest)):
@@ -142,7 +142,7 @@ class TrainStage:
                     return False, None
                 if not self.fused.status().complete:
                     raise DistillError(f"fused {self.name}: is not complete")
-                if stale(self.work, self.manifest()) and not any(self._checkpoints()):
+                if stale(self.work, self.manifest()) and not any(_checkpoints(self.work)):
                     with Shards.open(self.work).exclusive():  # not one that trains just now
                         shutil.rmtree(self.work)
                 work = Shards.create(self.work, self.manifest())
@@ -172,13 +172,9 @@ class TrainStage:
                 f"start as many, or delete {self.work} to begin anew"
             )
 
-    def _checkpoints(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self.work.glob("checkpoint-*"), key=_step, reverse=True)
-
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint; what a stopped run left half written is removed."""
-        for folder in self._checkpoints():
+        for folder in _checkpoints(self.work):
             with contextlib.suppress(OSError, ValueError):
                 # The trainer writes its state last.
                 json.loads((folder / STATE).read_text("utf-8"))
@@ -351,7 +347,7 @@ def train_status(name: str, target: Path, work: Path) -> StageStatus:
     if (target / "manifest.json").exists() and not incomplete(target):
         folders = [target]
     else:
-        folders = [*sorted(work.glob("checkpoint-*"), key=_step, reverse=True), work]
+        folders = [*_checkpoints(work), work]
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
             state = json.loads((folder / STATE).read_text("utf-8"))
@@ -384,6 +380,11 @@ def _path(files: ModelFiles) -> str:
     """As PEFT writes it into an adapter: a folder's name must hold from anywhere."""
     folder = Path(files.spec.model)
     return str(folder.resolve()) if folder.is_dir() else files.spec.model
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    """TRL's, newest first."""
+    return sorted(work.glob("checkpoint-*"), key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:

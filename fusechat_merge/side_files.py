@@ -183,7 +183,7 @@ def _own_template(donor: Path) -> dict[str, Any] | None:
 
 
 def _copy_without_chat_template(donor: Path, folder: Path) -> None:
-    """The tokenizer's settings where they hold a template of their own, which comes first."""
+    """A template in the tokenizer's settings would come before the one that was asked for."""
     settings = _own_template(donor)
     if settings is not None:
         del settings["chat_template"]
