@@ -192,8 +192,11 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             yield f"{index.name} can't be read: {first_line(error)}"
         else:
-            absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-            if absent:
+            outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
+            absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
+            if outside:
+                yield f"{index.name} lists {', '.join(outside)}, not plain names in the same folder"
+            elif absent:
                 yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
             else:
                 yield from _torn(folder / shard for shard in sorted(shards))

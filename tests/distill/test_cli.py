@@ -698,3 +698,11 @@ def test_a_model_of_the_hub_is_scored_from_its_cache(recipe, tmp_path, llama):
     assert scored.startswith("score pivot: 30 of 30 samples; ")
     manifest = json.loads((tmp_path / "out" / "scores" / "pivot" / "manifest.json").read_text())
     assert manifest["fingerprint"]["model"] == {"name": "org/whole", "commit": commit}
+
+
+def test_an_index_points_nowhere_else(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": f"../{llama.name}/model.safetensors"}}))
+    with pytest.raises(RequestError, match="not plain names in the same folder"):
+        open_model(Model(model=str(index.parent)))
