@@ -36,7 +36,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python tests/merge/test_fuzz_headers.py 1000000 0
+	$(BIN)/python -m tests.merge.inputs.test_fuzz_headers 1000000 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,10 +44,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs-check: $(STAMP)
-	$(BIN)/python tests/docs_check.py
+	$(BIN)/python -m qa.docs_check
 
 dist-check: $(STAMP)
-	$(BIN)/python tests/dist_check.py
+	$(BIN)/python -m qa.dist_check
 
 coverage: $(STAMP)
 	rm -f .coverage .coverage.*
@@ -56,11 +56,11 @@ coverage: $(STAMP)
 	$(BIN)/coverage report
 
 reliability: $(STAMP)
-	$(BIN)/python tests/reliability/run.py
+	$(BIN)/python -m qa.reliability.run
 
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut==3.8.1
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m qa.mutation --jobs 2
 
 ladder: $(STAMP)
 	$(BIN)/python examples/reproduction/ladder.py --scale cpu

@@ -19,12 +19,11 @@ from typing import get_args
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distill"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import real_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fusechat_distill.alignment import (
+from fusechat_distill.alignment.positions import (
     PairCounts,
     Positions,
     Responses,
@@ -36,9 +35,10 @@ from fusechat_distill.alignment import (
     match_states,
     pair_counts,
 )
-from fusechat_distill.conversations import Conversation, Message, Renderer
-from fusechat_distill.store import ScoredResponse
-from fusechat_distill.tokens import first_tokens, token_bytes, vocabulary
+from fusechat_distill.storage.shards import ScoredResponse
+from fusechat_distill.text.conversations import Conversation, Message, Renderer
+from fusechat_distill.text.tokens import first_tokens, token_bytes, vocabulary
+from tests.support import real_tokenizers
 
 K = 10
 ANSWER = 4000

@@ -156,7 +156,7 @@ import json, os, sys, time
 start = time.perf_counter()
 who, config, out, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 if who == "fusechat":
-    import fusechat_merge.stream as stream
+    import fusechat_merge.engine.execute as stream
     work = lambda: stream.merge(config, out, **options)
 else:
     from mergekit.scripts.run_yaml import main

@@ -51,7 +51,7 @@ def build() -> Any:
 
 def chats(tokens: int) -> list[Any]:
     """Chats of 200 to 512 tokens, half of them the response's."""
-    from fusechat_distill.scoring import Request
+    from fusechat_distill.scoring.engine import Request
 
     rng = np.random.default_rng(0)
     requests = []
@@ -159,7 +159,7 @@ class Worker:
 
 def stored_bytes(requests: list[Any], scores: list[Any]) -> int:
     """What the store makes of the scores; four bytes of text a token."""
-    from fusechat_distill.store import (
+    from fusechat_distill.storage.shards import (
         Manifest,
         SampleRange,
         ScoredResponse,

@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from fusechat_distill.reference import reference_page, schema
+from fusechat_distill.recipe.reference import reference_page, schema
 
 INTRODUCTION = """\
 # The recipe, key by key
 
-Written by `python docs/recipe_reference.py` from `fusechat_distill/recipe.py`; not edited by hand.
-[distilling.md](distilling.md) says how to choose. `fusechat-distill init` writes a recipe with
-every key, its default and its meaning.
+Written by `python docs/recipe_reference.py` from `fusechat_distill/recipe/schema.py`; not edited
+by hand. [distilling.md](distilling.md) says how to choose. `fusechat-distill init` writes a recipe
+with every key, its default and its meaning.
 
 What is left out has its default. An unknown key, a key written twice, and a value of the wrong type
 are errors; `fusechat-distill validate` names each with what would be right. `5e-6` is a number.

@@ -17,9 +17,9 @@ import click
 from fusechat_distill.errors import DistillError, RequestError
 
 if TYPE_CHECKING:
-    from fusechat_distill.inputs import Inputs
-    from fusechat_distill.pipeline import Stage, StageStatus
-    from fusechat_distill.processes import Processes
+    from fusechat_distill.inputs.open import Inputs
+    from fusechat_distill.storage.processes import Processes
+    from fusechat_distill.storage.stage import Stage, StageStatus
 
 LISTED_ROWS = 20
 """Rows that are left out of the dataset and shown; `--json` lists all."""
@@ -87,7 +87,7 @@ def _with_one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _say(error: BaseException) -> None:
-    from fusechat_distill.processes import ElsewhereError
+    from fusechat_distill.storage.processes import ElsewhereError
 
     if isinstance(error, ElsewhereError):
         return
@@ -117,7 +117,7 @@ def init(folder: str) -> None:
     \b
     Example: fusechat-distill init my-run
     """
-    from fusechat_distill.reference import commented_recipe
+    from fusechat_distill.recipe.reference import commented_recipe
 
     path = Path(folder) / "recipe.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def schema() -> None:
     and, as the first line of a recipe in the same folder:
       # yaml-language-server: $schema=recipe.schema.json
     """
-    from fusechat_distill.reference import schema as make
+    from fusechat_distill.recipe.reference import schema as make
 
     click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
 
@@ -166,8 +166,8 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
     if estimate:
         _estimate(recipe, trust_remote_code, as_json)
         return
-    from fusechat_distill.inputs import open_inputs, readable_size
-    from fusechat_distill.running import run_problems
+    from fusechat_distill.chain import run_problems
+    from fusechat_distill.inputs.open import open_inputs, readable_size
 
     _quieten()
     facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code, further=run_problems))
@@ -191,8 +191,8 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
 
 
 def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
-    from fusechat_distill.estimating import estimate_recipe
-    from fusechat_distill.recipe import load_recipe
+    from fusechat_distill.estimate.measure import estimate_recipe
+    from fusechat_distill.recipe.schema import load_recipe
 
     _quieten()
     recipe = load_recipe(path)
@@ -217,7 +217,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     \b
     Example: fusechat-distill score recipe.yaml --model pivot
     """
-    from fusechat_distill.pipeline import score_stages
+    from fusechat_distill.scoring.stage import score_stages
 
     def stages(inputs: Inputs) -> list[Stage]:
         return score_stages(inputs, names or None, trust_remote_code=trust_remote_code)
@@ -238,7 +238,7 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     \b
     Example: fusechat-distill align recipe.yaml
     """
-    from fusechat_distill.aligning import align_stages
+    from fusechat_distill.alignment.stage import align_stages
 
     def stages(inputs: Inputs) -> list[Stage]:
         return align_stages(inputs, names or None)
@@ -260,7 +260,7 @@ def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     \b
     Example: fusechat-distill train recipe.yaml
     """
-    from fusechat_distill.running import target_stages
+    from fusechat_distill.chain import target_stages
 
     def stages(inputs: Inputs) -> list[Stage]:
         return target_stages(inputs, names or None, trust_remote_code=trust_remote_code)
@@ -279,7 +279,7 @@ def run(recipe: str, trust_remote_code: bool) -> None:
     \b
     Example: fusechat-distill run recipe.yaml
     """
-    from fusechat_distill.running import run_stages
+    from fusechat_distill.chain import run_stages
 
     def stages(inputs: Inputs) -> list[Stage]:
         return run_stages(inputs, trust_remote_code=trust_remote_code)
@@ -296,8 +296,8 @@ def status(recipe: str, as_json: bool) -> None:
     \b
     Example: fusechat-distill status recipe.yaml --json
     """
-    from fusechat_distill.recipe import load_recipe
-    from fusechat_distill.running import run_status
+    from fusechat_distill.chain import run_status
+    from fusechat_distill.recipe.schema import load_recipe
 
     states = run_status(load_recipe(recipe))
     if as_json:
@@ -319,9 +319,9 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     \b
     Example: fusechat-distill report recipe.yaml
     """
-    from fusechat_distill.inputs import open_inputs
-    from fusechat_distill.report import report as read_report
-    from fusechat_distill.report_page import require_matplotlib, tables, write_report
+    from fusechat_distill.inputs.open import open_inputs
+    from fusechat_distill.report.compute import report as read_report
+    from fusechat_distill.report.page import require_matplotlib, tables, write_report
 
     _quieten()
     require_matplotlib("report")
@@ -388,14 +388,14 @@ def evaluate(
     \b
     Example: fusechat-distill evaluate recipe.yaml --model merged=merged
     """
-    from fusechat_distill.answers import export, markdown, side_by_side
-    from fusechat_distill.evaluated import Opening
-    from fusechat_distill.evaluation import evaluate as measure
-    from fusechat_distill.evaluation_page import tables, write_picture
-    from fusechat_distill.files import write_json, write_text
-    from fusechat_distill.inputs import open_inputs
-    from fusechat_distill.processes import Processes
-    from fusechat_distill.report_page import require_matplotlib
+    from fusechat_distill.evaluation.answers import export, markdown, side_by_side
+    from fusechat_distill.evaluation.candidates import Opening
+    from fusechat_distill.evaluation.compare import evaluate as measure
+    from fusechat_distill.evaluation.page import tables, write_picture
+    from fusechat_distill.inputs.open import open_inputs
+    from fusechat_distill.report.page import require_matplotlib
+    from fusechat_distill.storage.files import write_json, write_text
+    from fusechat_distill.storage.processes import Processes
 
     _quieten()
     require_matplotlib("evaluate")
@@ -446,9 +446,9 @@ def _run(
 
     `only` is as in `open_inputs`.
     """
-    from fusechat_distill.inputs import open_inputs
-    from fusechat_distill.processes import Processes
-    from fusechat_distill.recipe import PIVOT, read_recipe
+    from fusechat_distill.inputs.open import open_inputs
+    from fusechat_distill.recipe.schema import PIVOT, read_recipe
+    from fusechat_distill.storage.processes import Processes
 
     def further(inputs: Inputs) -> list[str]:
         found = stages(inputs)
@@ -528,7 +528,7 @@ def _quieten(first: bool = True) -> None:
 
 
 def _facts(inputs: Inputs) -> dict[str, Any]:
-    from fusechat_distill.inputs import expected_bytes
+    from fusechat_distill.inputs.open import expected_bytes
 
     conversations = inputs.conversations
     return {
@@ -563,7 +563,7 @@ def _entry(state: StageStatus) -> dict[str, Any]:
 
 
 def _line(state: StageStatus) -> str:
-    from fusechat_distill.inputs import readable_size
+    from fusechat_distill.inputs.open import readable_size
 
     if state.total is None:
         return f"{state.stage} {state.name}: not begun"
@@ -602,7 +602,7 @@ def _score_facts(details: dict[str, Any]) -> list[str]:
 
 
 def _align_facts(details: dict[str, Any]) -> list[str]:
-    from fusechat_distill.aligning import alignment_shares
+    from fusechat_distill.alignment.stage import alignment_shares
 
     shares = alignment_shares(details)
     return [

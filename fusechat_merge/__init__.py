@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from fusechat_merge import _autoload
 
 if TYPE_CHECKING:
+    from fusechat_merge.engine.execute import merge as merge
     from fusechat_merge.methods.sce import sce as sce
     from fusechat_merge.methods.varm import varm as varm
     from fusechat_merge.methods.varm import varm_weights as varm_weights
-    from fusechat_merge.planning import plan as plan
-    from fusechat_merge.stream import merge as merge
+    from fusechat_merge.planning.planner import plan as plan
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "merge": "fusechat_merge.stream",
-    "plan": "fusechat_merge.planning",
+    "merge": "fusechat_merge.engine.execute",
+    "plan": "fusechat_merge.planning.planner",
     "sce": "fusechat_merge.methods.sce",
     "varm": "fusechat_merge.methods.varm",
     "varm_weights": "fusechat_merge.methods.varm",

@@ -11,7 +11,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-# mergekit's module -> the function of fusechat_merge.mergekit_plugin to call once it has run
+# mergekit's module -> the function of fusechat_merge.mergekit_bridge.plugin to call once it has run
 _AFTER = {
     "mergekit.merge_methods.registry": "register_methods",
     "mergekit.plan": "extend_planner",
@@ -73,7 +73,7 @@ def _extend(name: str) -> None:
     try:
         from importlib import import_module
 
-        plugin = import_module("fusechat_merge.mergekit_plugin")
+        plugin = import_module("fusechat_merge.mergekit_bridge.plugin")
         # The plugin's own first import of mergekit brings us here before its functions exist; it
         # calls install() at its end.
         extend = getattr(plugin, _AFTER[name], None)

@@ -189,8 +189,8 @@ def run(
     \b
     Example: fusechat-merge run merge.yml merged --memory 512MiB
     """
-    from fusechat_merge.planning import plan as make_plan
-    from fusechat_merge.stream import carry_out, chosen_device, is_finished, tidy
+    from fusechat_merge.engine.execute import carry_out, chosen_device, is_finished, tidy
+    from fusechat_merge.planning.planner import plan as make_plan
 
     planned = _planned(config, make_plan, options)
     if resume and is_finished(planned, out):
@@ -241,8 +241,8 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
     \b
     Example: fusechat-merge plan merge.yml --json
     """
-    from fusechat_merge.planning import plan as make_plan
-    from fusechat_merge.stream import peak_memory
+    from fusechat_merge.engine.execute import peak_memory
+    from fusechat_merge.planning.planner import plan as make_plan
 
     try:
         planned = make_plan(config, **options)
@@ -283,7 +283,7 @@ def verify(config: Path, out: Path, **options: Any) -> None:
     \b
     Example: fusechat-merge verify merge.yml merged --sample 0.1
     """
-    from fusechat_merge.verify import verify as check
+    from fusechat_merge.engine.verify import verify as check
 
     with _Meter(None, False) as meter:
         differences = check(config, out, progress=meter, **options)
@@ -396,8 +396,8 @@ def analyze(
     if out is not None:
         _require_matplotlib()
         _require_writable(out)
-    from fusechat_merge.analysis import analyze as measure
-    from fusechat_merge.planning import plan as make_plan
+    from fusechat_merge.engine.analysis import analyze as measure
+    from fusechat_merge.planning.planner import plan as make_plan
 
     planned = _planned(config, make_plan, options)
     with _Meter(sum(o.nbytes for o in planned.outputs), False) as meter:
@@ -408,7 +408,7 @@ def analyze(
     else:
         _print_tables(report)
     if out is not None:
-        from fusechat_merge.report import draw
+        from fusechat_merge.results.report import draw
 
         out.mkdir(parents=True, exist_ok=True)
         (out / "analysis.json").write_text(text + "\n", encoding="utf-8")
@@ -435,7 +435,7 @@ def _require_writable(folder: Path) -> None:
 def _print_tables(report: Any) -> None:
     from rich.console import Console
 
-    from fusechat_merge.report import tables
+    from fusechat_merge.results.report import tables
 
     console = Console()
     for table in tables(report):

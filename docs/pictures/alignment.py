@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from fusechat_distill.alignment import PairCounts, VocabularyMap, match_positions
-from fusechat_distill.conversations import Conversation, Message, Renderer
-from fusechat_distill.tokens import Vocabulary, first_tokens, tokenize, vocabulary
+from fusechat_distill.alignment.positions import PairCounts, VocabularyMap, match_positions
+from fusechat_distill.text.conversations import Conversation, Message, Renderer
+from fusechat_distill.text.tokens import Vocabulary, first_tokens, tokenize, vocabulary
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "distill"))

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusechat_merge import merge, plan
-from fusechat_merge.analysis import analyze
-from fusechat_merge.granularity import GRANULARITIES
-from fusechat_merge.report import place_of
+from fusechat_merge.engine.analysis import analyze
+from fusechat_merge.methods.granularity import GRANULARITIES
+from fusechat_merge.results.report import place_of
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 24, 32, 40
 PATCH = 24  # how many rows and columns of a tensor are drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusechat_distill.bootstrap import Interval
+from fusechat_distill.evaluation.bootstrap import Interval
 
 COLORS = {"better": "#1a7f37", "worse": "#b42318", "within noise": "#667085"}
 

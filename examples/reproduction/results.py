@@ -23,7 +23,7 @@ from variants import (
     Scale,
 )
 
-from fusechat_distill.bootstrap import Difference, Interval, Losses, bootstrap, holm
+from fusechat_distill.evaluation.bootstrap import Difference, Interval, Losses, bootstrap, holm
 
 LEVEL = 0.05
 
@@ -194,9 +194,9 @@ nothing in it is edited by hand. {scale.processes} processes of one thread on {_
   text would change.
 - Measured: bits per UTF-8 byte of {len(found.domains)} held-out answers ({held}); less is better.
   Intervals are of 95 %, over answers and seeds, differences are paired by both
-  (`fusechat_distill/bootstrap.py`). *Within noise* is a p-value of {LEVEL} or more after Holm's
-  correction for the table's family of tests. What has one checkpoint (pivot, sources) has an
-  interval over answers only.
+  (`fusechat_distill/evaluation/bootstrap.py`). *Within noise* is a p-value of {LEVEL} or more
+  after Holm's correction for the table's family of tests. What has one checkpoint (pivot, sources)
+  has an interval over answers only.
 
 The papers measured 7B models with MT-Bench; no figure of theirs is comparable with one of these,
 only the order is."""
@@ -494,7 +494,7 @@ def _percent(interval: Interval) -> str:
 def _parameters(ladder: Ladder, name: str) -> str:
     from transformers import AutoConfig
 
-    from fusechat_distill.estimating import shape
+    from fusechat_distill.estimate.measure import shape
 
     config = AutoConfig.from_pretrained(ladder.model(name))
     count = shape(config).parameters

@@ -178,10 +178,10 @@ class Ladder:
 
         Of the pivot and the sources as well; what was measured before is read.
         """
-        from fusechat_distill.evaluated import Opening
-        from fusechat_distill.inputs import open_inputs
-        from fusechat_distill.measuring import load_scorer, measure
-        from fusechat_distill.processes import Processes
+        from fusechat_distill.evaluation.candidates import Opening
+        from fusechat_distill.evaluation.measure import load_scorer, measure
+        from fusechat_distill.inputs.open import open_inputs
+        from fusechat_distill.storage.processes import Processes
 
         asked = [f"{name}={path}" for name, paths in names.items() for path in paths]
         opening = Opening(asked)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusechat_distill.errors import DistillError
-from fusechat_distill.scoring import Request, Scores
+from fusechat_distill.scoring.engine import Request, Scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 
 log = logging.getLogger(__name__)

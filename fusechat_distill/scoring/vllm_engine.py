@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusechat_distill.errors import DistillError
-from fusechat_distill.scoring import Request, Scores
+from fusechat_distill.scoring.engine import Request, Scores
 
 PADDING_MARGIN = 8
 """Entries asked for beyond k, for padding ids that vLLM does not leave out."""

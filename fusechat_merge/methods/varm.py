@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusechat_merge.granularity import check_granularity
 from fusechat_merge.methods.blocks import (
     HALF,
     Block,
@@ -25,6 +24,7 @@ from fusechat_merge.methods.blocks import (
     half_cell_sums,
     scratch,
 )
+from fusechat_merge.methods.granularity import check_granularity
 
 Statistic = Literal["square", "absolute"]
 STATISTICS: tuple[str, ...] = ("square", "absolute")

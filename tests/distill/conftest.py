@@ -1,15 +1,10 @@
 """Makes the real tokenizers importable and gives them as fixtures."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import real_tokenizers
+from tests.support import real_tokenizers
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
 settings.load_profile("deterministic")

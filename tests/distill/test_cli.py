@@ -11,12 +11,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import chain
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from real_tokenizers import INSTRUCT
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,11 +24,13 @@ from transformers import (
 )
 
 from fusechat_distill.cli import commands
-from fusechat_distill.conversations import Renderer, open_conversations
 from fusechat_distill.errors import RequestError
-from fusechat_distill.models import open_model
-from fusechat_distill.recipe import Model, load_recipe
-from fusechat_distill.store import ScoreStore
+from fusechat_distill.inputs.models import open_model
+from fusechat_distill.recipe.schema import Model, load_recipe
+from fusechat_distill.storage.shards import ScoreStore
+from fusechat_distill.text.conversations import Renderer, open_conversations
+from tests.support import chain
+from tests.support.real_tokenizers import INSTRUCT
 
 TINY = {
     "hidden_size": 16,
@@ -581,13 +581,13 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monk
     def broken(*arguments, **options):
         raise OSError("the disk\nis on fire")
 
-    monkeypatch.setattr("fusechat_distill.inputs.open_inputs", broken)
+    monkeypatch.setattr("fusechat_distill.inputs.open.open_inputs", broken)
     result = run("validate", recipe)
     assert result.exit_code == 1
     assert result.stderr == "Error: OSError: the disk is on fire (--debug shows where)\n"
     assert isinstance(run("validate", recipe, "--debug").exception, OSError)
     monkeypatch.setattr(
-        "fusechat_distill.inputs.open_inputs",
+        "fusechat_distill.inputs.open.open_inputs",
         lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     result = run("score", recipe)
@@ -676,8 +676,8 @@ def test_a_model_of_the_hub_is_scored_from_its_cache(recipe, tmp_path, llama):
     code = (
         "import sys\nfrom fusechat_distill.cli import commands\n"
         "from fusechat_distill.errors import RequestError\n"
-        "from fusechat_distill.models import open_model\n"
-        "from fusechat_distill.recipe import Model\n"
+        "from fusechat_distill.inputs.models import open_model\n"
+        "from fusechat_distill.recipe.schema import Model\n"
         "for name in ('pickled', 'none'):\n"
         "    try:\n        open_model(Model(model=f'org/{name}'))\n"
         "    except RequestError as error:\n        print(error)\n"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from fusechat_distill.tokens import token_bytes
+from fusechat_distill.text.tokens import token_bytes
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "examples" / "quickstart"

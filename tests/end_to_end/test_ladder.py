@@ -95,7 +95,7 @@ def test_what_is_measured_is_what_the_evaluation_measures(ladder):
 def test_gpu_recipes_are_recipes(ladder, tmp_path):
     """`--scale gpu` has not been run; what it would run is at least well-formed."""
     module, _, _ = ladder
-    from fusechat_distill.recipe import load_recipe
+    from fusechat_distill.recipe.schema import load_recipe
 
     scale = module.SCALES["gpu"]
     planned = module.Ladder(tmp_path, scale)

@@ -1,128 +1,20 @@
-"""Pico Llama checkpoints, written with safetensors alone: a base and targets that moved from it."""
+"""The pico Llama checkpoints of tests/support/checkpoints.py as fixtures."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    # 1,100 x 32 is more than one grid cell of 2^15.
-    "vocab_size": 1100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def _llama_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    vocab, hidden, inner = (config[k] for k in ("vocab_size", "hidden_size", "intermediate_size"))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        shapes |= {
-            f"{at}.input_layernorm.weight": (hidden,),
-            f"{at}.self_attn.q_proj.weight": (hidden, hidden),
-            f"{at}.self_attn.k_proj.weight": (hidden // 2, hidden),
-            f"{at}.self_attn.v_proj.weight": (hidden // 2, hidden),
-            f"{at}.self_attn.o_proj.weight": (hidden, hidden),
-            f"{at}.post_attention_layernorm.weight": (hidden,),
-            f"{at}.mlp.up_proj.weight": (inner, hidden),
-            f"{at}.mlp.gate_proj.weight": (inner, hidden),
-            f"{at}.mlp.down_proj.weight": (hidden, inner),
-        }
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
+from tests.support import checkpoints
 
 
 @pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., Path]:
-    """``write_checkpoint(folder, tensors, config, shards=1)``: an ordinary checkpoint on disk."""
-
-    def write(
-        folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object], shards: int = 1
-    ) -> Path:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
-        names = list(tensors)
-        if shards == 1:
-            save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
-            return folder
-        placed = {}
-        for number in range(shards):
-            file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            mine = names[number::shards]
-            save_file({name: tensors[name] for name in mine}, folder / file, {"format": "pt"})
-            placed |= dict.fromkeys(mine, file)
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder
-
-    return write
+    return checkpoints.write_checkpoint
 
 
 @pytest.fixture(scope="session")
-def llama_family(write_checkpoint: Callable[..., Path]) -> Callable[..., list[Path]]:
-    """``llama_family(folder, ...)``: checkpoints ``base``, ``t0``, ``t1``, ... under ``folder``.
-
-    Every target moved from the base, another amount in every tensor, so that no two units have the
-    same weights.
-
-    Args:
-        folder: made here.
-        dtypes: one a checkpoint, the base first; as many checkpoints as dtypes.
-        scale: of the targets' deltas.
-        shards: files a checkpoint.
-        changes: keys of config.json to change, ``tie_word_embeddings`` for one.
-        edit: called with (checkpoint's name, tensors) before they are written.
-    """
-
-    def make(
-        folder: Path,
-        dtypes: Sequence[torch.dtype] = (torch.float32,) * 4,
-        scale: float = 1e-2,
-        shards: int = 1,
-        changes: Mapping[str, object] | None = None,
-        edit: Callable[[str, dict[str, Tensor]], None] | None = None,
-    ) -> list[Path]:
-        config = {**LLAMA, **(changes or {})}
-        generator = torch.Generator().manual_seed(0)
-        base = {
-            name: torch.randn(shape, generator=generator) * 0.3
-            for name, shape in _llama_shapes(config).items()
-        }
-        made = []
-        for number, dtype in enumerate(dtypes):
-            tensors = {}
-            for place, (name, values) in enumerate(base.items()):
-                if number:
-                    amount = scale * (1 + (place * 7 + number * 3) % 5)
-                    values = values + amount * torch.randn(values.shape, generator=generator)
-                tensors[name] = values.to(dtype)
-            label = f"t{number - 1}" if number else "base"
-            if edit is not None:
-                edit(label, tensors)
-            stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
-            made.append(write_checkpoint(folder / label, tensors, {**config, **stored}, shards))
-        return made
-
-    return make
+def llama_family() -> Callable[..., list[Path]]:
+    return checkpoints.llama_family

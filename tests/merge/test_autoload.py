@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from fusechat_merge import _autoload, mergekit_plugin
+from fusechat_merge import _autoload
+from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
 
 CHECK = """
 import sys
@@ -179,8 +180,8 @@ def test_torch_imports_nothing_more_of_us() -> None:
 
 BROKEN = {
     # The plugin, or anything that it imports, raises.
-    "plugin": ("fusechat_merge/mergekit_plugin.py", "raise RuntimeError('no plugin')"),
-    "syntax": ("fusechat_merge/parameters.py", "def ("),
+    "plugin": ("fusechat_merge/mergekit_bridge/plugin.py", "raise RuntimeError('no plugin')"),
+    "syntax": ("fusechat_merge/mergekit_bridge/parameters.py", "def ("),
 }
 
 

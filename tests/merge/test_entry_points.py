@@ -50,7 +50,7 @@ IN_PYTHON = """
 import json, sys, yaml
 from mergekit.merge import run_merge, MergeOptions
 from mergekit.config import MergeConfiguration
-assert not any(name.startswith("fusechat_merge.mergekit_plugin.") for name in sys.modules)
+assert not any(name.startswith("fusechat_merge.mergekit_bridge.plugin.") for name in sys.modules)
 config, paths, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 with open(config) as file:
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(file)), out + "/run_merge", MergeOptions(quiet=True))

@@ -1,0 +1,1 @@
+"""A source's distributions brought to the pivot's positions and vocabulary."""

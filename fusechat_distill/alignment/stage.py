@@ -1,0 +1,561 @@
+"""The align stage: a source's scores become distributions over the pivot's tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fusechat_distill.alignment.positions import (
+    DROPPED,
+    EXACT,
+    MAPPED,
+    SPECIAL,
+    PairCounts,
+    Positions,
+    Responses,
+    VocabularyMap,
+    align,
+    match_roles,
+    match_states,
+    pair_counts,
+)
+from fusechat_distill.errors import DistillError
+from fusechat_distill.storage.files import replacing
+from fusechat_distill.storage.shards import (
+    Manifest,
+    SampleRange,
+    ScoredResponse,
+    ScoredSample,
+    ScoreStore,
+    Shards,
+    stale,
+)
+from fusechat_distill.storage.stage import Progress, Stage, StageStatus
+from fusechat_distill.text.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
+
+if TYPE_CHECKING:
+    from fusechat_distill.inputs.open import Inputs, OpenModel
+    from fusechat_distill.storage.processes import Processes
+
+log = logging.getLogger(__name__)
+
+WORST = 3
+"""Samples of each shard that its summary names as the worst aligned."""
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedSample:
+    """A source's distributions at the pivot's positions of one conversation.
+
+    `matches` [n] int32, for each of the pivot's n scored tokens (all responses in order) the index
+    of the source's scored token whose state has consumed the same text, rising; -1 where there is
+    none. `ids` [m, k] uint32 and `logprobs` [m, k] float16 (natural): pivot tokens at the m
+    positions that match, most probable first; -inf where there are fewer than k.
+    """
+
+    key: str
+    row: int
+    matches: NDArray[np.int32]
+    ids: NDArray[np.uint32]
+    logprobs: NDArray[np.float16]
+
+
+ALIGNED = pa.schema(
+    [
+        ("key", pa.binary(16)),
+        ("row", pa.uint32()),
+        ("matches", pa.list_(pa.int32())),
+        ("ids", pa.list_(pa.uint32())),
+        ("logprobs", pa.list_(pa.float16())),
+    ]
+)
+"""A row is a sample that both models scored; `ids` and `logprobs` k by k."""
+
+
+def aligned_table(samples: Sequence[AlignedSample]) -> pa.Table:
+    """The samples as rows of `ALIGNED`."""
+
+    def lists(name: str, dtype: Any) -> pa.Array:
+        rows = [getattr(sample, name).reshape(-1) for sample in samples]
+        offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+        flat = np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
+        return pa.ListArray.from_arrays(offsets, flat)
+
+    return pa.table(
+        [
+            pa.array([bytes.fromhex(sample.key) for sample in samples], pa.binary(16)),
+            pa.array([sample.row for sample in samples], pa.uint32()),
+            lists("matches", np.int32),
+            lists("ids", np.uint32),
+            lists("logprobs", np.float16),
+        ],
+        schema=ALIGNED,
+    )
+
+
+def aligned_samples(table: pa.Table) -> list[AlignedSample]:
+    """The rows of `table` (schema `ALIGNED`) as typed arrays, views of its memory."""
+    columns = {name: table[name].combine_chunks() for name in ("matches", "ids", "logprobs")}
+    flat = {name: column.values.to_numpy() for name, column in columns.items()}
+    offsets = {name: column.offsets.to_numpy() for name, column in columns.items()}
+    samples = []
+    for i, (key, row) in enumerate(
+        zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True)
+    ):
+        parts = {
+            name: flat[name][offsets[name][i] : offsets[name][i + 1]] for name in ALIGNED.names[2:]
+        }
+        matched = max(1, int((parts["matches"] >= 0).sum()))
+        samples.append(
+            AlignedSample(
+                key.hex(),
+                row,
+                parts["matches"],
+                parts["ids"].reshape(-1, max(1, len(parts["ids"]) // matched)),
+                parts["logprobs"].reshape(-1, max(1, len(parts["ids"]) // matched)),
+            )
+        )
+    return samples
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The responses that two models both scored, of some samples."""
+
+    samples: list[tuple[ScoredSample, ScoredSample]]
+    """(pivot's, source's)."""
+    pivot: Responses
+    source: Responses
+    where: list[tuple[int, int, int]]
+    """For each response: which sample, and where its tokens start among the sample's tokens, on
+    the pivot's side and on the source's."""
+
+
+def join(pivots: Sequence[ScoredSample], source: ScoreStore) -> Joined | None:
+    """Samples by key and their responses by turn; None where there is no common response."""
+    samples = [(sample, source[sample.key]) for sample in pivots if sample.key in source]
+    where: list[tuple[int, int, int]] = []
+    pairs: list[tuple[ScoredResponse, ScoredResponse]] = []
+    for i, (left, right) in enumerate(samples):
+        turns = {response.turn: (start, response) for start, response in _starts(right)}
+        for start, response in _starts(left):
+            if response.turn in turns:
+                other_start, other = turns[response.turn]
+                where.append((i, start, other_start))
+                pairs.append((response, other))
+    if not pairs:
+        return None
+    return Joined(
+        samples, Responses.of([p for p, _ in pairs]), Responses.of([s for _, s in pairs]), where
+    )
+
+
+def _starts(sample: ScoredSample) -> Iterator[tuple[int, ScoredResponse]]:
+    start = 0
+    for response in sample.responses:
+        yield start, response
+        start += len(response.tokens)
+
+
+def align_samples(
+    joined: Joined, vocabulary: VocabularyMap, positions: Positions
+) -> tuple[list[AlignedSample], dict[str, Any]]:
+    """The source's distributions of every sample, and what is to be said about them in sums."""
+    aligned = align(joined.pivot, joined.source, vocabulary, positions)
+    matches = [
+        np.full(sum(len(r.tokens) for r in pivot.responses), -1, dtype=np.int32)
+        for pivot, _ in joined.samples
+    ]
+    for r, (i, start, other_start) in enumerate(joined.where):
+        own = slice(joined.pivot.offsets[r], joined.pivot.offsets[r + 1])
+        found = aligned.matches[own]
+        shift = other_start - joined.source.offsets[r]
+        matches[i][start : start + len(found)] = np.where(found >= 0, found + shift, -1)
+    # Responses come in the samples' order, and so do the rows of the positions that match.
+    rows = np.cumsum([0, *(int((m >= 0).sum()) for m in matches)])
+    samples = [
+        AlignedSample(
+            pivot.key,
+            pivot.row,
+            matches[i],
+            aligned.ids[rows[i] : rows[i + 1]],
+            aligned.logprobs[rows[i] : rows[i + 1]],
+        )
+        for i, (pivot, _) in enumerate(joined.samples)
+    ]
+    return samples, _summary(joined, vocabulary, samples)
+
+
+def _summary(
+    joined: Joined, vocabulary: VocabularyMap, samples: Sequence[AlignedSample]
+) -> dict[str, Any]:
+    """Sums over samples that the report is made of; JSON values."""
+    pivot, source = joined.pivot, joined.source
+    sums: dict[str, Any] = defaultdict(int)
+    kinds = np.zeros(4)
+    worst = []
+    for aligned, (left, right) in zip(samples, joined.samples, strict=True):
+        rows = np.flatnonzero(aligned.matches >= 0)
+        states = aligned.matches[rows]
+        gold = np.concatenate([r.tokens for r in left.responses])[rows]
+        own_gold = np.concatenate([r.tokens for r in right.responses])[states]
+        ids = np.concatenate([r.ids for r in right.responses])[states]
+        before = np.exp(
+            np.concatenate([r.logprobs for r in right.responses])[states], dtype=np.float64
+        )
+        after = np.exp(aligned.logprobs, dtype=np.float64)
+        inside = ids < len(vocabulary.kinds)
+        kind = np.where(inside, vocabulary.kinds[np.where(inside, ids, 0)], DROPPED)
+        kinds += np.bincount(kind.ravel(), weights=before.ravel(), minlength=4)
+        losses = [
+            -sum(float(r.gold_logprobs.sum(dtype=np.float64)) for r in s.responses)
+            for s in (left, right)
+        ]
+        sizes = [sum(r.end - r.begin for r in s.responses) for s in (left, right)]
+        sums["positions"] += len(aligned.matches)
+        sums["matched"] += len(rows)
+        sums["mass_before"] += float(before.sum())
+        sums["mass_after"] += float(after.sum())
+        if len(rows):
+            # An entry that was dropped has the id 0 and no probability.
+            found = aligned.logprobs[:, 0] > -np.inf
+            sums["gold_first_before"] += int((ids[:, 0] == own_gold).sum())
+            sums["gold_first_after"] += int(((aligned.ids[:, 0] == gold) & found).sum())
+        sums["pivot_nll"] += losses[0]
+        sums["source_nll"] += losses[1]
+        sums["pivot_bytes"] += sizes[0]
+        sums["source_bytes"] += sizes[1]
+        sums["pivot_tokens"] += sum(len(r.tokens) for r in left.responses)
+        sums["source_tokens"] += sum(len(r.tokens) for r in right.responses)
+        sums["samples"] += 1
+        won = losses[1] * max(sizes[0], 1) < losses[0] * max(sizes[1], 1)
+        sums["source_won"] += int(won)
+        share = len(rows) / max(1, len(aligned.matches))
+        kept = float(after.sum() / before.sum()) if len(rows) else 0.0
+        worst.append([aligned.row, round(share, 4), round(kept, 4)])
+    for name, side in (("pivot", pivot), ("source", source)):
+        reached = np.bincount(
+            side.response,
+            weights=side.ends == side.limits[side.response],
+            minlength=len(side.begins),
+        )
+        last = side.ends[side.offsets[1:] - 1]
+        sums[f"{name}_run_over"] += int(((reached == 0) & (last < 0)).sum())
+    return {
+        **sums,
+        "responses": len(pivot.begins),
+        "begins_matched": _matched_at(joined, samples, pivot.is_begin),
+        "ends": int(pivot.is_end.sum()),
+        "ends_matched": _matched_at(joined, samples, pivot.is_end),
+        "mass_exact": float(kinds[EXACT]),
+        "mass_mapped": float(kinds[MAPPED]),
+        "mass_special": float(kinds[SPECIAL]),
+        "mass_dropped": float(kinds[DROPPED]),
+        "worst": _worst(worst, WORST),
+    }
+
+
+def _worst(entries: list[list[Any]], number: int) -> list[list[Any]]:
+    """The samples of which least arrives: [row, share of positions, share of mass]."""
+    return sorted(entries, key=lambda entry: (entry[1] * entry[2], entry[0]))[:number]
+
+
+def _matched_at(joined: Joined, samples: Sequence[AlignedSample], states: NDArray[np.bool_]) -> int:
+    found = 0
+    for r, (i, start, _) in enumerate(joined.where):
+        part = states[joined.pivot.offsets[r] : joined.pivot.offsets[r + 1]]
+        found += int((samples[i].matches[start : start + len(part)][part] >= 0).sum())
+    return found
+
+
+class AlignStage:
+    """A source's distributions over the pivot's tokens, in `aligned/<source>/`."""
+
+    stage = "align"
+
+    def __init__(self, inputs: Inputs, source: OpenModel):
+        recipe = inputs.recipe
+        self.inputs = inputs
+        self.source = source
+        self.name = source.name
+        self.folder = recipe.aligned_folder / source.name
+        self.positions: Positions = recipe.alignment.positions
+        self.mode: str = getattr(source.spec, "vocabulary", None) or recipe.alignment.vocabulary
+
+    def manifest(self) -> Manifest:
+        """What determines the distributions: both models' scores, and how they are aligned."""
+        pivot = self.inputs.scores_manifest(self.inputs.pivot)
+        return Manifest(
+            kind="aligned",
+            samples=pivot.samples,
+            fingerprint={
+                "pivot_scores": pivot.digest,
+                "source_scores": self.inputs.scores_manifest(self.source).digest,
+                "positions": self.positions,
+                "vocabulary": self.mode,
+            },
+            shard_samples=pivot.shard_samples,
+        )
+
+    def problems(self) -> list[str]:
+        # The manifest hashes a local model's weights: only where there is one to compare with.
+        problem = stale(self.folder, self.manifest()) if self.folder.exists() else None
+        return [f"aligned {self.name}: {self.folder} {problem}"] if problem else []
+
+    def status(self) -> StageStatus:
+        return align_status(self.name, Shards(self.folder, self.manifest()))
+
+    def run(self, processes: Processes, progress: Progress) -> StageStatus:
+        """Align what is missing.
+
+        Raises:
+            DistillError: a model's scores are not complete.
+            RequestError: the folder was made with another fingerprint.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def prepare() -> tuple[Shards, list[SampleRange]]:
+                for model in (self.inputs.pivot, self.source):
+                    self._check_scores(model)
+                shards = Shards.create(self.folder, self.manifest())
+                stack.enter_context(shards.exclusive())
+                for line in shards.clean():
+                    log.warning("%s", line)
+                missing = shards.missing()
+                if missing:
+                    self._make_vocabulary()
+                return shards, missing
+
+            shards, missing = processes.first(prepare)
+            mine = missing[processes.index :: processes.count]
+            if mine:
+                self._align(shards, mine, progress)
+            processes.wait()
+            return processes.first(lambda: align_status(self.name, shards))
+
+    def _check_scores(self, model: OpenModel) -> None:
+        shards = Shards(self.inputs.scores_folder(model), self.inputs.scores_manifest(model))
+        if left := shards.missing():
+            missing = sum(samples.stop - samples.start for samples in left)
+            raise DistillError(
+                f"{model.name}: {missing} of {shards.manifest.samples} samples have no scores; "
+                f"run `fusechat-distill score RECIPE --model {model.name}` first"
+            )
+
+    def _align(self, shards: Shards, ranges: Sequence[SampleRange], progress: Progress) -> None:
+        pivot, source = self._stores()
+        vocabulary_map = self._read_vocabulary()
+        assert vocabulary_map is not None
+        progress.start(f"align {self.name}", sum(r.stop - r.start for r in ranges))
+        try:
+            for samples in ranges:
+                joined = join(pivot.shard(samples), source)
+                aligned, summary = (
+                    align_samples(joined, vocabulary_map, self.positions) if joined else ([], {})
+                )
+                shards.write(samples, aligned_table(aligned), summary)
+                progress.advance(samples.stop - samples.start, summary.get("positions", 0))
+        finally:
+            progress.stop()
+
+    def _stores(self) -> tuple[ScoreStore, ScoreStore]:
+        pivot, source = (
+            ScoreStore(self.inputs.scores_folder(m)) for m in (self.inputs.pivot, self.source)
+        )
+        return pivot, source
+
+    # The vocabulary map
+
+    def _roles(self) -> dict[int, int]:
+        return match_roles(self.inputs.pivot.renderer.roles(), self.source.renderer.roles())
+
+    def vocabulary_file(self) -> Path:
+        """Named by all that determines the map; sources with the same tokenizer share it."""
+        made_of: dict[str, Any] = {
+            "pivot": fingerprint(self.inputs.pivot.renderer.tokenizer),
+            "source": fingerprint(self.source.renderer.tokenizer),
+            "mode": self.mode,
+            "specials": sorted(self._roles().items()),
+        }
+        if self.mode == "ms":
+            made_of["corpus"] = self.manifest().digest
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        folder = self.inputs.recipe.aligned_folder / ".vocabularies"  # no source has this name
+        return folder / f"{self.mode}-{digest[:16]}.npz"
+
+    def _make_vocabulary(self) -> None:
+        if self._read_vocabulary() is not None:
+            return
+        tokenizers = self.inputs.pivot.renderer.tokenizer, self.source.renderer.tokenizer
+        pivot, source = map(vocabulary, tokenizers)
+        log.info("align %s: mapping %d tokens to %d", self.name, len(source), len(pivot))
+        roles = self._roles()
+        if self.mode == "ms":
+            built = VocabularyMap.from_counts(pivot, source, self._counts(), roles)
+        elif self.mode == "bytes":
+            first = first_tokens(tokenizers[0], source.tokens)
+            built = VocabularyMap.from_bytes(pivot, source, first, roles)
+        else:
+            build = VocabularyMap.from_em if self.mode == "em" else VocabularyMap.from_mined
+            built = build(pivot, source, roles)
+        path = self.vocabulary_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez_compressed(file, ids=built.ids, kinds=built.kinds)
+
+    def _read_vocabulary(self) -> VocabularyMap | None:
+        path = self.vocabulary_file()
+        tokenizers = self.inputs.pivot.renderer.tokenizer, self.source.renderer.tokenizer
+        pivot, source = map(vocabulary, tokenizers)
+        try:
+            with np.load(path) as arrays:
+                return VocabularyMap(pivot, source, self.mode, arrays["ids"], arrays["kinds"])
+        except (OSError, ValueError, KeyError):  # not there, or torn: it is made again
+            return None
+
+    def _counts(self) -> PairCounts:
+        """Pairs of tokens over the whole corpus, one shard in memory at a time."""
+        pivot, source = self._stores()
+        counts = PairCounts.empty()
+        sides = (
+            vocabulary(self.inputs.pivot.renderer.tokenizer),
+            vocabulary(self.source.renderer.tokenizer),
+        )
+        for samples in pivot.shards.present():
+            if joined := join(pivot.shard(samples), source):
+                matches = match_states(joined.pivot, joined.source, self.positions, sides)
+                counts += pair_counts(joined.pivot, joined.source, matches)
+        return counts
+
+
+def align_status(name: str, shards: Shards) -> StageStatus:
+    """What the shards that are there add up to, from their footers."""
+    present = shards.present()
+    details: dict[str, Any] = {"worst": []}
+    for samples in present:
+        for key, value in shards.summary(samples).items():
+            details[key] = details.get(key, type(value)()) + value
+    details["worst"] = _worst(details["worst"], 10 * WORST)
+    return StageStatus(
+        stage="align",
+        name=name,
+        done=sum(samples.stop - samples.start for samples in present),
+        total=shards.manifest.samples,
+        bytes=sum(shards.path(samples).stat().st_size for samples in present),
+        details=details,
+    )
+
+
+def alignment_shares(details: dict[str, Any]) -> dict[str, float]:
+    """What the report says of a source, from the sums of `align_status`.
+
+    Shares of the pivot's positions (all, first and last of an answer) that match, of the source's
+    top-k mass that arrives and how it was mapped, of positions where the most probable token is the
+    gold one before and after mapping, of samples that the source predicts better (nats per byte);
+    both models' cross-entropy in nats per byte; tokens that run over an answer's end, per answer.
+    """
+
+    def share(part: str, whole: str) -> float:
+        return details.get(part, 0) / details[whole] if details.get(whole) else 0.0
+
+    return {
+        "positions_matched": share("matched", "positions"),
+        "begins_matched": share("begins_matched", "responses"),
+        "ends_matched": share("ends_matched", "ends"),
+        "mass_kept": share("mass_after", "mass_before"),
+        "mass_exact": share("mass_exact", "mass_before"),
+        "mass_mapped": share("mass_mapped", "mass_before"),
+        "mass_special": share("mass_special", "mass_before"),
+        "mass_dropped": share("mass_dropped", "mass_before"),
+        "gold_first_before": share("gold_first_before", "matched"),
+        "gold_first_after": share("gold_first_after", "matched"),
+        "pivot_cross_entropy": share("pivot_nll", "pivot_bytes"),
+        "source_cross_entropy": share("source_nll", "source_bytes"),
+        "source_won": share("source_won", "samples"),
+        "pivot_run_over": share("pivot_run_over", "responses"),
+        "source_run_over": share("source_run_over", "responses"),
+    }
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text between two positions that match: the tokens of both, and what arrived."""
+
+    pivot: tuple[str, ...]
+    source: tuple[str, ...]
+    gold_logprob: tuple[float, float]
+    """Of the segment: the pivot's, the source's."""
+    arrived: tuple[tuple[str, float], ...]
+    """The source's distribution at the segment's start, in the pivot's tokens; most first."""
+
+
+def side_by_side(
+    pivot: ScoredSample,
+    source: ScoredSample,
+    aligned: AlignedSample,
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    *,
+    entries: int = 3,
+) -> list[Segment]:
+    """One sample of both models, cut where positions match, for a person to read."""
+    left, right = (
+        np.concatenate([response.tokens for response in sample.responses])
+        for sample in (pivot, source)
+    )
+    lost, others = (
+        np.concatenate([response.gold_logprobs for response in sample.responses])
+        for sample in (pivot, source)
+    )
+    rows = np.flatnonzero(aligned.matches >= 0)
+    states = aligned.matches[rows]
+    starts = [0, *rows.tolist()] if not len(rows) or rows[0] else rows.tolist()
+    own = [0, *states.tolist()] if len(starts) > len(rows) else states.tolist()
+    segments = []
+    for i, (start, state) in enumerate(zip(starts, own, strict=True)):
+        stop = starts[i + 1] if i + 1 < len(starts) else len(left)
+        end = own[i + 1] if i + 1 < len(own) else len(right)
+        row = i - (len(starts) - len(rows))
+        segments.append(
+            Segment(
+                _shown(left[start:stop], vocabularies[0]),
+                _shown(right[state:end], vocabularies[1]),
+                (float(lost[start:stop].sum()), float(others[state:end].sum())),
+                tuple(
+                    (_shown(token[None], vocabularies[0])[0], float(np.exp(np.float64(logprob))))
+                    for token, logprob in zip(
+                        aligned.ids[row, :entries], aligned.logprobs[row, :entries], strict=True
+                    )
+                    if logprob > -np.inf
+                )
+                if row >= 0
+                else (),
+            )
+        )
+    return segments
+
+
+def _shown(tokens: NDArray[Any], table: Vocabulary) -> tuple[str, ...]:
+    return tuple(
+        table.tokens[i].decode(errors="backslashreplace") if table.text[i] else f"<special {i}>"
+        for i in tokens.tolist()
+    )
+
+
+def align_stages(inputs: Inputs, names: Sequence[str] | None = None) -> list[Stage]:
+    """The align stages of the recipe's sources, or of those named."""
+    return [
+        AlignStage(inputs, model)
+        for name, model in inputs.models.items()
+        if model is not inputs.pivot and (names is None or name in names)
+    ]

@@ -1,0 +1,125 @@
+"""The whole chain of a recipe: score, align, fuse, train, merge.yml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusechat_distill.alignment.stage import align_stages, align_status
+from fusechat_distill.errors import RequestError
+from fusechat_distill.fusion.fuse import target_models
+from fusechat_distill.fusion.stage import fuse_status
+from fusechat_distill.inputs.merge_yaml import edited, merge_yaml
+from fusechat_distill.recipe.schema import Recipe
+from fusechat_distill.scoring.stage import score_stages, score_status
+from fusechat_distill.storage.files import write_text
+from fusechat_distill.storage.shards import Shards
+from fusechat_distill.storage.stage import Progress, Stage, StageStatus
+from fusechat_distill.training.stage import train_stages, train_status
+
+if TYPE_CHECKING:
+    from fusechat_distill.inputs.open import Inputs
+    from fusechat_distill.storage.processes import Processes
+
+
+class MergeStage:
+    """`merge.yml`, once all of the recipe's targets are there."""
+
+    stage, name = "merge", "merge.yml"
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = recipe.output_folder / self.name
+
+    def problems(self) -> list[str]:
+        if self.path.exists():
+            text = self.path.read_text("utf-8")
+            if text != self._text() and edited(text):
+                return [
+                    f"{self.path}: was changed by hand, and would be written anew; move it away, "
+                    "or set another `output`"
+                ]
+        return []
+
+    def status(self) -> StageStatus:
+        done = self.path.exists() and self.path.read_text("utf-8") == self._text()
+        targets = target_names(self.recipe)
+        # What is there without being as the recipe wants it is not done.
+        return StageStatus(
+            self.stage,
+            self.name,
+            done=len(targets) if done else 0,
+            total=len(targets) if done else None,
+            bytes=self.path.stat().st_size if done else 0,
+            unit="targets",
+        )
+
+    def run(self, processes: Processes, progress: Progress) -> StageStatus:
+        return processes.first(self._write)
+
+    def _write(self) -> StageStatus:
+        folders = [self.recipe.targets_folder / name for name in target_names(self.recipe)]
+        if all((folder / "manifest.json").exists() for folder in folders):
+            if problem := next(iter(self.problems()), None):
+                raise RequestError(str(self.path), [problem])
+            if not self.status().complete:
+                write_text(self.path, self._text())
+        return self.status()
+
+    def _text(self) -> str:
+        return merge_yaml(self.recipe, target_names(self.recipe))
+
+
+def target_names(recipe: Recipe) -> list[str]:
+    return list(target_models(recipe.fusion.strategy, [s.title for s in recipe.sources]))
+
+
+def run_stages(inputs: Inputs, *, trust_remote_code: bool = False) -> list[Stage]:
+    """Every stage of the recipe, in order; the baseline without sources needs no scores."""
+    before: list[Stage] = []
+    if inputs.recipe.fusion.strategy != "sft":
+        before = [
+            *score_stages(inputs, trust_remote_code=trust_remote_code),
+            *align_stages(inputs),
+        ]
+    return [*before, *target_stages(inputs, trust_remote_code=trust_remote_code)]
+
+
+def target_stages(
+    inputs: Inputs, names: Sequence[str] | None = None, *, trust_remote_code: bool = False
+) -> list[Stage]:
+    """What comes after the alignment, for all targets or those made from the sources named."""
+    trained = train_stages(inputs, names, trust_remote_code=trust_remote_code)
+    merged = [MergeStage(inputs.recipe)] if inputs.recipe.fusion.strategy == "pairwise" else []
+    return [*(stage.fused for stage in trained), *trained, *merged]
+
+
+def run_status(recipe: Recipe) -> list[StageStatus]:
+    """How far every stage is, from what lies in its folder; opens no model and no dataset."""
+    sources = [source.title for source in recipe.sources]
+    targets = target_names(recipe)
+    folders: list[tuple[str, str, Path, Callable[[str, Shards], StageStatus]]] = [
+        *(("score", name, recipe.scores_folder / name, score_status) for name in recipe.models),
+        *(("align", name, recipe.aligned_folder / name, align_status) for name in sources),
+    ]
+    if recipe.fusion.strategy == "sft":  # needs neither
+        folders = [entry for entry in folders if entry[2].exists()]
+    folders += [("fuse", name, recipe.fused_folder / name, fuse_status) for name in targets]
+    states = [
+        state_of(name, Shards.open(folder))
+        if (folder / "manifest.json").exists()
+        else StageStatus(stage, name, 0, None)
+        for stage, name, folder, state_of in folders
+    ]
+    states += [
+        train_status(name, recipe.targets_folder / name, recipe.training_folder / name)
+        for name in targets
+    ]
+    merged = [MergeStage(recipe).status()] if recipe.fusion.strategy == "pairwise" else []
+    return [*states, *merged]
+
+
+def run_problems(inputs: Inputs) -> list[str]:
+    """What earlier runs left that the recipe's stages can't go on with."""
+    return [problem for stage in run_stages(inputs) for problem in stage.problems()]

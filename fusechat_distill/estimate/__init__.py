@@ -1,0 +1,1 @@
+"""What a run will cost in disk, memory and time, before it is started."""

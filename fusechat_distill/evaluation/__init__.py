@@ -1,0 +1,1 @@
+"""Bits per byte, answers and intervals: which checkpoint is better, and how surely."""

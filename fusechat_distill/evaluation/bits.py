@@ -1,0 +1,170 @@
+"""How many bits a model needs for an answer's text, so that tokenizers and templates don't matter.
+
+The model predicts the answer's bytes given all that stands before them; what the template puts
+around the answer is no part of it. Three things make that more than a sum over tokens:
+
+- A first token may begin with text of the template (`Assistant:` + `▁Hello`). The probability that
+  the next token begins with that text is divided out: it is given, not predicted.
+- A last token may run over the answer's end (`.` and the template's line breaks in one). What
+  counts is the probability that the next token begins with what is left of the answer.
+- Ending the answer is a bet on the template as well: the tokens after the text, up to and including
+  the stop, and what a last token adds beyond the text, are counted apart, as `end_bits`.
+
+The text's probability is that of its canonical tokenization, as everywhere: other ways to spell
+the same bytes are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fusechat_distill.scoring.engine import Request, Scores
+
+if TYPE_CHECKING:
+    from fusechat_distill.text.conversations import Conversation, Rendering, Response
+    from fusechat_distill.text.tokens import Vocabulary
+
+
+class AnswerBits(NamedTuple):
+    """What one model needs for one answer."""
+
+    turn: int
+    """Index into the conversation's messages."""
+    num_bytes: int
+    """UTF-8 bytes of the answer that the model saw: `max_length` and templates that trim shorten
+    it."""
+    tokens: int
+    """The model's tokens that hold them."""
+    bits: float
+    end_bits: float | None
+    """For ending the answer where the text does; None where the template has no stop, or the answer
+    is cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerRequest:
+    """A rendering's answers, ready to be scored and then to be counted."""
+
+    request: Request
+    _parts: Sequence[_Part]
+
+    def count(self, scores: Scores) -> list[AnswerBits]:
+        """The answers' bits, in their order, from a scorer that knows `set_logprobs`."""
+        assert scores.set_logprobs is not None
+        gold = scores.gold_logprobs.astype(np.float64)
+        sets = scores.set_logprobs.astype(np.float64)
+        return [part.count(gold, sets) for part in self._parts]
+
+
+def answer_request(
+    conversation: Conversation, rendering: Rendering, vocabulary: Vocabulary
+) -> AnswerRequest:
+    """What is to be scored of a conversation, as one model sees it.
+
+    `vocabulary` is that of the model's tokenizer; `rendering` has at least one answer.
+    """
+    positions = [np.arange(r.states().start, r.states().stop) for r in rendering.responses]
+    sets: list[tuple[int, np.ndarray]] = []
+    parts = []
+    row = 0
+    for response in rendering.responses:
+        answer = conversation.messages[response.turn].content.encode()
+        part = _part(response, answer, rendering, vocabulary, row, len(sets))
+        if part.opening is not None:
+            sets.append((row, vocabulary.beginning_with(response.pending)))
+        if part.closing is not None:
+            sets.append((row + part.tokens - 1, vocabulary.beginning_with(part.rest)))
+        parts.append(part)
+        row += len(response.ends)
+    return AnswerRequest(
+        Request(rendering.input_ids, np.concatenate(positions), tuple(sets)), parts
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where one answer's numbers stand in a request's scores."""
+
+    turn: int
+    num_bytes: int
+    row: int
+    """Of the answer's first token."""
+    tokens: int
+    total: int
+    """With those after the text."""
+    stops: bool
+    opening: int | None
+    """The set of tokens that begin with the template's text before the answer."""
+    closing: int | None
+    """The set of tokens that begin with the answer's last bytes, which the last token runs over."""
+    rest: bytes
+    """These last bytes."""
+
+    def count(self, gold: np.ndarray, sets: np.ndarray) -> AnswerBits:
+        end = self.row + self.tokens
+        text, after = gold[self.row : end].sum(), gold[end : self.row + self.total].sum()
+        if self.closing is not None:
+            beyond = gold[end - 1] - sets[self.closing]
+            text, after = text - beyond, after + beyond
+        if self.opening is not None:
+            text -= sets[self.opening]
+        return AnswerBits(
+            self.turn,
+            self.num_bytes,
+            self.tokens,
+            float(-text / math.log(2)),
+            float(-after / math.log(2)) if self.stops else None,
+        )
+
+
+def _part(
+    response: Response,
+    answer: bytes,
+    rendering: Rendering,
+    vocabulary: Vocabulary,
+    row: int,
+    sets: int,
+) -> _Part:
+    ids = rendering.input_ids[response.tokens()]
+    tokens = _text_tokens(response, vocabulary.lengths[ids])
+    ends = response.ends
+    last = tokens - 1
+    state = response.begin if last == 0 else int(ends[last - 1])
+    rest = (response.pending if last == 0 else b"") + answer[state : response.end]
+    # A normaliser that changed the text leaves tokens that don't spell it; they are taken as given.
+    begins = bool(response.pending) and vocabulary.tokens[ids[0]].startswith(response.pending)
+    runs_over = ends[last] < 0 <= state and bool(rest)
+    runs_over = runs_over and vocabulary.tokens[ids[last]].startswith(rest)
+    return _Part(
+        turn=response.turn,
+        num_bytes=(int(ends[last]) if ends[last] >= 0 else response.end) - response.begin,
+        row=row,
+        tokens=tokens,
+        total=len(ends),
+        stops=response.stop != "none",
+        opening=sets if begins else None,
+        closing=sets + begins if runs_over else None,
+        rest=rest,
+    )
+
+
+def _text_tokens(response: Response, lengths: np.ndarray) -> int:
+    """How many of the answer's tokens hold a byte of it; `lengths` are all its tokens' bytes."""
+    count = len(response.ends)
+    if response.stop == "none":
+        return count
+    if response.stop == "text":
+        return count - 1
+    if len(exact := np.flatnonzero(response.ends == response.end)):
+        return int(exact[0]) + 1
+    # The last one runs over the end: as many as it takes to hold what is left.
+    known = np.flatnonzero(response.ends >= 0)
+    first = int(known[-1]) + 1 if len(known) else 0
+    begin = int(response.ends[known[-1]]) if len(known) else response.begin - len(response.pending)
+    held = np.cumsum(lengths[first : count - 1]) >= response.end - begin
+    return first + int(np.argmax(held)) + 1 if held.any() else count - 1

@@ -1,0 +1,286 @@
+"""Intervals and tests for bits per byte, over samples and over training seeds.
+
+Bits per byte of a checkpoint is a ratio: the bits it needs for all samples over their bytes. Two
+things are random in it: which samples were held out, and, where a model was trained with several
+seeds, which seeds. With y[s, i] the (linearised) difference of two models on sample i at seed s,
+
+    y[s, i] = μ + a[s] + b[i] + e[s, i],      Var(mean) = σa²/S + σb²/n + σe²/(S·n).
+
+Samples are resampled, the same ones for all models and seeds; that gives the part of b. Three to
+five seeds are too few to be resampled: a percentile interval over them misses a factor n/(n - 1) of
+the variance and the tails of Student's t. So the seeds' part is a t interval from the spread of the
+seeds' ratios (which holds σa²/S and σe²/(S·n)), the samples' part is freed of σe²/(S·n), and the
+two are put together by the method of variance estimates recovery (Zou and Donner 2008): the squares
+of the distances from the estimate to the two bounds add up.
+
+Measured: how often a 95 % interval held the truth, in per cent, over 200,000 draws of the mean
+squares of normal effects at n = 200 (tests/distill/evaluation/test_bootstrap.py simulates whole
+samples):
+
+| σa²/S : σb²/n : σe²/(S·n) | S = 2 | S = 3 | S = 5 | S = 8 | resampled seeds, S = 3 |
+|---|---|---|---|---|---|
+| 1 : 0 : 0   | 95.0 | 95.0 | 95.0 | 94.9 | 74.9 |
+| 3 : 1 : 0   | 97.5 | 96.8 | 96.1 | 95.6 | 86.0 |
+| 1 : 1 : 0   | 98.3 | 97.5 | 96.6 | 95.9 | 90.8 |
+| 0.1 : 1 : 0 | 98.5 | 97.0 | 95.7 | 95.3 | 94.4 |
+| 0 : 1 : 0   | 95.0 | 95.1 | 95.0 | 95.0 | 94.9 |
+| 0 : 1 : 1   | 98.3 | 97.5 | 96.5 | 95.8 | 97.1 |
+| 0 : 0 : 1   | 95.7 | 95.6 | 95.5 | 95.5 | 97.9 |
+| 1 : 0 : 1   | 95.5 | 95.3 | 95.3 | 95.2 | 93.6 |
+
+So it holds 95 % where seeds or samples dominate, and is too wide rather than too narrow in between,
+most so at two seeds. Satterthwaite's degrees of freedom for the sum kept closer to 95 % in between,
+but fell to 92 % at 3 seeds (87 % at 2). Of lengths that vary
+much (log-normal, σ = 1), an interval over samples alone covers 92 to 94 % at 10 to 50 samples and
+95 % at 200; where the differences are skewed too (exponential), 89 to 90 % and 94 %. Under some 50
+conversations an interval says little.
+"""
+
+# mypy: disable-error-code="import-untyped"
+# (SciPy has no types)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+
+DRAWN = 1 << 22
+"""Sample indices that are drawn at a time."""
+
+LEVELS = 1024
+"""Levels at which an interval is looked at to find a p-value; neighbours differ by 1 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What the checkpoints of one model need for n samples."""
+
+    bits: NDArray[np.float64]
+    """[S, n], one row a training seed."""
+    num_bytes: NDArray[np.float64]
+    """[n], what they are bits of."""
+
+    @property
+    def seeds(self) -> int:
+        return len(self.bits)
+
+    def by_seed(self) -> NDArray[np.float64]:
+        """[S] bits per byte of each checkpoint."""
+        return self.bits.sum(axis=1) / self.num_bytes.sum()
+
+    def part(self, samples: NDArray[np.bool_]) -> Losses:
+        return Losses(self.bits[:, samples], self.num_bytes[samples])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval; bounds are None where there are under 2 samples."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model a's bits per byte minus model b's; below zero, a is better."""
+
+    absolute: Interval
+    relative: Interval
+    """Of b's bits per byte."""
+    p: float | None
+    """Two-sided: the highest level at which the absolute interval leaves zero out."""
+    seeds: tuple[int, int]
+    paired: bool
+    """Seed i of a was compared with seed i of b."""
+
+
+def bootstrap(
+    models: Mapping[str, Losses],
+    pairs: Sequence[tuple[str, str]] = (),
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]:
+    """Bits per byte of each model, and the difference of each pair, with intervals.
+
+    All models have the same n samples, in the same order. A pair of models with equally many
+    seeds (more than one) is paired by seed.
+    """
+    totals = _resampled(models, resamples, seed)
+    ratios = {name: bits.mean(axis=0) / num_bytes for name, (bits, num_bytes) in totals.items()}
+    values = {name: float(losses.by_seed().mean()) for name, losses in models.items()}
+    n = len(next(iter(models.values())).num_bytes)
+    own = {}
+    for name, losses in models.items():
+        seeds = _seed_part([(losses, 1.0)])
+        own[name] = _Spread(values[name], ratios[name], n, seeds).interval(level)
+    differences = {}
+    for a, b in pairs:
+        paired = models[a].seeds == models[b].seeds > 1
+        change = values[a] / values[b]
+        absolute = _Spread(
+            values[a] - values[b],
+            ratios[a] - ratios[b],
+            n,
+            _seeds_of(models[a], models[b], 1.0, paired=paired),
+        )
+        relative = _Spread(
+            change - 1,
+            ratios[a] / ratios[b] - 1,
+            n,
+            _seeds_of(models[a], models[b], change, paired=paired).over(values[b]),
+        )
+        differences[a, b] = Difference(
+            absolute.interval(level),
+            relative.interval(level),
+            absolute.p_value(),
+            (models[a].seeds, models[b].seeds),
+            paired,
+        )
+    return own, differences
+
+
+def _resampled(
+    models: Mapping[str, Losses], resamples: int, seed: int
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Each model's bits [S, R] and bytes [R] in every resample of the samples."""
+    rows = [np.vstack([losses.bits, losses.num_bytes]) for losses in models.values()]
+    stacked = np.vstack(rows)
+    n = stacked.shape[1]
+    rng = np.random.default_rng(seed)
+    block = max(1, DRAWN // n)
+    sums = np.empty((resamples, len(stacked)))
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        drawn = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+        counts = np.bincount(drawn.reshape(-1), minlength=count * n).reshape(count, n)
+        sums[start : start + count] = counts.astype(np.float64) @ stacked.T
+    ends = np.cumsum([len(part) for part in rows])
+    split = np.split(sums.T, ends[:-1])
+    return {name: (part[:-1], part[-1]) for name, part in zip(models, split, strict=True)}
+
+
+@dataclass(frozen=True)
+class _SeedPart:
+    """What training seeds add to the variance of an estimate."""
+
+    variance: float = 0.0
+    """Of the mean over seeds, from their spread: a's part and e's."""
+    interaction: float = 0.0
+    """e's part, which resampling the samples shows as well."""
+    freedom: float = 1.0
+    """Degrees of freedom of `variance`."""
+
+    def over(self, unit: float) -> _SeedPart:
+        return _SeedPart(self.variance / unit**2, self.interaction / unit**2, self.freedom)
+
+    def plus(self, other: _SeedPart) -> _SeedPart:
+        """Of two models with seeds of their own; the degrees of freedom are Welch's."""
+        parts = [part for part in (self, other) if part.variance]
+        variance = sum(part.variance for part in parts)
+        freedom = sum(part.variance**2 / part.freedom for part in parts)
+        return _SeedPart(
+            variance,
+            self.interaction + other.interaction,
+            variance**2 / freedom if parts else 1.0,
+        )
+
+
+def _seeds_of(a: Losses, b: Losses, change: float, *, paired: bool) -> _SeedPart:
+    """The seeds' part of r_a - change · r_b."""
+    if paired:
+        return _seed_part([(a, 1.0), (b, -change)])
+    return _seed_part([(a, 1.0)]).plus(_seed_part([(b, -change)]))
+
+
+def _seed_part(terms: Sequence[tuple[Losses, float]]) -> _SeedPart:
+    seeds, n = terms[0][0].bits.shape
+    if seeds == 1 or n < 2:
+        return _SeedPart()
+    ratios = sum(weight * losses.by_seed() for losses, weight in terms)
+    # What each sample adds to a ratio: its residual over the mean number of bytes.
+    residuals = sum(
+        weight
+        * (losses.bits - losses.by_seed()[:, None] * losses.num_bytes)
+        / losses.num_bytes.mean()
+        for losses, weight in terms
+    )
+    interaction = residuals - np.mean(residuals, axis=0)
+    mean_square = np.square(interaction).sum() / ((seeds - 1) * (n - 1))
+    return _SeedPart(
+        float(np.var(ratios, ddof=1) / seeds), float(mean_square / (seeds * n)), seeds - 1
+    )
+
+
+class _Spread:
+    """How an estimate varies over n samples (its resampled values) and over seeds."""
+
+    def __init__(self, value: float, resampled: NDArray[np.float64], n: int, seeds: _SeedPart):
+        self.value = value
+        self._n = n
+        self._deviations = np.sort(resampled - value)
+        self._seeds = seeds
+        variance = float(np.var(resampled)) * n / max(1, n - 1)
+        share = 1 - seeds.interaction / variance if variance else 1.0
+        self._share = math.sqrt(max(0.0, share))
+
+    def interval(self, level: float) -> Interval:
+        if self._n < 2:
+            return Interval(self.value, None, None)
+        below, above = self._distances(np.array([1 - level]))
+        return Interval(self.value, float(self.value - below[0]), float(self.value + above[0]))
+
+    def p_value(self) -> float | None:
+        """The least of a grid of levels at which the interval leaves zero out."""
+        if self._n < 2:
+            return None
+        if self.value == 0:
+            return 1.0
+        errors = np.geomspace(2 / (len(self._deviations) + 1), 1, LEVELS)
+        below, above = self._distances(errors)
+        outside = self.value - below > 0 if self.value > 0 else self.value + above < 0
+        return float(errors[np.argmax(outside)]) if outside.any() else 1.0
+
+    def _distances(self, errors: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """From the estimate to its lower and its upper bound, for each error probability."""
+        # A resample of n has (n - 1)/n of the variance, and its quantiles are the normal's.
+        widened = self._share * math.sqrt(self._n / (self._n - 1)) * _t_over_z(self._n - 1, errors)
+        of_seeds = self._seeds.variance * _t(self._seeds.freedom, errors) ** 2
+        of_samples = (
+            -np.quantile(self._deviations, errors / 2),
+            np.quantile(self._deviations, 1 - errors / 2),
+        )
+        return tuple(np.sqrt((np.maximum(d, 0) * widened) ** 2 + of_seeds) for d in of_samples)
+
+
+def _t(freedom: float, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What Student's t exceeds in absolute value with these probabilities."""
+    from scipy.special import stdtrit
+
+    return -np.asarray(stdtrit(freedom, errors / 2))
+
+
+def _t_over_z(freedom: int, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.special import ndtri
+
+    z = -np.asarray(ndtri(errors / 2))
+    t = _t(freedom, errors)
+    return np.divide(t, z, out=np.ones_like(t), where=z > 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of one family, adjusted by Holm's step-down method (1979), in their order."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    scaled = np.minimum(1.0, p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(scaled)
+    return adjusted.tolist()

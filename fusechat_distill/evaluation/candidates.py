@@ -1,0 +1,249 @@
+"""What is to be evaluated: models, held-out rows and questions, opened and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fusechat_distill.errors import RequestError
+from fusechat_distill.evaluation.answers import Questions, held_out_questions, read_questions
+from fusechat_distill.fusion.stage import held_out
+from fusechat_distill.inputs.models import open_checkpoint
+from fusechat_distill.inputs.open import Inputs, OpenModel, limits, rendering_problems
+from fusechat_distill.recipe.schema import FOLDER_NAME, PIVOT
+from fusechat_distill.storage.shards import stale
+from fusechat_distill.training.stage import train_stages
+
+if TYPE_CHECKING:
+    from fusechat_distill.text.conversations import Conversation
+
+log = logging.getLogger(__name__)
+
+GROUP_COLUMNS = ("group", "source", "domain")
+
+MOST_GROUPS = 24
+"""A column with more values than that is no grouping (an address of each row, say)."""
+
+ALL = "all"
+"""The group of all rows."""
+
+Role = Literal["pivot", "source", "target", "model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """A model to be evaluated, and its checkpoints: one a training seed."""
+
+    name: str
+    role: Role
+    checkpoints: tuple[OpenModel, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The conversations that are kept from training, each once."""
+
+    conversations: list[Conversation]
+    groups: list[str]
+    """One for each conversation."""
+    column: str | None
+    copies: int
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        return {conversation.key: i for i, conversation in enumerate(self.conversations)}
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What is to be evaluated, checked."""
+
+    inputs: Inputs
+    models: tuple[Evaluated, ...]
+    held_out: HeldOut
+    unfinished: tuple[str, ...]
+    questions: Questions | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.inputs.recipe.output_folder / "evaluation"
+
+
+class Opening:
+    """Finds what is to be evaluated, and every problem with it; `further` of `open_inputs`."""
+
+    def __init__(
+        self,
+        asked: Sequence[str],
+        *,
+        generate: int | None = None,
+        questions: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """
+        Args:
+            asked: NAME=PATH, as `--model` takes them.
+            generate: how many questions are to be answered.
+            questions: a file of these; None for held-out ones.
+        """
+        self._asked = asked
+        self._generate = generate
+        self._file = questions
+        self._trust_remote_code = trust_remote_code
+        self._questions: Questions | None = None
+        self._models: list[Evaluated] = []
+        self._unfinished: list[str] = []
+
+    def __call__(self, inputs: Inputs) -> list[str]:
+        for name, model in inputs.models.items():
+            if model.files.weights:
+                role: Role = "pivot" if name == PIVOT else "source"
+                self._models.append(Evaluated(name, role, (model,)))
+            else:
+                log.warning("%s (%s): is left out, it has no weights", name, model.spec.model)
+        return [
+            *self._held_out_problems(inputs),
+            *self._targets(inputs),
+            *self._further(inputs),
+            *self._questions_problems(),
+        ]
+
+    def evaluation(self, inputs: Inputs) -> Evaluation:
+        """After it was called without a problem."""
+        held = held_out_conversations(inputs)
+        questions = self._questions
+        if questions is None and self._generate is not None:
+            questions = held_out_questions(held.conversations, held.groups, self._generate)
+        return Evaluation(
+            inputs,
+            tuple(self._models),
+            held,
+            tuple(self._unfinished),
+            questions,
+            self._trust_remote_code,
+        )
+
+    def _questions_problems(self) -> Iterator[str]:
+        if self._file is not None:
+            try:
+                self._questions = read_questions(Path(self._file), self._generate)
+            except RequestError as error:
+                yield f"--questions {error}"
+
+    def _held_out_problems(self, inputs: Inputs) -> Iterator[str]:
+        fraction, keys = inputs.recipe.dataset.eval_fraction, inputs.conversations.keys
+        if not any(held_out(key, fraction) for key in keys):
+            yield (
+                f"dataset.eval_fraction: {fraction:g} holds out none of the {len(keys)} "
+                "conversations, so that there is nothing to evaluate on; raise it, and train anew"
+            )
+
+    def _targets(self, inputs: Inputs) -> Iterator[str]:
+        for stage in train_stages(inputs):
+            if not (stage.folder / "manifest.json").exists():
+                self._unfinished.append(stage.name)
+                continue
+            if problem := stale(stage.folder, stage.manifest()):
+                yield f"target {stage.name}: {stage.folder} {problem}"
+                continue
+            name = f"target {stage.name}"
+            opened = self._open(inputs, name, str(stage.folder))
+            if isinstance(opened, OpenModel):
+                self._models.append(Evaluated(name, "target", (opened,)))
+            else:
+                yield from opened
+
+    def _further(self, inputs: Inputs) -> Iterator[str]:
+        taken = {PIVOT, *(source.title for source in inputs.recipe.sources)}
+        taken |= {stage.name for stage in train_stages(inputs)}
+        found: dict[str, list[OpenModel]] = {}
+        folders: dict[Path, str] = {}
+        for asked in self._asked:
+            name, given, path = asked.partition("=")
+            where = f"--model {asked}"
+            if not given or not FOLDER_NAME.fullmatch(name) or not path:
+                yield (
+                    f"{where}: should be NAME=PATH, the name of letters, digits and . _ + -, the "
+                    "path a folder with a checkpoint"
+                )
+                continue
+            if name in taken:
+                yield f"{where}: the recipe has a model {name} already; give it another name"
+                continue
+            folder = Path(path).resolve()
+            if folder in folders:
+                yield f"{where}: is the same folder as --model {folders[folder]}; leave one out"
+                continue
+            folders[folder] = asked
+            opened = self._open(inputs, where, path)
+            if isinstance(opened, OpenModel):
+                found.setdefault(name, []).append(opened)
+            else:
+                yield from opened
+        self._models += [
+            Evaluated(name, "model", tuple(checkpoints)) for name, checkpoints in found.items()
+        ]
+
+    def _open(self, inputs: Inputs, where: str, path: str) -> OpenModel | list[str]:
+        """A checkpoint of the pivot's kind, or what is wrong with it."""
+        from fusechat_distill.text.conversations import Renderer
+
+        recipe, pivot = inputs.recipe, inputs.pivot
+        spec = recipe.pivot.model_copy(update={"model": path, "revision": None})
+        try:
+            files = open_checkpoint(spec, trust_remote_code=self._trust_remote_code)
+            # Merging tools leave the template behind at times.
+            bare = not getattr(files.tokenizer, "chat_template", None)
+            template = pivot.renderer.template if bare else None
+            renderer = Renderer(files.tokenizer, template, name=path)
+        except RequestError as error:
+            return [f"{where}: {problem}" for problem in error.problems]
+        problems = [f"{where}: {problem}" for problem in limits(recipe, files)]
+        problems += _trained_on(where, Path(path), inputs)
+        opened = OpenModel(where, files, renderer)
+        seen = rendering_problems(replace(inputs, models={PIVOT: pivot, where: opened}))
+        return problems + [problem for problem in seen if problem.startswith(where)] or opened
+
+
+def _trained_on(where: str, folder: Path, inputs: Inputs) -> list[str]:
+    """Whether a target, which says what it was made of, has seen rows that are held out here."""
+    try:
+        made_of = json.loads((folder / "fusechat_distill.json").read_text("utf-8"))["dataset"]
+        path, fraction = made_of["path"], float(made_of["eval_fraction"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    here = inputs.recipe.dataset
+    if path != here.path or fraction >= here.eval_fraction:
+        return []
+    return [
+        f"{where}: was trained with eval_fraction {fraction:g}, so on rows of the "
+        f"{here.eval_fraction:g} that are held out here; train it anew, or lower "
+        "dataset.eval_fraction"
+    ]
+
+
+def held_out_conversations(inputs: Inputs) -> HeldOut:
+    """The rows that no target was trained on, and their groups."""
+    conversations, fraction = inputs.conversations, inputs.recipe.dataset.eval_fraction
+    rows = [i for i, key in enumerate(conversations.keys) if held_out(key, fraction)]
+    first: dict[str, int] = {}
+    for i in rows:
+        first.setdefault(conversations.keys[i], i)
+    column, groups = None, [ALL] * len(first)
+    for name in GROUP_COLUMNS:
+        labels = conversations.labels(name)
+        if labels is None:
+            continue
+        of_rows = [labels[i] for i in first.values()]
+        if ALL not in of_rows and len(set(of_rows)) <= MOST_GROUPS:
+            column, groups = name, of_rows
+            break
+        log.warning("column %s: %d values, too many for groups", name, len(set(of_rows)))
+    kept = [conversations[i] for i in first.values()]
+    return HeldOut(kept, groups, column, len(rows) - len(first))

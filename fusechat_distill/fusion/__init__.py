@@ -1,0 +1,1 @@
+"""Which model's distribution a target learns from at each position."""

@@ -1,0 +1,471 @@
+"""The fuse stage: scores and aligned distributions become the dataset that a target learns from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fusechat_distill.alignment.stage import AlignedSample, AlignStage, aligned_samples
+from fusechat_distill.errors import DistillError
+from fusechat_distill.fusion.fuse import Fused, Scores, fuse, segment_sums, target_models
+from fusechat_distill.recipe.schema import PIVOT
+from fusechat_distill.storage.files import write_json
+from fusechat_distill.storage.shards import (
+    Manifest,
+    SampleRange,
+    ScoredSample,
+    ScoreStore,
+    Shards,
+    stale,
+)
+from fusechat_distill.storage.stage import Progress, StageStatus
+
+if TYPE_CHECKING:
+    from fusechat_distill.inputs.open import Inputs
+    from fusechat_distill.storage.processes import Processes
+    from fusechat_distill.text.conversations import Conversation, Rendering, Response
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that is no part of an answer, as everywhere in PyTorch."""
+
+BLOCK = 1 << 21
+"""Entries that are fused at a time, so that memory doesn't grow with k and the number of models."""
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """Whether a conversation (its key) is kept from training, to be evaluated on.
+
+    Decided by the key alone: rows that are added or removed, and the same row twice, change
+    nothing for the others.
+    """
+    return int(key[:16], 16) < fraction * 2**64
+
+
+def target_schema(width: int) -> pa.Schema:
+    """Rows of a target's dataset: `FusionTrainer`'s columns, and which conversation it is.
+
+    Without distributions (`width` 0, the baseline) `fusion_ids` and `fusion_probs` are missing.
+    """
+    columns = [
+        ("key", pa.binary(16)),
+        ("row", pa.uint32()),
+        ("held_out", pa.bool_()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+    ]
+    if width:
+        columns += [
+            ("fusion_ids", pa.list_(pa.list_(pa.int32(), width))),
+            ("fusion_probs", pa.list_(pa.list_(pa.float32(), width))),
+        ]
+    return pa.schema(columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A conversation in the pivot's tokens, and what each model thinks of its N positions.
+
+    `scores` has the pivot first; `num_bytes` is as in `fusion.fuse`. Losses and bytes are counted
+    over the answers that all models scored, so that they are of the same text.
+    """
+
+    conversation: Conversation
+    rendering: Rendering
+    scores: tuple[Scores, ...]
+    num_bytes: NDArray[np.int64]
+
+
+def join_sample(
+    conversation: Conversation,
+    rendering: Rendering,
+    pivot: ScoredSample | None,
+    sources: Sequence[tuple[AlignedSample, ScoredSample] | None],
+) -> Sample:
+    """Put together what the stores hold of one conversation; None where they hold nothing."""
+    responses = rendering.responses
+    positions = sum(len(response.ends) for response in responses)
+    if pivot is None:
+        scores = [Scores.absent(positions) for _ in (None, *sources)]
+        return Sample(conversation, rendering, tuple(scores), _counted(responses, None))
+    own = _turns(pivot)
+    if len(own) != positions:
+        raise DistillError(
+            f"scores of {PIVOT}, key {conversation.key}: {len(own)} positions where the "
+            f"conversation has {positions}; delete the shard that holds it"
+        )
+    # A source that has no answer in common with the pivot is as good as absent.
+    sources = [
+        entry if entry is not None and np.isin(own, _turns(entry[1])).any() else None
+        for entry in sources
+    ]
+    shared = set(own.tolist())
+    for entry in sources:
+        if entry is not None:
+            shared &= set(_turns(entry[1]).tolist())
+    scores = [_scores(np.arange(positions), pivot, _ids(pivot), _logprobs(pivot), shared)]
+    for entry in sources:
+        if entry is None:
+            scores.append(Scores.absent(positions))
+        else:
+            aligned, source = entry
+            scores.append(_scores(aligned.matches, source, aligned.ids, aligned.logprobs, shared))
+    return Sample(conversation, rendering, tuple(scores), _counted(responses, shared))
+
+
+def _scores(
+    matches: NDArray[Any],
+    scored: ScoredSample,
+    ids: NDArray[Any],
+    logprobs: NDArray[Any],
+    shared: set[int],
+) -> Scores:
+    counted = np.isin(_turns(scored), list(shared))
+    nll = np.concatenate([-r.gold_logprobs.astype(np.float64) for r in scored.responses])
+    scores = Scores.of(matches, ids, logprobs, np.where(counted, nll, 0.0))
+    tokens, _ = segment_sums(matches, counted)
+    return replace(scores, tokens=tokens)
+
+
+def _turns(scored: ScoredSample) -> NDArray[np.int64]:
+    """For each scored token the turn that it is part of."""
+    lengths = [len(response.tokens) for response in scored.responses]
+    return np.repeat([response.turn for response in scored.responses], lengths)
+
+
+def _ids(scored: ScoredSample) -> NDArray[np.uint32]:
+    return np.concatenate([response.ids for response in scored.responses])
+
+
+def _logprobs(scored: ScoredSample) -> NDArray[np.float16]:
+    return np.concatenate([response.logprobs for response in scored.responses])
+
+
+def _counted(responses: Sequence[Response], shared: set[int] | None) -> NDArray[np.int64]:
+    counts = [
+        byte_counts(response) * (shared is None or response.turn in shared)
+        for response in responses
+    ]
+    return np.concatenate(counts)
+
+
+def byte_counts(response: Response) -> NDArray[np.int64]:
+    """How many of the answer's bytes each token stands for, [n]; 0 for the stop.
+
+    A token whose end isn't known leaves its bytes to the next one that has an end; after the last
+    of these the first token takes the rest.
+    """
+    ends = response.ends.astype(np.int64)
+    reached = np.maximum.accumulate(np.concatenate([[response.begin], ends]))
+    counts = np.diff(reached)
+    known = np.flatnonzero(ends >= 0)
+    rest = known[-1] + 1 if len(known) else 0
+    if rest < len(counts):
+        counts[rest] += response.end - reached[-1]
+    return counts
+
+
+class FuseStage:
+    """What one target learns from, in `fused/<target>/`; beside it `decisions.json`."""
+
+    stage = "fuse"
+
+    def __init__(self, inputs: Inputs, target: str, sources: Sequence[str]):
+        self.inputs = inputs
+        self.name = target
+        self.folder = inputs.recipe.fused_folder / target
+        self.sources = tuple(sources)
+        self._aligned = [AlignStage(inputs, inputs.models[source]) for source in self.sources]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that are compared, the pivot first; none for the baseline."""
+        return (PIVOT, *self.sources) if self.sources else ()
+
+    @property
+    def width(self) -> int:
+        """Entries of a fused distribution."""
+        recipe, models = self.inputs.recipe, len(self.models)
+        # MinCE takes one model's entries, AvgCE mixes those of all.
+        return recipe.scoring.top_k * (models if recipe.fusion.function == "avg_ce" else models > 0)
+
+    def manifest(self) -> Manifest:
+        """What determines the dataset."""
+        recipe, pivot = self.inputs.recipe, self.inputs.pivot
+        made_of: dict[str, Any] = {"eval_fraction": recipe.dataset.eval_fraction}
+        if self.models:
+            made_of |= {
+                "pivot_scores": self.inputs.scores_manifest(pivot).digest,
+                "aligned": {stage.name: stage.manifest().digest for stage in self._aligned},
+                "unmatched": recipe.alignment.unmatched,
+                **recipe.fusion.model_dump(exclude={"strategy"}),
+            }
+        else:
+            made_of |= {
+                "conversations": self.inputs.conversations.fingerprint,
+                "max_length": recipe.max_length,
+                "pivot_renderer": pivot.renderer.fingerprint,
+            }
+        return Manifest("fused", len(self.inputs.conversations), made_of)
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.folder.exists() and (problem := stale(self.folder, self.manifest())):
+            problems.append(f"fused {self.name}: {self.folder} {problem}")
+        out = self.held_out()
+        if out == len(self.inputs.conversations):
+            problems.append(
+                f"dataset.eval_fraction: holds out all {out} conversations; lower it, or add some"
+            )
+        return problems
+
+    def held_out(self) -> int:
+        """How many conversations are kept from training."""
+        fraction = self.inputs.recipe.dataset.eval_fraction
+        return sum(held_out(key, fraction) for key in self.inputs.conversations.keys)
+
+    def status(self) -> StageStatus:
+        return fuse_status(self.name, Shards(self.folder, self.manifest()))
+
+    def run(self, processes: Processes, progress: Progress) -> StageStatus:
+        """Fuse what is missing.
+
+        Raises:
+            DistillError: a model's scores or distributions are not complete.
+            RequestError: the folder was made with another fingerprint.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def prepare() -> tuple[Shards, list[SampleRange]]:
+                for aligned in self._aligned:
+                    self._check(aligned)
+                shards = Shards.create(self.folder, self.manifest())
+                stack.enter_context(shards.exclusive())
+                for line in shards.clean():
+                    log.warning("%s", line)
+                return shards, shards.missing()
+
+            shards, missing = processes.first(prepare)
+            mine = missing[processes.index :: processes.count]
+            if mine:
+                self._fuse(shards, mine, progress)
+            processes.wait()
+            return processes.first(lambda: self._finish(shards))
+
+    def _check(self, aligned: AlignStage) -> None:
+        shards = Shards(aligned.folder, aligned.manifest())
+        if left := shards.missing():
+            missing = sum(samples.stop - samples.start for samples in left)
+            raise DistillError(
+                f"{aligned.name}: {missing} of {shards.manifest.samples} samples are not aligned; "
+                f"run `fusechat-distill align RECIPE --source {aligned.name}` first"
+            )
+
+    def _fuse(self, shards: Shards, ranges: Sequence[SampleRange], progress: Progress) -> None:
+        stores = {
+            name: ScoreStore(self.inputs.scores_folder(self.inputs.models[name]))
+            for name in self.models
+        }
+        progress.start(f"{self.stage} {self.name}", sum(r.stop - r.start for r in ranges))
+        try:
+            for samples in ranges:
+                joined = self._joined(samples, stores)
+                table, summary = self._shard(joined)
+                shards.write(samples, table, summary)
+                progress.advance(samples.stop - samples.start, summary["tokens"])
+        finally:
+            progress.stop()
+
+    def _joined(self, samples: SampleRange, stores: dict[str, ScoreStore]) -> list[Sample]:
+        """The range's conversations that the pivot has an answer in."""
+        conversations = self.inputs.conversations[samples.start : samples.stop]
+        renderings = [r for r, _ in self.inputs.rendered(self.inputs.pivot, conversations)]
+        aligned = [
+            {
+                sample.key: sample
+                for sample in aligned_samples(Shards.open(stage.folder).read(samples))
+            }
+            for stage in self._aligned
+        ]
+        joined = []
+        for conversation, rendering in zip(conversations, renderings, strict=True):
+            if not rendering.responses:
+                continue
+            key = conversation.key
+            pivot = stores[PIVOT].get(key) if self.models else None
+            sources = [
+                (found[key], stores[name][key]) if key in found else None
+                for name, found in zip(self.sources, aligned, strict=True)
+            ]
+            joined.append(join_sample(conversation, rendering, pivot, sources))
+        return joined
+
+    def _shard(self, joined: Sequence[Sample]) -> tuple[pa.Table, dict[str, Any]]:
+        fused = [self._fused(block) for block in self._blocks(joined)] if self.models else []
+        ids = np.concatenate([np.zeros((0, self.width), np.int32), *(f.ids for f in fused)])
+        probs = np.concatenate([np.zeros((0, self.width), np.float32), *(f.probs for f in fused)])
+        fraction = self.inputs.recipe.dataset.eval_fraction
+        table = target_table(joined, ids, probs, fraction)
+        summary: dict[str, Any] = {
+            "samples": len(joined),
+            "held_out": int(sum(table["held_out"].to_pylist())),
+            "tokens": sum(len(sample.rendering.input_ids) for sample in joined),
+            "positions": sum(len(sample.num_bytes) for sample in joined),
+        }
+        if self.models:
+            blocks = zip(self._blocks(joined), fused, strict=True)
+            won = [self._won(block, decided) for block, decided in blocks]
+            summary |= {
+                "positions_with_target": int((probs.sum(axis=1) > 0).sum()),
+                **{name: _add(entry[name] for entry in won) for name in (won[0] if won else ())},
+            }
+        return table, summary
+
+    def _blocks(self, joined: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        start = entries = 0
+        for i, sample in enumerate(joined):
+            here = len(sample.num_bytes) * self.inputs.recipe.scoring.top_k * len(self.models)
+            if entries and entries + here > BLOCK:
+                yield joined[start:i]
+                start, entries = i, 0
+            entries += here
+        if joined:
+            yield joined[start:]
+
+    def _fused(self, block: Sequence[Sample]) -> Fused:
+        fusion = self.inputs.recipe.fusion
+        scores = zip(*(sample.scores for sample in block), strict=True)
+        fused = fuse(
+            [Scores.joined(of_model) for of_model in scores],
+            np.cumsum([0, *(len(sample.num_bytes) for sample in block)]),
+            np.concatenate([sample.num_bytes for sample in block]),
+            function=fusion.function,
+            level=fusion.level,
+            cross_entropy=fusion.cross_entropy,
+            tail=fusion.tail,
+            temperature=fusion.temperature,
+            unmatched=self.inputs.recipe.alignment.unmatched,
+        )
+        # A block in which no source has a sample is narrower.
+        narrow = ((0, 0), (0, self.width - fused.ids.shape[1]))
+        return replace(fused, ids=np.pad(fused.ids, narrow), probs=np.pad(fused.probs, narrow))
+
+    def _won(self, block: Sequence[Sample], fused: Fused) -> dict[str, Any]:
+        """Sums of each model's share, over what more than one model scored."""
+        lengths = np.array([len(sample.num_bytes) for sample in block])
+        several = np.array([sum(bool(s.present[0]) for s in sample.scores) > 1 for sample in block])
+        rows = fused.weights
+        sums: dict[str, Any] = {"samples_compared": int(several.sum())}
+        if self.inputs.recipe.fusion.level == "sequence":
+            sums["samples_won"] = rows[several].sum(axis=0, dtype=np.float64).tolist()
+            rows = np.repeat(rows, lengths, axis=0)
+        compared = np.repeat(several, lengths)
+        sums["positions_compared"] = int(compared.sum())
+        sums["positions_won"] = rows[compared].sum(axis=0, dtype=np.float64).tolist()
+        return sums
+
+    def _finish(self, shards: Shards) -> StageStatus:
+        status = fuse_status(self.name, shards)
+        path = self.folder / "decisions.json"
+        if not path.exists():
+            write_json(path, decisions(self.models, status.details))
+        return status
+
+
+def target_table(
+    samples: Sequence[Sample], ids: NDArray[Any], probs: NDArray[Any], eval_fraction: float
+) -> pa.Table:
+    """Rows of `target_schema`.
+
+    Args:
+        ids, probs: [N, K], the fused distributions of all samples' positions end to end.
+    """
+    width = ids.shape[1]
+    schema = target_schema(width)
+    lengths = [len(sample.rendering.input_ids) for sample in samples]
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    tokens = np.concatenate(
+        [np.zeros(0, np.int64), *(sample.rendering.input_ids for sample in samples)]
+    ).astype(np.int32)
+    live = np.zeros(len(tokens), dtype=np.bool_)
+    for offset, sample in zip(offsets[:-1].tolist(), samples, strict=True):
+        for response in sample.rendering.responses:
+            part = response.tokens()
+            live[offset + part.start : offset + part.stop] = True
+    keys = [sample.conversation.key for sample in samples]
+    columns = [
+        pa.array([bytes.fromhex(key) for key in keys], pa.binary(16)),
+        pa.array([sample.conversation.row for sample in samples], pa.uint32()),
+        pa.array([held_out(key, eval_fraction) for key in keys], pa.bool_()),
+        pa.ListArray.from_arrays(offsets, tokens),
+        pa.ListArray.from_arrays(offsets, np.where(live, tokens, np.int32(IGNORED))),
+    ]
+    for rows, dtype in ((ids, np.int32), (probs, np.float32)):
+        if width:
+            full = np.zeros((len(tokens), width), dtype)
+            full[live] = rows
+            nested = pa.FixedSizeListArray.from_arrays(full.reshape(-1), width)
+            columns.append(pa.ListArray.from_arrays(offsets, nested))
+    return pa.table(columns, schema=schema)
+
+
+def fuse_status(name: str, shards: Shards) -> StageStatus:
+    """What the shards that are there add up to, from their footers."""
+    present = shards.present()
+    details: dict[str, Any] = {"samples": 0, "held_out": 0, "tokens": 0, "positions": 0}
+    for samples in present:
+        for key, value in shards.summary(samples).items():
+            details[key] = _add([details[key], value]) if key in details else value
+    return StageStatus(
+        stage="fuse",
+        name=name,
+        done=sum(samples.stop - samples.start for samples in present),
+        total=shards.manifest.samples,
+        bytes=sum(shards.path(samples).stat().st_size for samples in present),
+        details=details,
+    )
+
+
+def decisions(models: Sequence[str], details: dict[str, Any]) -> dict[str, Any]:
+    """What was decided, from the sums of `fuse_status`: the share that each model won.
+
+    Of the samples that more than one model scored, where whole samples are decided on, and of
+    these samples' positions. AvgCE gives a model its weight.
+    """
+    counts = {name: value for name, value in details.items() if not name.endswith("_won")}
+    won: dict[str, dict[str, float]] = {model: {} for model in models}
+    for what in ("samples", "positions"):
+        total = details.get(f"{what}_compared", 0)
+        for model, share in zip(models, details.get(f"{what}_won", ()), strict=False):
+            won[model][what] = share / total if total else 0.0
+    return counts | {"won": won}
+
+
+def _add(values: Any) -> Any:
+    """Numbers or equally long lists of numbers, added up."""
+    first, *others = values
+    for other in others:
+        if isinstance(first, list):
+            first = [a + b for a, b in zip(first, other, strict=True)]
+        else:
+            first += other
+    return first
+
+
+def fuse_stages(inputs: Inputs, names: Sequence[str] | None = None) -> list[FuseStage]:
+    """The fuse stages of the recipe's targets, or of those made from the sources named."""
+    recipe = inputs.recipe
+    targets = target_models(recipe.fusion.strategy, [source.title for source in recipe.sources])
+    return [
+        FuseStage(inputs, target, sources)
+        for target, sources in targets.items()
+        if names is None or set(names) & set(sources)
+    ]

@@ -1,0 +1,141 @@
+"""merge.yml: what `fusechat-merge run` and `mergekit-yaml` make of the targets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fusechat_distill.recipe.schema import Recipe, unexpected, unknown_key
+
+OWN_METHODS = ("varm", "fusechat_sce")
+"""What this project's other half adds to mergekit; importing mergekit takes seconds."""
+
+HEADING = """\
+# The targets of this folder, merged into one:
+#   fusechat-merge run merge.yml OUT    or    mergekit-yaml merge.yml OUT
+# Written anew when a target is added, as long as nothing below is changed ({digest}).
+"""
+
+
+def merge_configuration(recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
+    """mergekit's configuration: the pivot as base, the targets (or pivot + adapter) as models.
+
+    Where the method has no base (`linear`), mergekit would merge the pivot in as one more model, so
+    it is left out; the targets have its configuration and tokenizer.
+    """
+    base = _reference(recipe.pivot.model, recipe.pivot.revision)
+    models = []
+    for target in targets:
+        folder = str((recipe.targets_folder / target).resolve())
+        if recipe.training.lora is None:
+            models.append({"model": _joined(_reference(folder))})
+        else:
+            models.append({"model": _joined(base, _reference(folder))})
+    section = recipe.merge
+    return {
+        "merge_method": section.merge_method,
+        **({"base_model": _joined(base)} if _has_base(section.merge_method) else {}),
+        "models": models,
+        **({"parameters": section.parameters} if section.parameters else {}),
+        "dtype": section.dtype,
+    }
+
+
+def _has_base(merge_method: str) -> bool:
+    if merge_method in OWN_METHODS:
+        return True
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import BasePolicy
+
+    policy = registry.get(merge_method).spec.contract.base
+    return policy not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
+
+
+def _reference(model: str, revision: str | None = None) -> dict[str, str]:
+    path = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return {"path": path} | ({"revision": revision} if revision else {})
+
+
+def _joined(model: dict[str, str], adapter: dict[str, str] | None = None) -> Any:
+    """`model@revision+adapter`, as mergekit reads it; its long form for what has a + or @ in it."""
+    parts = [model] + ([adapter] if adapter else [])
+    if any("+" in value or "@" in value for part in parts for value in part.values()):
+        return {"model": model} | ({"lora": adapter} if adapter else {})
+    return "+".join("@".join(part.values()) for part in parts)
+
+
+def merge_yaml(recipe: Recipe, targets: Sequence[str]) -> str:
+    """The text of merge.yml."""
+    body = yaml.safe_dump(merge_configuration(recipe, targets), sort_keys=False, allow_unicode=True)
+    return HEADING.format(digest=_digest(body)) + body
+
+
+def edited(text: str) -> bool:
+    """Whether a merge.yml is no longer as `merge_yaml` wrote it."""
+    lines = text.splitlines(keepends=True)
+    heading, body = "".join(lines[:3]), "".join(lines[3:])
+    return heading != HEADING.format(digest=_digest(body))
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def merge_problems(recipe: Recipe) -> list[str]:
+    """What mergekit will not take of `merge:`, before there is anything to merge."""
+    from mergekit.common import dtype_from_name
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge_methods import registry
+
+    section = recipe.merge
+    problems = []
+    try:
+        dtype_from_name(section.dtype)
+    except RuntimeError:
+        problems.append(
+            f"merge.dtype: {section.dtype!r} is none of bfloat16, float16, float32, float64"
+        )
+    methods = {method.spec.name: method.spec for method in registry.registered_methods()}
+    method = methods.get(section.merge_method)
+    if method is None:
+        problems.append(
+            f"merge.merge_method: {unknown_key(section.merge_method, methods, 'a merge method')}"
+        )
+        return problems
+    try:
+        MergeConfiguration.model_validate(merge_configuration(recipe, ["target"]))
+    except Exception as error:  # pydantic's, and what mergekit's own validators raise
+        problems.append(f"merge: {' '.join(str(error).split())}")
+    known = {parameter.name: parameter for parameter in method.parameters}
+    for name, setting in section.parameters.items():
+        where = f"merge.parameters.{name}"
+        if name not in known:
+            problems.append(f"{where}: {unknown_key(name, known, f'a parameter of {method.name}')}")
+            continue
+        for value in _values(setting):
+            try:
+                known[name].validate(value)
+            except ValidationError as error:
+                problems.append(f"{where}: {unexpected(error.errors(), value)}")
+    problems += [
+        f"merge.parameters: {method.name} needs `{name}`"
+        for name, parameter in known.items()
+        if parameter.required and name not in section.parameters
+    ]
+    return problems
+
+
+def _values(setting: Any) -> Iterator[Any]:
+    """The scalars in a parameter's setting: plain, a gradient, or filtered."""
+    if isinstance(setting, list):
+        for item in setting:
+            yield from _values(item)
+    elif isinstance(setting, dict) and "value" in setting:
+        yield from _values(setting["value"])
+    else:
+        yield setting

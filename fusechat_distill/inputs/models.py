@@ -1,0 +1,268 @@
+"""What a model is before its weights are read: configuration, tokenizer, files, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusechat_distill.errors import RequestError, first_line
+from fusechat_distill.recipe.schema import Model
+
+PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
+"""Keys of `load` that say where a model lies, not what it computes."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""Of these a tokenizer has at least one."""
+
+NO_TOKENIZER = "holds no tokenizer; copy the tokenizer's files of its base model there"
+
+
+@dataclass(eq=False)
+class ModelFiles:
+    """A model that a recipe names; `config` and `tokenizer` are transformers' own."""
+
+    spec: Model
+    config: Any
+    tokenizer: Any
+    base: ModelFiles | None = None
+    """What an adapter was trained on."""
+    weights: bool = True
+    """Whether its weights can be loaded."""
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The ids that the tokenizer has, ascending."""
+        return sorted(set(self.tokenizer.get_vocab().values()))
+
+    def identity(self, digests: Digests) -> dict[str, Any]:
+        """What tells this model from any other: a hub name and commit, or a hash of its files."""
+        folder = Path(self.spec.model)
+        if folder.is_dir():
+            config = ADAPTER_CONFIG if self.base else "config.json"
+            return {
+                "config": digests.of([folder / config]),
+                "weights": digests.of(sorted(folder.glob("*.safetensors"))),
+            } | ({"base": self.base.identity(digests)} if self.base else {})
+        return {"name": self.spec.model, "commit": self.commit}
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The hub's commit that the configuration was read from: the cache's folder names it.
+
+        None for a local folder. Weights are to be read from the same, whatever a branch has become.
+        """
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        if Path(self.spec.model).is_dir():
+            return None
+        name, revision = self.spec.model, self.spec.revision
+        path = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        return extract_commit_hash(path, None)
+
+
+def open_model(
+    spec: Model, *, trust_remote_code: bool = False, need_weights: bool = True
+) -> ModelFiles:
+    """Read what there is beside the weights.
+
+    Args:
+        need_weights: whether a model without weights is a problem.
+
+    Raises:
+        RequestError: with every reason why the model can't be scored.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(spec.model)
+    if not folder.is_dir() and (
+        spec.model.startswith((".", "/", "~")) or spec.model.count("/") > 1
+    ):
+        raise RequestError(spec.model, ["there is no such folder"])
+    source = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(spec.model, **source)
+    except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
+        raise RequestError(spec.model, [_config_problem(spec, error)]) from error
+    without = list(_weight_problems(spec, config))
+    problems = without if need_weights else []
+    tokenizer = None
+    if folder.is_dir() and not _has_tokenizer(folder):
+        problems.append(NO_TOKENIZER)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            problems.append(f"its tokenizer can't be read: {first_line(error)}")
+    if problems:
+        raise RequestError(spec.model, problems)
+    return ModelFiles(spec, config, tokenizer, weights=not without)
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
+    """The model that a configuration describes, without memory for its weights.
+
+    `load`: of what `from_pretrained` takes, that which needs no weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **load)
+
+
+def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
+    """Read what there is beside the weights of a model, or of an adapter, in a local folder.
+
+    Raises:
+        RequestError: with every reason why it can't be used.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(spec.model)
+    problems = []
+    if not folder.is_dir():
+        raise RequestError(spec.model, ["there is no such folder"])
+    adapter = folder / ADAPTER_CONFIG
+    if not adapter.is_file() or (folder / "config.json").is_file():
+        return open_model(spec, trust_remote_code=trust_remote_code)
+    if not _has_tokenizer(folder):
+        problems.append(NO_TOKENIZER)
+    if not (folder / "adapter_model.safetensors").is_file():
+        problems.append(f"has {ADAPTER_CONFIG}, but no adapter_model.safetensors")
+    base = None
+    try:
+        found = json.loads(adapter.read_text("utf-8"))
+        of = spec.model_copy(
+            update={"model": found["base_model_name_or_path"], "revision": found.get("revision")}
+        )
+        base = open_model(of, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"its {ADAPTER_CONFIG} can't be read: {first_line(error)}")
+    except RequestError as error:
+        problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
+    if problems or base is None:
+        raise RequestError(spec.model, problems)
+    return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _config_problem(spec: Model, error: Exception) -> str:
+    from transformers.utils.hub import has_file
+
+    if "trust_remote_code" in str(error):
+        return (
+            "needs code from its own repository to run; read that code, then pass "
+            "--trust-remote-code"
+        )
+    try:
+        adapter = has_file(spec.model, "adapter_config.json", spec.revision)
+    except Exception:  # pragma: no cover (the hub)
+        adapter = False
+    if adapter:
+        return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
+    return f"its configuration can't be read: {first_line(error)}"
+
+
+def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils.hub import has_file
+
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        yield f"is a {config.model_type} model, which is no causal language model"
+    folder = Path(spec.model)
+    index = folder / "model.safetensors.index.json"
+    if folder.is_dir() and index.is_file():
+        try:
+            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            yield f"{index.name} can't be read: {first_line(error)}"
+        else:
+            outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
+            absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
+            if outside:
+                yield f"{index.name} lists {', '.join(outside)}, not plain names in the same folder"
+            elif absent:
+                yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
+            else:
+                yield from _torn(folder / shard for shard in sorted(shards))
+        return
+    names = ("model.safetensors", "model.safetensors.index.json")
+    try:
+        found = any(has_file(spec.model, name, spec.revision) for name in names)
+    except Exception as error:  # pragma: no cover (the hub)
+        yield f"its files can't be listed: {first_line(error)}"
+        return
+    if not found:
+        yield (
+            "has no weights in safetensors; convert them with `save_pretrained`, since pickled "
+            "weights are never loaded"
+        )
+    elif (folder / "model.safetensors").is_file():
+        yield from _torn([folder / "model.safetensors"])
+
+
+def _torn(paths: Iterable[Path]) -> Iterable[str]:
+    """Files that are not whole, by their headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            yield f"{path.name} is torn or no safetensors file ({first_line(error)}); copy it again"
+
+
+class Digests:
+    """SHA-256 of files, remembered by path, size and modification time.
+
+    What is remembered is read from `cache` and kept there by `save`.
+    """
+
+    def __init__(self, cache: Path):
+        self._cache = cache
+        try:
+            self._known: dict[str, list[Any]] = json.loads(cache.read_text("utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, paths: Iterable[Path]) -> str:
+        """One hash over the files' names and contents, in their order."""
+        paths = list(paths)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(self._file, paths))
+        lines = (f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def save(self) -> None:
+        from fusechat_distill.storage.files import write_json
+
+        write_json(self._cache, self._known)
+
+    def _file(self, path: Path) -> str:
+        stat = path.stat()
+        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(key)
+        if known and known[:2] == state:
+            return str(known[2])
+        with open(path, "rb") as file:
+            hasher = hashlib.sha256()
+            while block := file.read(2**22):
+                hasher.update(block)
+        self._known[key] = [*state, hasher.hexdigest()]
+        return hasher.hexdigest()

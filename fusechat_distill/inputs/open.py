@@ -1,0 +1,363 @@
+"""What a recipe names, opened and checked: everything that can be known without weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.inputs.models import PLACEMENT, Digests, ModelFiles, open_model
+from fusechat_distill.recipe.schema import PIVOT, Merge, Model, Recipe, read_recipe
+from fusechat_distill.storage.shards import Manifest, Shards, score_bytes, stale
+
+if TYPE_CHECKING:
+    from fusechat_distill.text.conversations import Conversation, Conversations, Renderer, Rendering
+
+PROBED = 64
+"""Conversations that are rendered to see that a template works and how long its text is."""
+
+
+@dataclass(eq=False)
+class OpenModel:
+    """A model of the recipe, ready to be scored with once its weights are loaded."""
+
+    name: str
+    files: ModelFiles
+    renderer: Renderer
+    probed: list[Rendering] = field(default_factory=list)
+    """The first conversations as this model sees them."""
+
+    @property
+    def spec(self) -> Model:
+        return self.files.spec
+
+
+@dataclass(eq=False)
+class Inputs:
+    """A checked recipe and what it names."""
+
+    recipe: Recipe
+    conversations: Conversations
+    models: dict[str, OpenModel]
+    digests: Digests
+
+    @property
+    def pivot(self) -> OpenModel:
+        return self.models[PIVOT]
+
+    def rendered(
+        self, model: OpenModel, conversations: Sequence[Conversation]
+    ) -> list[tuple[Rendering, bool]]:
+        """The conversations as `model` sees them, and whether `max_length` cut them."""
+        cuts = [r.cut_to(self.recipe.max_length) for r in self.pivot.renderer(conversations)]
+        if model is self.pivot:
+            return [(rendering, cut is not None) for rendering, cut in cuts]
+        return [
+            (rendering.cut_at(cut), cut is not None)
+            for rendering, (_, cut) in zip(model.renderer(conversations), cuts, strict=True)
+        ]
+
+    def scores_folder(self, model: OpenModel) -> Path:
+        return self.recipe.scores_folder / model.name
+
+    def scores_manifest(self, model: OpenModel) -> Manifest:
+        """What determines the model's scores."""
+        scoring = self.recipe.scoring
+        load = {k: v for k, v in model.spec.load.items() if k not in PLACEMENT}
+        return Manifest(
+            kind="scores",
+            samples=len(self.conversations),
+            fingerprint={
+                "model": self._identity(model),
+                "load": load,
+                "dtype": model.spec.dtype or scoring.dtype,
+                "engine": scoring.engine,
+                "top_k": scoring.top_k,
+                "template": model.spec.template,
+                "renderer": model.renderer.fingerprint,
+                "conversations": self.conversations.fingerprint,
+                "max_length": self.recipe.max_length,
+                "pivot_renderer": self.pivot.renderer.fingerprint,
+            },
+        )
+
+    def _identity(self, model: OpenModel) -> dict[str, Any]:
+        """A folder without weights is the model that its scores name, as far as can be told."""
+        own = model.files.identity(self.digests)
+        if model.files.weights or "weights" not in own:
+            return own
+        try:
+            found = Shards.open(self.scores_folder(model)).manifest.fingerprint["model"]
+        except (DistillError, KeyError):
+            return own
+        return found if found.get("config", own["config"]) == own["config"] else own
+
+
+def open_inputs(
+    path: str | Path,
+    *,
+    only: Collection[str] | None = None,
+    trust_remote_code: bool = False,
+    further: Callable[[Inputs], list[str]] = lambda inputs: [],
+) -> Inputs:
+    """Open everything that the recipe at `path` names, except weights.
+
+    Args:
+        only: the models that are asked for; of the others the pivot alone is opened, for its
+            tokenizer. None: all of them.
+        further: looks for more problems once all of it is open.
+
+    Raises:
+        RequestError: with every problem found, of whatever kind.
+    """
+    recipe, problems = read_recipe(path)
+    if recipe is None:
+        raise RequestError(str(path), problems)
+    conversations = _open_conversations(recipe, problems)
+    asked = set(recipe.models if only is None else only)
+    # Where keys are wrong, a value that isn't there may be the one that was meant.
+    limited = not problems or "max_length" in recipe.model_fields_set
+    models = _open_models(recipe, asked, problems, trust_remote_code, limited)
+    problems += _output_problems(recipe) + _device_problems(recipe)
+    problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
+    if conversations is not None and PIVOT in models:
+        inputs = Inputs(
+            recipe, conversations, models, Digests(recipe.output_folder / "digests.json")
+        )
+        problems += rendering_problems(inputs)
+        if len(models) == len({PIVOT, *asked} & set(recipe.models)):
+            problems += _store_problems(inputs, asked) + further(inputs)
+        if not problems:
+            return inputs
+    raise RequestError(str(path), problems)
+
+
+def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | None:
+    from fusechat_distill.text.conversations import open_conversations
+
+    data = recipe.dataset
+    try:
+        return open_conversations(
+            data.path,
+            name=data.name,
+            split=data.split,
+            column=data.column,
+            max_samples=data.max_samples,
+        )
+    except RequestError as error:
+        problems += [f"{error.where}: {problem}" for problem in error.problems]
+        return None
+
+
+def _open_models(
+    recipe: Recipe,
+    asked: Collection[str],
+    problems: list[str],
+    trust_remote_code: bool,
+    limited: bool,
+) -> dict[str, OpenModel]:
+    from fusechat_distill.text.conversations import Renderer
+
+    models: dict[str, OpenModel] = {}
+    pivot_template: str | None = None
+    for name, spec in recipe.models.items():
+        if name != PIVOT and name not in asked:
+            continue
+        # A source's weights are there to be scored with, the pivot's to be trained as well.
+        scored = None if name == PIVOT else _shards_here(recipe.scores_folder / name)
+        try:
+            files = open_model(
+                spec,
+                trust_remote_code=trust_remote_code,
+                need_weights=name in asked and not (scored and scored[0] == scored[1]),
+            )
+        except RequestError as error:
+            problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
+            if scored:
+                problems.append(f"{name} ({spec.model}): {_what_scores_spare(*scored)}")
+            continue
+        if limited:
+            problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
+        borrows = spec.template == "pivot" and name != PIVOT
+        if borrows and pivot_template is None:
+            continue  # what is wrong with the pivot is in the list already
+        try:
+            template = pivot_template if borrows else None
+            renderer = Renderer(files.tokenizer, template, name=spec.model)
+        except RequestError as error:
+            problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
+            continue
+        if name == PIVOT:
+            pivot_template = renderer.template
+        models[name] = OpenModel(name, files, renderer)
+    return models
+
+
+def _shards_here(folder: Path) -> tuple[int, int] | None:
+    """How many shards of a model's scores are there, and of how many; None without a store."""
+    try:
+        shards = Shards.open(folder)
+    except DistillError:
+        return None
+    return len(shards.present()), len(shards.manifest.ranges())
+
+
+def _what_scores_spare(here: int, shards: int) -> str:
+    if here < shards:
+        return f"{here} of its {shards} shards of scores are here; with all it needs no weights"
+    return (
+        "its scores are all here, so that it needs no weights, but its config.json, tokenizer and "
+        "chat template; copy these, and name their folder as its `model`"
+    )
+
+
+def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
+    """What the recipe asks of a model that its configuration doesn't give."""
+    config = files.config.get_text_config()
+    problems = []
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.max_length > longest:
+        problems.append(
+            f"takes {longest} tokens at most; set max_length to {longest} or less (it is "
+            f"{recipe.max_length})"
+        )
+    tokens = min(len(files.token_ids), getattr(config, "vocab_size", len(files.token_ids)))
+    if recipe.scoring.top_k > tokens:
+        problems.append(f"has {tokens} tokens; set scoring.top_k to at most that")
+    return problems
+
+
+def _device_problems(recipe: Recipe) -> list[str]:
+    if recipe.scoring.engine == "vllm":
+        from importlib.util import find_spec
+
+        if find_spec("vllm") is None:
+            return [
+                "scoring.engine: vllm is not installed; install it with `pip install "
+                "'fusechat[vllm]'`, or set scoring.engine: transformers"
+            ]
+        return []  # pragma: no cover (vLLM)
+    device = recipe.scoring.device
+    if device in ("auto", "cpu"):
+        return []
+    import torch
+
+    kind, _, number = device.partition(":")
+    backend: Any = getattr(torch, kind, None)
+    count = backend.device_count() if backend is not None and backend.is_available() else 0
+    if int(number or 0) >= count:
+        return [f"scoring.device: {device} is not there ({count} {kind} devices); set it to auto"]
+    return []  # pragma: no cover (an accelerator)
+
+
+def _section_problems(
+    recipe: Recipe, pivot: OpenModel | None, trust_remote_code: bool
+) -> list[str]:
+    """What TRL, PEFT and mergekit say; they are imported only where a recipe sets something."""
+    problems = []
+    if recipe.training.sft or recipe.training.lora is not None:
+        from fusechat_distill.inputs.trl_settings import settings_problems
+
+        config = pivot.files.config if pivot else None
+        problems += settings_problems(recipe, config, trust_remote_code=trust_remote_code)
+    if recipe.merge != Merge():
+        from fusechat_distill.inputs.merge_yaml import merge_problems
+
+        problems += merge_problems(recipe)
+    return problems
+
+
+def _output_problems(recipe: Recipe) -> list[str]:
+    if recipe.output.startswith("~"):
+        return [f"output: {recipe.output} would be a folder called ~; write the path in full"]
+    for name, model in recipe.models.items():
+        inside = Path(model.model)
+        if inside.is_dir() and recipe.output_folder.resolve().is_relative_to(inside.resolve()):
+            return [
+                f"output: lies inside the model {name} ({inside}); set `output` to another folder"
+            ]
+    folder = existing(recipe.output_folder)
+    if not folder.is_dir():
+        return [f"output: {folder} is a file; set `output` to a folder"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"output: {folder} can't be written to; set `output` to a folder of yours"]
+    return []
+
+
+def rendering_problems(inputs: Inputs) -> list[str]:
+    """What is wrong with what the models see of the first conversations."""
+    problems = []
+    part = inputs.conversations[: min(PROBED, len(inputs.conversations))]
+    for name, model in inputs.models.items():
+        model.probed = [rendering for rendering, _ in inputs.rendered(model, part)]
+        where = f"{name} ({model.spec.model})"
+        if not any(rendering.responses for rendering in model.probed):
+            first = model.probed[0]
+            reasons = [first.problem, *(skipped.reason for skipped in first.skipped)]
+            why = next(
+                (r for r in reasons if r),
+                f"nothing is left within {inputs.recipe.max_length} tokens",
+            )
+            problems.append(
+                f"{where}: of the first {len(part)} conversations none can be scored ({why}); "
+                "check its template, or max_length"
+            )
+        rows = getattr(model.files.config.get_text_config(), "vocab_size", None)
+        highest = max((int(r.input_ids.max()) for r in model.probed if len(r.input_ids)), default=0)
+        if rows is not None and highest >= rows:
+            problems.append(
+                f"{where}: its tokenizer gives token {highest}, but it has {rows} embeddings; the "
+                "tokenizer is another model's"
+            )
+    return problems
+
+
+def expected_bytes(inputs: Inputs, model: OpenModel) -> int:
+    """About how many bytes the model's scores will take."""
+    tokens = sum(len(response.ends) for r in model.probed for response in r.responses)
+    per_token = score_bytes(inputs.recipe.scoring.top_k)
+    return int(tokens * per_token * len(inputs.conversations) / max(1, len(model.probed)))
+
+
+def _store_problems(inputs: Inputs, asked: Collection[str]) -> list[str]:
+    problems = []
+    needed = 0
+    for name, model in inputs.models.items():
+        if name not in asked:
+            continue
+        folder = inputs.scores_folder(model)
+        there = sum(path.stat().st_size for path in folder.glob("*.parquet"))
+        needed += max(0, expected_bytes(inputs, model) - there)
+        # The manifest hashes a local model's weights: only where there is one to compare with.
+        if (folder / "manifest.json").exists():
+            problem = stale(folder, inputs.scores_manifest(model))
+            if problem:
+                problems.append(f"scores of {name}: {folder} {problem}")
+    free = shutil.disk_usage(existing(inputs.recipe.output_folder)).free
+    if needed > free:
+        problems.append(
+            f"output: the scores will take about {readable_size(needed)}, but only "
+            f"{readable_size(free)} are free; free some, lower scoring.top_k, or set `output` to "
+            "another disk"
+        )
+    return problems
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def readable_size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,255 @@
+"""TRL's and PEFT's settings as a recipe means them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from fusechat_distill.inputs.models import empty_model
+from fusechat_distill.recipe.schema import Recipe, unexpected
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from fusechat_distill.trainer.trainer import FusionConfig
+
+WITHOUT_EFFECT = (
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "eval_",
+    "log_",
+    "logging_",
+    "per_device_eval_",
+    "project",
+    "report_to",
+    "run_name",
+    "save_",
+    "trackio_",
+)
+"""Beginnings of the SFTConfig fields that don't change what is learnt."""
+
+ABOVE_ZERO = (
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+)
+"""SFTConfig fields that a training is nothing without."""
+
+
+def clm_weight(recipe: Recipe) -> float:
+    """λ; the baseline without sources has the language-modelling term alone."""
+    return 1.0 if recipe.fusion.strategy == "sft" else recipe.training.clm_weight
+
+
+def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = False) -> FusionConfig:
+    """TRL's settings: the recipe's, and where it says nothing TRL's own defaults.
+
+    What differs from these: weights are float32 (`pivot.dtype` is for scoring), under autocast to
+    bfloat16 where the hardware has it; one checkpoint is kept.
+    """
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    from fusechat_distill.trainer.trainer import FusionConfig
+
+    given = recipe.training.sft
+    cpu = given.get("use_cpu", recipe.scoring.device == "cpu")
+    fields: dict[str, Any] = {"use_cpu": cpu, "save_total_limit": 1}
+    if not given.get("fp16"):
+        fields["bf16"] = not cpu and is_torch_bf16_gpu_available()
+    load = {"dtype": "float32", "use_safetensors": True, "revision": recipe.pivot.revision}
+    # Rows are cut to the pivot's `max_length` already; TRL's own cut is not for padding-free.
+    uncut = given.get("padding_free") and not given.get("packing")
+    return FusionConfig(
+        **fields
+        | given
+        | {
+            "output_dir": str(folder),
+            "clm_weight": clm_weight(recipe),
+            "max_length": None if uncut else recipe.max_length,
+            "trust_remote_code": trust_remote_code,
+            "model_init_kwargs": load | (given.get("model_init_kwargs") or {}),
+        }
+    )
+
+
+def lora_config(recipe: Recipe) -> LoraConfig | None:
+    """PEFT's settings, or None where all weights are trained."""
+    if recipe.training.lora is None:
+        return None
+    from peft import LoraConfig
+
+    fields = {"task_type": "CAUSAL_LM", "revision": recipe.pivot.revision}
+    return LoraConfig(**fields | recipe.training.lora)
+
+
+def determining(recipe: Recipe) -> dict[str, Any]:
+    """What of `training:` decides which weights come out."""
+    given = recipe.training.sft
+    if not given.get("load_best_model_at_end"):
+        given = {k: v for k, v in given.items() if not k.startswith(WITHOUT_EFFECT)}
+    return given | {"lambda": clm_weight(recipe), "lora": recipe.training.lora}
+
+
+def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = False) -> int:
+    """About how much disk one target takes while it is trained; 0 for an adapter."""
+    if recipe.training.lora is not None:
+        return 0
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    return stored_bytes(recipe, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def stored_bytes(recipe: Recipe, parameters: int) -> int:
+    """Disk for a target that has, or an adapter that trains, so many parameters.
+
+    Weights in float32, once for the target and once for each checkpoint, and what AdamW keeps.
+    """
+    given = recipe.training.sft
+    # The new checkpoint is written before the oldest one is removed.
+    kept = (given.get("save_total_limit") or 1) + 1 if _saves(given) else 0
+    return 4 * parameters * (1 + kept * (1 + moments(recipe)))
+
+
+def moments(recipe: Recipe) -> int:
+    """Float32 numbers that the optimizer keeps of each parameter.
+
+    An optimizer other than AdamW may keep fewer, so none is counted for it.
+    """
+    optimizer = str(recipe.training.sft.get("optim", "adamw_torch"))
+    return 2 if optimizer.startswith("adamw_torch") else 0
+
+
+def _saves(given: dict[str, Any]) -> bool:
+    return given.get("save_strategy", "steps") != "no"
+
+
+def settings_problems(
+    recipe: Recipe, config: Any = None, *, trust_remote_code: bool = False
+) -> list[str]:
+    """What TRL, PEFT and `FusionTrainer` will not take, as far as it is known without weights.
+
+    `config` is the pivot's configuration; with it LoRA is tried on a model without memory.
+    """
+    problems = [f"training.{problem}" for problem in _value_problems(recipe.training.sft)]
+    arguments = lora = None
+    try:
+        if not problems:
+            arguments = fusion_config(
+                recipe, recipe.output_folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # TRL, transformers and accelerate each raise their own
+        problems.append(f"training: {_reason(error)}")
+    try:
+        lora = lora_config(recipe)
+    except Exception as error:
+        problems.append(f"training.lora: {_reason(error)}")
+    if arguments is not None:
+        from fusechat_distill.trainer.trainer import argument_problems
+
+        problems += [f"training: {problem}" for problem in argument_problems(arguments)]
+        found = _trainer_problems(arguments, config, trust_remote_code)
+        problems += [f"training.{problem}" for problem in found]
+    if lora is not None and config is not None:
+        found = _lora_problems(lora, config, trust_remote_code)
+        problems += [f"training.lora: {problem}" for problem in found]
+    return problems
+
+
+def _value_problems(given: dict[str, Any]) -> Iterator[str]:
+    """Values of SFTConfig fields that are of another type, or that no training can begin with.
+
+    SFTConfig takes whatever it is given; the trainer would stumble over it hours later.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from fusechat_distill.trainer.trainer import FusionConfig
+
+    hints = get_type_hints(FusionConfig)
+    for key, value in given.items():
+        if key == "fsdp":  # takes more than its annotation says
+            continue
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            yield f"{key}: {unexpected(error.errors(include_url=False), value)}"
+            continue
+        if key in ABOVE_ZERO and not value > 0:
+            yield f"{key}: should be greater than 0, found {value!r}"
+        if key == "learning_rate" and not 0 <= value < math.inf:
+            yield f"{key}: should be a finite number, 0 or above, found {value!r}"
+
+
+def _trainer_problems(
+    arguments: FusionConfig, config: Any, trust_remote_code: bool
+) -> Iterator[str]:
+    """Packages that the trainer would miss, and ways to load the pivot that there are not."""
+    from transformers import Trainer
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except Exception as error:  # each integration says in its own way what to install
+        yield f"report_to: {_reason(error)}"
+    if config is None:
+        return
+    load = arguments.model_init_kwargs or {}
+    tried = {key: load[key] for key in ("dtype", "attn_implementation") if key in load}
+    try:
+        # `from_config` writes what it is given into the configuration.
+        own = copy.deepcopy(config)
+        model = empty_model(own, trust_remote_code=trust_remote_code, **tried)
+    except Exception as error:
+        yield f"model_init_kwargs: {_reason(error)}"
+        return
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except Exception as error:
+        yield f"optim: {_reason(error)}"
+
+
+def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> Iterator[str]:
+    import torch
+    from peft import get_peft_model
+
+    from fusechat_distill.trainer.trainer import adapter_problems
+
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        try:
+            found = list(adapter_problems(model, lora))
+            if not found:
+                get_peft_model(model, lora)
+        except Exception as error:  # PEFT's own, and those of a pattern or of a wrong type
+            found = [_reason(error)]
+    yield from found
+    yield from _unmatched_names(model, lora)
+
+
+def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
+    """Names in a list that no module of the model ends in; PEFT passes over them in silence."""
+    modules = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        names = getattr(lora, key)
+        if not isinstance(names, (list, set, tuple)):
+            continue
+        unmatched = sorted(
+            str(name) for name in names if not any(_ends_in(m, str(name)) for m in modules)
+        )
+        # Of target modules, PEFT itself says that none at all was found.
+        if unmatched and (key == "modules_to_save" or len(unmatched) < len(names)):
+            yield f"{key}: no module of the model is called {', '.join(unmatched)}"
+
+
+def _ends_in(module: str, name: str) -> bool:
+    return f".{module}".endswith(f".{name}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

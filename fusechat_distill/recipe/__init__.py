@@ -1,0 +1,1 @@
+"""The YAML recipe: its keys, their checks and their documentation."""

@@ -1,0 +1,166 @@
+"""The recipe's keys for people and editors, all from the models of `recipe`: the commented recipe
+that `init` writes, the JSON schema, the reference page."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from fusechat_distill.recipe.schema import OWN_TRAINING_KEYS, Recipe
+
+TEXT_WILL_DO = ("pivot", "sources", "dataset")
+"""Keys whose mapping may be its first key's value alone."""
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (draft 7, which editors know) of a recipe, as far as each key alone tells.
+
+    The fields of `training` and `training.lora` are TRL's and PEFT's, and left to `validate`.
+    """
+    made: dict[str, Any] = Recipe.model_json_schema(by_alias=True)
+    definitions = made["$defs"]
+    for name in TEXT_WILL_DO:
+        holder, key = made["properties"], name
+        if name == "sources":
+            holder, key = holder[name], "items"
+        mapping = holder[key]
+        # Beside a `$ref` draft 7 ignores everything.
+        said = {"description": mapping.pop("description")} if "description" in mapping else {}
+        holder[key] = said | {"anyOf": [{"type": "string", "minLength": 1}, mapping]}
+    definitions["Training"]["propertyNames"] = {
+        "not": {"anyOf": [{"enum": sorted(OWN_TRAINING_KEYS)}, {"pattern": "^dataset_"}]}
+    }
+    for part in (made, *definitions.values()):
+        part.pop("title", None)
+        for field in part["properties"].values():
+            field.pop("title", None)
+            if "$ref" in field:
+                field.pop("default", None)  # what a section leaves out has the keys' own defaults
+        for described in (part, *part["properties"].values()):
+            if "description" in described:
+                described["description"] = "\n\n".join(_paragraphs(described["description"]))
+    heading = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "fusechat recipe"}
+    return heading | made
+
+
+def commented_recipe() -> str:
+    """A recipe that shows every key with its meaning and its default."""
+    made = schema()
+    lines = [
+        "# What to fuse, from what, and how. Every key is shown with its default, unless its",
+        "# comment says that it has none; what is left out has its default, and an unknown key is",
+        "# an error. An editor with YAML support completes and checks the keys after",
+        "#   fusechat-distill schema > recipe.schema.json",
+        "# when the first line of this file is",
+        "#   # yaml-language-server: $schema=recipe.schema.json",
+    ]
+    for name, field in made["properties"].items():
+        section = _section(made, field)
+        lines += ["", *_comment(name, section | field, made)]
+        if name == "sources":
+            lines += [f"{name}:", *(f"  - {example}" for example in field["examples"][0])]
+            lines.append("  # - model: org/model      # the long form: the keys of `pivot`, and")
+            lines += ["  #   " + line for line in _lines(_own(made), made["$defs"]["Source"])]
+        elif section:
+            lines.append(f"{name}:")
+            lines += ["  " + line for line in _lines(section["properties"], section)]
+        else:
+            lines.append(f"{name}: {_shown(field)}")
+    return "\n".join(lines) + "\n"
+
+
+def reference_page() -> str:
+    """The keys as tables, in Markdown."""
+    made = schema()
+    parts = [_table("The recipe", made, made["properties"], made)]
+    for name, field in made["properties"].items():
+        if section := _section(made, field):
+            keys = _own(made) if name == "sources" else section["properties"]
+            parts.append(_table(f"`{name}`", section, keys, made))
+    return "\n".join(parts)
+
+
+def _lines(fields: dict[str, Any], section: dict[str, Any]) -> Iterator[str]:
+    for key, field in fields.items():
+        yield from _comment(key, field, section)
+        yield f"{key}: {_shown(field)}"
+
+
+def _own(made: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a source that the pivot doesn't have."""
+    pivot = made["$defs"]["Model"]["properties"]
+    source = made["$defs"]["Source"]["properties"]
+    return {key: field for key, field in source.items() if key not in pivot}
+
+
+def _section(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+    """The mapping that a key of the recipe takes, empty where it takes none."""
+    places = (field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ()))
+    for place in places:
+        if "$ref" in place:
+            found: dict[str, Any] = made["$defs"][place["$ref"].rpartition("/")[2]]
+            return found
+    return {}
+
+
+def _comment(key: str, field: dict[str, Any], section: dict[str, Any]) -> list[str]:
+    """The first paragraph of what is said of a key of the section, and its values."""
+    said = field["description"].partition("\n\n")[0]
+    if values := _values(field):
+        said += f" ({values})"
+    if key in section.get("required", ()):
+        said += " No default."
+    return textwrap.wrap(
+        said, 94, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+
+
+def _table(
+    title: str, section: dict[str, Any], fields: dict[str, Any], made: dict[str, Any]
+) -> str:
+    rows = ["| key | values | default | |", "|---|---|---|---|"]
+    for key, field in fields.items():
+        of_key = _section(made, field)
+        values = f"[below](#{key})" if of_key else _values(field) or _kind(field)
+        if key in section.get("required", ()):
+            default = "required"
+        else:
+            default = "" if of_key else f"`{_shown(field)}`"
+        text = field.get("description") or of_key["description"].partition("\n\n")[0]
+        rows.append(f"| `{key}` | {values} | {default} | {' '.join(text.split())} |")
+    said = section["description"].replace("\n\n", " ")
+    return "\n".join([f"## {title}", "", said, "", *rows, ""])
+
+
+def _values(field: dict[str, Any]) -> str:
+    """The values that a key may have, where these are few, or their limits."""
+    for choice in (field, *field.get("anyOf", ())):
+        if "enum" in choice:
+            return ", ".join(choice["enum"])
+        low = choice.get("minimum", choice.get("exclusiveMinimum"))
+        high = choice.get("maximum", choice.get("exclusiveMaximum"))
+        if low is not None:
+            above = f"above {low}" if "exclusiveMinimum" in choice else f"{low} or more"
+            if high is None:
+                return above
+            return f"{low} to {high}" if "maximum" in choice else f"{low} to below {high}"
+    return ""
+
+
+def _kind(field: dict[str, Any]) -> str:
+    kinds = {"object": "mapping", "string": "text", "number": "number", "integer": "whole number"}
+    found = [choice.get("type") for choice in (field, *field.get("anyOf", ()))]
+    return next((kinds[kind] for kind in found if kind in kinds), "")
+
+
+def _shown(field: dict[str, Any]) -> str:
+    value = field["default"] if "default" in field else field["examples"][0]
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]

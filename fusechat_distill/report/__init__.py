@@ -1,0 +1,1 @@
+"""How well each source arrives: the tables and pictures of `report/`."""

@@ -1,0 +1,89 @@
+"""Scorers: token ids in, what the model thinks of every response token out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusechat_distill.errors import DistillError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rendered conversation.
+
+    Row r of its scores is the model's distribution after `input_ids[: positions[r] + 1]`.
+    """
+
+    input_ids: NDArray[np.integer[Any]]
+    """[L] token ids."""
+    positions: NDArray[np.integer[Any]]
+    """[R] indices into `input_ids`, ascending, each below L - 1: the gold token of position p is
+    `input_ids[p + 1]`."""
+    sets: tuple[tuple[int, NDArray[np.integer[Any]]], ...] = ()
+    """(row, token ids): tokens whose probability together is asked for at that row."""
+
+    @property
+    def gold(self) -> NDArray[np.integer[Any]]:
+        """[R] the token that follows each position."""
+        return self.input_ids[self.positions + 1]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model thinks at R positions; log-probabilities (natural) over its whole vocabulary."""
+
+    ids: NDArray[np.uint32]
+    """[R, k] token ids, most probable first; of equals the lower id first."""
+    logprobs: NDArray[np.float32]
+    """[R, k]"""
+    gold_logprobs: NDArray[np.float32]
+    """[R] log-probability of the gold token."""
+    set_logprobs: NDArray[np.float32] | None = None
+    """[number of sets] log-probability of each of the request's sets, -inf for an empty one; None
+    from an engine that doesn't have whole distributions (vLLM)."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's output was free of NaN and Inf here."""
+        return bool(np.isfinite(self.logprobs).all() and np.isfinite(self.gold_logprobs).all())
+
+
+class Scorer(Protocol):
+    """An engine. `score` yields one `Scores` for each request, in the requests' order.
+
+    Each has `scoring.top_k` entries a position, all of them ids that the tokenizer has. A request
+    whose scores hold NaN or Inf is left out; anything else that is wrong should raise.
+    """
+
+    def score(self, requests: Sequence[Request]) -> Iterator[Scores]: ...
+
+
+def checked_scores(scorer: Scorer, requests: Sequence[Request], top_k: int) -> list[Scores]:
+    """What the engine says of the requests, if it can be what it should.
+
+    Raises:
+        DistillError: it is not; a store would keep it, and every stage after build on it.
+    """
+    found = list(scorer.score(requests))
+    engine = type(scorer).__name__
+    if len(found) != len(requests):
+        raise DistillError(f"{engine}: gave {len(found)} scores for {len(requests)} requests")
+    for request, scores in zip(requests, found, strict=True):
+        rows = len(request.positions)
+        shapes = [a.shape for a in (scores.ids, scores.logprobs, scores.gold_logprobs)]
+        expected = [(rows, top_k), (rows, top_k), (rows,)]
+        if shapes != expected:
+            raise DistillError(f"{engine}: gave scores of shapes {shapes}, not {expected}")
+        if scores.finite:
+            sorted_ = bool((np.diff(scores.logprobs, axis=1) <= 0).all())
+            # Not above 1, but for what engines round.
+            if not sorted_ or (np.exp(np.minimum(scores.logprobs, 1)).sum(1) > 1.01).any():
+                raise DistillError(
+                    f"{engine}: gave what are no natural log-probabilities, most probable first"
+                )
+    return found

@@ -1,0 +1,1 @@
+"""Shards on disk, resumable stages and the processes that share them."""

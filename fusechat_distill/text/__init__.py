@@ -1,0 +1,1 @@
+"""Conversations and tokens: chat templates, answers, and the bytes that tokens stand for."""

@@ -1,0 +1,1 @@
+"""TRL's SFTTrainer with the fusion loss; usable without the rest."""

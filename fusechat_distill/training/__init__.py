@@ -1,0 +1,1 @@
+"""Fine-tunes the pivot into one target checkpoint per source."""

@@ -1,0 +1,1 @@
+"""Carries a plan out, piece by piece: reading, threads, saving, resuming, verifying."""

@@ -1,0 +1,346 @@
+"""Carries a plan out: read, compute, write, in bounded memory and so that nothing done is lost.
+
+Work goes on beside the final name, in a folder that also holds the journal; the output folder
+appears when everything is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from fusechat_merge import __version__
+from fusechat_merge.engine.journal import Journal, changes
+from fusechat_merge.engine.merger import Merger, Progress, make_tasks, read_bytes
+from fusechat_merge.engine.passes import SourceFiles, divide
+from fusechat_merge.engine.saving import Saver, ShardFiles, publish
+from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.planning.plan import Plan
+from fusechat_merge.planning.planner import plan
+from fusechat_merge.results.folder import write_side_files
+
+MEMORY = 256 << 20
+"""Default bound of all buffers together, bytes."""
+_START_UP = 510_000_000  # what mergekit, torch and numba take once imported
+
+
+class Broken(click.ClickException, OSError):
+    """A merge that broke on the way; what was done is kept."""
+
+    exit_code = 1
+
+
+def merge(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    memory: int = MEMORY,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = True,
+    overwrite: bool = False,
+    report: bool = True,
+    progress: Progress = lambda tensor, nbytes: None,
+    **options: Any,
+) -> Path:
+    """Merge checkpoints as a mergekit configuration says.
+
+    Args:
+        config: path of a mergekit YAML, or the configuration itself.
+        out: the folder to be made.
+        memory: bytes of all buffers together, for ``varm`` and ``fusechat_sce``.
+        threads: worker threads; as many as processors by default.
+        device: where to compute: ``cpu``, ``cuda``, or ``auto``: cuda if there is one.
+        resume: go on where an interrupted merge of the same configuration was.
+        overwrite: replace what is in ``out``, once the new model is complete.
+        report: write ``README.md`` and ``mergekit_config.yml`` too.
+        progress: told what has been done.
+        options: fields of ``planning.Options``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: the request can't be carried out; everything that is wrong, nothing written.
+        TensorError, Broken: it broke on the way; the same call goes on from there.
+    """
+    planned = plan(config, **options)
+    if not planned.problems and any(c.folder is None for c in planned.models.values()):
+        planned = plan(config, download=True, **options)
+    return carry_out(
+        planned,
+        Path(out),
+        memory=memory,
+        threads=threads,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        report=report,
+        progress=progress,
+    )
+
+
+def chosen_device(device: str) -> str:
+    """``cpu`` or ``cuda``, whichever ``auto`` means here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def carry_out(
+    planned: Plan,
+    out: Path,
+    *,
+    memory: int = MEMORY,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = True,
+    overwrite: bool = False,
+    report: bool = True,
+    progress: Progress = lambda tensor, nbytes: None,
+    started: Callable[[], None] = lambda: None,
+) -> Path:
+    """Carry a plan out; see ``merge``. ``started`` is called once nothing stands in its way."""
+    out, device = Path(os.path.abspath(out)), chosen_device(device)
+    work = _work(out)
+    if not planned.problems and resume and is_finished(planned, out):
+        tidy(out)
+        return out
+    native = [output for output in planned.outputs if output.how != "task"]
+    tasks = [output for output in planned.outputs if output.how == "task"]
+    problems = planned.problems + _out_problems(planned, out, work, overwrite)
+    try:
+        ring = divide(native, memory, threads, device)
+    except ValueError as error:
+        problems.append(str(error))
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            f"--device cuda: PyTorch {torch.__version__} sees no CUDA device; use --device cpu"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+    with ExitStack() as stack, _explained(out):
+        journal = stack.enter_context(closing(Journal(work / "journal")))
+        if resume and is_finished(planned, out):  # by another run, in the meantime
+            shutil.rmtree(work, ignore_errors=True)
+            return out
+        problems = _out_problems(planned, out, work, overwrite)
+        if problems:
+            if not journal.done.identity:
+                shutil.rmtree(work, ignore_errors=True)
+            raise ConfigError(problems)
+        _begin(journal, identity(planned) | {"device": device}, work, resume)
+        started()
+        files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
+        folders = {name: m.folder for name, m in planned.models.items() if m.folder}
+        sources = stack.enter_context(closing(SourceFiles(folders)))
+        with _unchanged(planned, journal):
+            with Saver(files, journal) as saver:
+                merger = Merger(planned, sources, saver, ring, progress)
+                merger.run(native)
+                make_tasks(planned, tasks, saver, progress, ring.device)
+                saver.save()
+            units = merger.units()
+            write_side_files(planned, units, digest(planned), device, work / "model", report)
+        publish(work, out, overwrite)
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _work(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def tidy(out: Path) -> None:
+    """Remove what a finished merge was killed before removing, unless a run is at work there."""
+    work = _work(Path(os.path.abspath(out)))
+    if work.exists() and not _planted(work):
+        with suppress(ConfigError), closing(Journal(work / "journal")):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None) -> int:
+    """Expected peak memory of ``carry_out``, start-up included, bytes.
+
+    Exact buffers for what is computed block by block; for mergekit's tasks the largest tensor's
+    inputs, those read ahead and float32 working copies, which is an estimate.
+
+    Raises:
+        ValueError: ``memory`` is too little.
+    """
+    native = [output for output in planned.outputs if output.how != "task"]
+    ring = divide(native, memory, threads).total
+    tasks = 0
+    for output in planned.outputs:
+        if output.how == "task":
+            converted = sum(
+                source.location.numel * source.dtype.itemsize
+                for source in output.sources
+                if source.dtype != DTYPES[source.location.dtype]
+            )
+            working = 4 * output.numel * (len(output.sources) + 2)
+            tasks = max(tasks, 2 * read_bytes(output) + converted + output.nbytes + working)
+    return _START_UP + max(ring if native else 0, tasks)
+
+
+def identity(planned: Plan) -> dict[str, Any]:
+    """What decides a merge's bytes: configuration, options, sources, software versions."""
+    return {
+        # As written: mergekit can't write out a model whose path has a space in it.
+        "configuration": json.loads(json.dumps(yaml.safe_load(planned.source), default=str)),
+        "options": asdict(planned.options),
+        "sources": {
+            f"{name}/{file}": [at.size, at.modified, at.header_sha256]
+            for name, checkpoint in planned.models.items()
+            for file, at in checkpoint.files.items()
+        },
+        "adapters": {
+            f"{name}/{tensor}": [low_rank.scale, low_rank.transposed]
+            for name, checkpoint in planned.models.items()
+            for tensor, low_rank in checkpoint.low_rank.items()
+        },
+        "software": {
+            "fusechat": __version__,
+            "mergekit": version("mergekit"),
+            "torch": torch.__version__,
+            "numba": _version("numba"),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def digest(planned: Plan) -> str:
+    """One line for ``identity``, the software aside: a finished merge is known by it."""
+    what = {key: value for key, value in identity(planned).items() if key != "software"}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(planned: Plan, out: Path) -> bool:
+    """Whether ``out`` is what this plan makes, going by its report and its files' sizes."""
+    try:
+        made = json.loads((out / "fusechat_merge.json").read_text(encoding="utf-8"))
+        return made["identity"] == digest(planned) and all(
+            (out / shard.name).stat().st_size == shard.size for shard in planned.shards
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list[str]:
+    problems = []
+    models = [model.folder.resolve() for model in planned.models.values() if model.folder]
+    if any(folder == out.resolve() or out.resolve() in folder.parents for folder in models):
+        problems.append(f"{out}: holds one of the models; name another folder")
+    elif out.exists() and not out.is_dir():
+        problems.append(f"{out}: is a file; name another folder")
+    elif out.is_dir() and any(out.iterdir()) and not overwrite:
+        problems.append(
+            f"{out}: is in use by something other than this merge; name another folder, or"
+            " --overwrite replaces it once the new model is complete"
+        )
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        problems.append(f"{out}: {place} is a file, no folder; name another folder")
+        return problems
+    if not os.access(place, os.W_OK):
+        problems.append(f"{place}: can't be written to")
+        return problems
+    if _planted(work):
+        problems.append(f"{work}: is in the way, a link or another user's; remove it")
+        return problems
+    room = os.statvfs(place)
+    have = room.f_bavail * room.f_frsize
+    have += sum(f.stat().st_blocks * 512 for f in work.glob("model/*") if f.is_file())
+    need = planned.output_bytes + (16 << 20)
+    if have < need:
+        problems.append(
+            f"{place}: has room for {have / 1e9:.2f} GB, the merged model takes {need / 1e9:.2f} GB"
+        )
+    return problems
+
+
+def _planted(work: Path) -> bool:
+    """Whether someone else may have put the work folder there, to have us write elsewhere."""
+    try:
+        there = work.lstat()
+    except FileNotFoundError:
+        return False
+    shared = work.parent.stat().st_mode & stat.S_IWOTH
+    return not stat.S_ISDIR(there.st_mode) or bool(shared and there.st_uid != os.geteuid())
+
+
+def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> None:
+    before = journal.done.identity
+    if before and resume and before != now:
+        raise ConfigError(
+            [
+                f"{work} holds an unfinished merge of something else; --no-resume starts over",
+                *changes(before, now),
+            ]
+        )
+    if not before or not resume:
+        shutil.rmtree(work / "model", ignore_errors=True)
+        journal.begin(now)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Tell what a failure means for the merge and what to do."""
+    again = "what was done is kept: the same command goes on from there"
+    try:
+        yield
+    except (ConfigError, TensorError, Broken):
+        raise
+    except KeyboardInterrupt:
+        raise Broken(f"interrupted; {again}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Broken(f"{out}: no room left ({error.strerror}); make room, {again}") from error
+        raise Broken(f"{error}; {again}") from error
+
+
+@contextmanager
+def _unchanged(planned: Plan, journal: Journal) -> Iterator[None]:
+    """Forget what was made from sources that changed meanwhile, however it ended.
+
+    Were it kept, a source put back as it was would be taken for what had been read.
+    """
+    try:
+        yield
+    finally:
+        for name, model in planned.models.items():
+            for file, at in model.files.items():
+                path = model.folder and model.folder / file
+                if not path or not path.exists():
+                    continue
+                now = path.stat()
+                if (now.st_size, now.st_mtime_ns) != (at.size, at.modified):
+                    journal.begin({})
+                    raise Broken(
+                        f"{name}/{file} was changed while it was being merged; the same command"
+                        " starts over"
+                    )

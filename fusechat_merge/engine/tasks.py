@@ -1,0 +1,103 @@
+"""mergekit's own tasks, one output at a time: what is not computed block by block runs here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from mergekit.graph import Task
+from mergekit.tokenizer import BuildTokenizer
+from torch import Tensor
+
+from fusechat_merge.errors import TensorError
+from fusechat_merge.mergekit_bridge.loader import CheckpointLoader, loading
+from fusechat_merge.mergekit_bridge.units import UnitStatistics
+from fusechat_merge.planning.configuration import referenced_models
+from fusechat_merge.planning.plan import Output, Plan
+
+
+def run_tasks(
+    planned: Plan, outputs: Sequence[Output], device: torch.device
+) -> Iterator[tuple[Output, Tensor]]:
+    """Compute outputs by mergekit's tasks; the next one's inputs are read meanwhile.
+
+    Random numbers depend on the plan's ``random_seed`` and the tensor's name only.
+
+    Yields:
+        Each output with its tensor: contiguous, on the CPU, of the output's shape and dtype.
+
+    Raises:
+        TensorError: mergekit refuses the tensors, such as whole-number buffers that differ.
+    """
+    models = {r: planned.models[str(r)] for r in referenced_models(planned.config)}
+    shared: dict[int, Any] = {}
+    with (
+        loading(models, planned.options.of_mergekit()) as loaders,
+        ThreadPoolExecutor(1, "read ahead") as reader,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        by_name = {str(reference): loader for reference, loader in loaders.items()}
+        coming = [_read(reader, by_name, output) for output in outputs[:1]]
+        for number, output in enumerate(outputs, 1):
+            coming.pop().result()
+            coming += [
+                _read(reader, by_name, following) for following in outputs[number : number + 1]
+            ]
+            torch.manual_seed(_seed(planned.options.random_seed, output.name))
+            try:
+                value = _value(planned.tasks[output.name], planned, shared, device)
+            except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+                raise TensorError(f"{output.name}: {error}") from error
+            yield output, _as_planned(value, output)
+
+
+def _read(
+    reader: ThreadPoolExecutor, loaders: dict[str, CheckpointLoader], output: Output
+) -> Future[None]:
+    def read() -> None:
+        for source in dict.fromkeys((s.model, s.tensor) for s in output.sources):
+            loaders[source[0]].read_ahead([source[1]])
+
+    return reader.submit(read)
+
+
+def _value(task: Task, planned: Plan, shared: dict[int, Any], device: torch.device) -> Any:
+    if isinstance(task, BuildTokenizer):
+        return planned.tokenizer
+    if id(task) in shared:
+        return shared[id(task)]
+    arguments = {
+        key: _value(needed, planned, shared, device) for key, needed in task.arguments().items()
+    }
+    if task.uses_accelerator():
+        arguments = _moved(arguments, device)
+    value = task.execute(**arguments)
+    if isinstance(task, UnitStatistics):
+        shared[id(task)] = value
+    return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+def _as_planned(value: Tensor | None, output: Output) -> Tensor:
+    if value is None or tuple(value.shape) != output.shape or value.dtype != output.merged_dtype:
+        got = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
+        raise TensorError(
+            f"{output.name}: the method returned {got}, not {output.merged_dtype}"
+            f" {list(output.shape)}: please report this configuration"
+        )
+    return value.to(device="cpu", dtype=output.dtype).contiguous()
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1

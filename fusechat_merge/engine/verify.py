@@ -1,0 +1,183 @@
+"""Proof after the merge: what a plan expects is there, and recomputed tensors are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusechat_merge.engine.execute import MEMORY
+from fusechat_merge.engine.journal import Done
+from fusechat_merge.engine.merger import Merger, Progress, make_tasks
+from fusechat_merge.engine.passes import SourceFiles, divide
+from fusechat_merge.errors import ConfigError
+from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
+from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.planning.plan import Output, Plan
+from fusechat_merge.planning.planner import plan
+from fusechat_merge.planning.side_files import merged_config, side_files
+
+_PIECE = 4 << 20
+
+
+def verify(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    sample: float = 1.0,
+    memory: int = MEMORY,
+    threads: int | None = None,
+    progress: Progress = lambda tensor, nbytes: None,
+    **options: Any,
+) -> list[str]:
+    """Check a merged model against its sources.
+
+    Args:
+        config: as it was merged.
+        out: the merged model.
+        sample: share of the tensors that are recomputed, always the same ones; 1 takes them all.
+        memory, threads, progress, options: as for ``stream.merge``.
+
+    Returns:
+        Every difference; nothing where the model is what the configuration makes.
+
+    Raises:
+        ConfigError: the configuration or its models are not to be used.
+    """
+    planned = plan(config, **options)
+    if not planned.problems and any(c.folder is None for c in planned.models.values()):
+        planned = plan(config, download=True, **options)
+    out = Path(out)
+    device = _device(out)
+    if device == "cuda" and not torch.cuda.is_available():
+        planned.problems.append(
+            f"{out}: was computed on a CUDA device, which rounds differently, and none is here"
+        )
+    if planned.problems:
+        raise ConfigError(planned.problems)
+    try:
+        made = read_checkpoint(Folder(out), str(out))
+    except CheckpointError as error:
+        return error.problems
+    except OSError as error:
+        raise ConfigError([f"{out}: can't be read ({error})"]) from error
+    problems = _structure_problems(planned, made) + _side_file_problems(planned, out)
+    chosen = [
+        output for output in planned.outputs if output.name in made.tensors and _fits(output, made)
+    ]
+    if sample < 1:
+        count = max(1, round(sample * len(chosen))) if chosen else 0
+        chosen = random.Random(0).sample(chosen, count)
+    comparison = _Comparison(made, out)
+    sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
+    native = [output for output in chosen if output.how != "task"]
+    everything = [output for output in planned.outputs if output.how != "task"]
+    try:
+        try:
+            ring = divide(everything, memory, threads, device)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from None
+        merger = Merger(planned, sources, comparison, ring, progress)
+        merger.run(native)
+        make_tasks(
+            planned, [o for o in chosen if o.how == "task"], comparison, progress, ring.device
+        )
+    finally:
+        sources.close()
+        comparison.close()
+    return problems + [
+        f"{name}: differs from what its sources give, first in element {element}"
+        for name, element in sorted(comparison.differing.items())
+    ]
+
+
+def _device(out: Path) -> str:
+    """Where the merged model was computed, going by its report."""
+    try:
+        report = json.loads((out / "fusechat_merge.json").read_text(encoding="utf-8"))
+        return "cuda" if report["device"] == "cuda" else "cpu"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "cpu"
+
+
+def _structure_problems(planned: Plan, made: Checkpoint) -> list[str]:
+    problems = []
+    for output in planned.outputs:
+        if output.name not in made.tensors:
+            problems.append(f"{output.name}: is missing")
+        elif not _fits(output, made):
+            at = made.tensors[output.name]
+            problems.append(
+                f"{output.name}: is {at.dtype} {list(at.shape)}, not {output.dtype}"
+                f" {list(output.shape)}"
+            )
+    expected = {output.name for output in planned.outputs}
+    problems += [f"{name}: doesn't belong here" for name in made.tensors if name not in expected]
+    problems += [f"{name}: lies in {file}, unlisted" for name, file in made.unlisted.items()]
+    return problems
+
+
+def _fits(output: Output, made: Checkpoint) -> bool:
+    at = made.tensors[output.name]
+    return at.shape == output.shape and DTYPES.get(at.dtype) == output.dtype
+
+
+def _side_file_problems(planned: Plan, out: Path) -> list[str]:
+    donor = planned.models[planned.donor].folder
+    assert donor is not None
+    problems = []
+    try:
+        expected = json.loads(
+            merged_config((donor / "config.json").read_text(encoding="utf-8"), planned)
+        )
+        if json.loads((out / "config.json").read_text(encoding="utf-8")) != expected:
+            problems.append("config.json: differs from the base's as the merge changes it")
+    except (OSError, ValueError) as error:
+        problems.append(f"config.json: can't be read ({error})")
+    for name in side_files(planned, donor):
+        if not (out / name).is_file():
+            problems.append(f"{name}: is missing")
+        elif (out / name).read_bytes() != (donor / name).read_bytes():
+            problems.append(f"{name}: differs from the base's")
+    return problems
+
+
+class _Comparison:
+    """Takes a merge's bytes and compares them with those of a finished model."""
+
+    def __init__(self, made: Checkpoint, folder: Path) -> None:
+        self.done = Done()
+        self.differing: dict[str, int] = {}
+        self._made = made
+        self._lock = threading.Lock()
+        self._descriptors = {
+            file: os.open(folder / file, os.O_RDONLY | os.O_CLOEXEC) for file in made.files
+        }
+
+    def write(self, output: Output, first: int, data: memoryview) -> None:
+        at = self._made.tensors[output.name]
+        for start in range(0, data.nbytes, _PIECE):
+            piece = data[start : start + _PIECE]
+            there = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)
+            if there != piece:
+                pairs = enumerate(zip(there, piece, strict=False))
+                byte = next((i for i, (a, b) in pairs if a != b), len(there))
+                element = (first + start + byte) // output.dtype.itemsize
+                with self._lock:
+                    known = self.differing.get(output.name, element)
+                    self.differing[output.name] = min(known, element)
+                return
+
+    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
+        with self._lock:
+            getattr(self.done, kind)[name] = value
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

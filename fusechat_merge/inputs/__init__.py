@@ -1,0 +1,1 @@
+"""What is read: checkpoints, LoRA adapters and the merge YAML."""

@@ -1,0 +1,1 @@
+"""All that knows mergekit's classes: the methods as its plugin, units, loading."""

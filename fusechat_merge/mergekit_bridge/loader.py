@@ -1,0 +1,104 @@
+"""mergekit's view of a checkpoint, served from headers that were read and checked before."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex, ShardInfo
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from fusechat_merge.inputs.checkpoint import Checkpoint, Location
+from fusechat_merge.inputs.lora import Factors
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""torch's dtype by safetensors' name; what is missing here is a quantised format."""
+
+
+class CheckpointLoader:
+    """Stands in for mergekit's ``LazyTensorLoader``: maps no file, keeps no shard open.
+
+    Args:
+        checkpoint: with its folder, unless only the index is asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._ahead: dict[str, Tensor] = {}
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name, at in checkpoint.tensors.items():
+            by_file[at.file].append(name)
+        self.index = ShardedTensorIndex(
+            base_path=str(checkpoint.folder),
+            is_safetensors=True,
+            tensor_paths={name: at.file for name, at in checkpoint.tensors.items()},
+            shards=[ShardInfo(file, names) for file, names in by_file.items()],
+        )
+
+    def get_tensor(self, key: str, device: str = "cpu") -> Tensor:
+        """The tensor, read anew unless ``read_ahead`` has it."""
+        tensor = self._ahead.pop(key, None)
+        return (self._read(key) if tensor is None else tensor).to(device)
+
+    def read_ahead(self, names: Sequence[str]) -> None:
+        """Read these now and keep each until it is asked for once."""
+        for name in names:
+            self._ahead[name] = self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._stored(self._checkpoint.tensors[name])
+        low_rank = self._checkpoint.low_rank.get(name)
+        if low_rank is None:
+            return tensor
+        factors = Factors(low_rank, self._stored)
+        merged = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        factors.add_to(merged.view(-1), 0)
+        return merged.to(tensor.dtype)
+
+    def _stored(self, at: Location) -> Tensor:
+        assert self._checkpoint.folder is not None, "weights are read from folders only"
+        raw = torch.empty(at.nbytes, dtype=torch.uint8)
+        into, offset = raw.numpy().data, at.offset
+        with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
+            while into.nbytes:
+                count = os.preadv(file.fileno(), [into], offset)
+                if not count:
+                    raise OSError(f"{at.file} of {self._checkpoint.name} has become shorter")
+                into, offset = into[count:], offset + count
+        return raw.view(DTYPES[at.dtype]).reshape(at.shape)
+
+
+@contextmanager
+def loading(
+    models: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> Iterator[dict[ModelReference, CheckpointLoader]]:
+    """Let mergekit find and load these models' tensors through ``CheckpointLoader``."""
+    before = LoaderCache.loaders
+    loaders = {reference: CheckpointLoader(checkpoint) for reference, checkpoint in models.items()}
+    LoaderCache.loaders = loaders
+    LoaderCache().setup(options)
+    try:
+        yield loaders
+    finally:
+        LoaderCache.loaders = before

@@ -1,0 +1,133 @@
+"""Makes mergekit know our methods: registered, checked when planned, units across tensors.
+
+``_autoload`` calls the functions at the end of this file while mergekit is being imported, so only
+mergekit's submodules are imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from mergekit.graph import Task
+from mergekit.merge_methods import registry
+
+from fusechat_merge import _autoload
+from fusechat_merge.errors import ConfigError
+from fusechat_merge.mergekit_bridge.methods import SceMethod, VarmMethod
+from fusechat_merge.mergekit_bridge.parameters import parameter_problems
+from fusechat_merge.methods.granularity import SHARED
+
+
+def _check(config: Any) -> None:
+    problems = parameter_problems(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _once(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Replace ``owner.name`` by ``wrap`` of it, unless that was done before."""
+    original = getattr(owner, name)
+    if not getattr(original, "_fusechat", False):
+        wrapped = wraps(original)(wrap(original))
+        wrapped._fusechat = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapped)
+
+
+def register_methods() -> None:
+    """Make ``varm`` and ``fusechat_sce`` known by name; a second call changes nothing."""
+    known = {method.spec.name for method in registry.registered_methods()}
+    for method in (VarmMethod(), SceMethod()):
+        if method.spec.name not in known:
+            registry.register(method)
+
+
+def extend_planner() -> None:
+    """Check our methods' parameters before mergekit plans, and give varm its units after."""
+    from mergekit.plan import MergePlanner
+
+    from fusechat_merge.mergekit_bridge.units import with_units
+
+    def wrap(plan: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _plan(self: Any) -> None:
+            _check(self.config)
+            plan(self)
+            if self.config.merge_method == "varm":
+                weights, tasks = zip(*self._tensors, strict=True) if self._tensors else ((), ())
+                self._tensors = list(zip(weights, with_units(tasks), strict=True))
+
+        return _plan
+
+    _once(MergePlanner, "_plan", wrap)
+
+
+def extend_raw_planner() -> None:
+    """The same for ``mergekit-pytorch``, which knows no units."""
+    from mergekit.scripts import merge_raw_pytorch
+
+    from fusechat_merge.mergekit_bridge.units import raise_if_weightless
+
+    def wrap(plan: Callable[..., list[Task]]) -> Callable[..., list[Task]]:
+        def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> list[Task]:
+            _check(config)
+            tasks = plan(config, *args, **kwargs)
+            if config.merge_method == "varm":
+                merges = [t.tensor_task for t in tasks if hasattr(t, "tensor_task")]
+                if any(task.parameters["granularity"] in SHARED for task in merges):
+                    raise ConfigError(
+                        [
+                            "mergekit-pytorch knows no modules or layers: use granularity matrix or"
+                            " element here, or mergekit-yaml or fusechat-merge run"
+                        ]
+                    )
+                raise_if_weightless(merges)
+            return tasks
+
+        return plan_flat_merge
+
+    _once(merge_raw_pytorch, "plan_flat_merge", wrap)
+
+
+def extend_genome() -> None:
+    """Let ``mergekit-evolve`` search varm's weights and fusechat_sce's select_topk."""
+    from mergekit.evo import genome
+
+    genome.METHOD_PARAM_MAPS.setdefault("varm", ["weight"])
+    genome.METHOD_PARAM_MAPS.setdefault("fusechat_sce", ["select_topk"])
+
+    def wrap(make: Callable[..., Any]) -> Callable[..., Any]:
+        def genotype_merge_config(self: Any, genotype: Any) -> Any:
+            config = make(self, genotype)
+            return _evolved(config) if config.merge_method in ("varm", "fusechat_sce") else config
+
+        return genotype_merge_config
+
+    _once(genome.ModelGenome, "genotype_merge_config", wrap)
+
+
+def _evolved(config: Any) -> Any:
+    """A genome's configuration without what mergekit-evolve writes for other methods."""
+    config.parameters = None
+    for piece in config.slices or [config]:
+        entries = piece.sources if config.slices else piece.models
+        if config.merge_method == "fusechat_sce":
+            # It searches a value per model; ours is one for all: their mean, within 0 and 1.
+            found = [entry.parameters.pop("select_topk") for entry in entries if entry.parameters]
+            piece.parameters = {"select_topk": _mean(found)}
+        for entry in entries:
+            if entry.model == config.base_model:
+                entry.parameters = None
+    return config
+
+
+def _mean(settings: Sequence[Any]) -> Any:
+    first = settings[0]
+    if isinstance(first, list):
+        return [_mean(items) for items in zip(*settings, strict=True)]
+    if hasattr(first, "filter"):
+        return first.model_copy(update={"value": _mean([item.value for item in settings])})
+    return min(max(sum(settings) / len(settings), 0.0), 1.0)
+
+
+_autoload.install()

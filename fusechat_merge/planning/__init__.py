@@ -1,0 +1,1 @@
+"""From a configuration to a plan: plain data that says what is read and written."""

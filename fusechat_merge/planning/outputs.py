@@ -1,0 +1,455 @@
+"""From mergekit's tasks to a plan's outputs: how each is made, from what, in which shape."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.architecture.conversion import convert_checkpoint_tensors
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import OptionalTensorPolicy
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from fusechat_merge.errors import one_line
+from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.methods.granularity import SHARED, layer_of
+from fusechat_merge.planning.configuration import referenced_models
+from fusechat_merge.planning.plan import NATIVE, LeftOut, Output, Plan, Source
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What loading one model's weight gives: shape and dtype, and which tensors that reads."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: tuple[str, ...]
+    direct: bool  # one tensor as it is, not converted from others
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Where one output layer comes from: name prefixes of it and of each model's layer."""
+
+    prefix: str
+    prefixes: tuple[str, ...]
+    models: tuple[ModelReference, ...]
+    reader: ConfigReader
+
+
+class LayerPlanner(MergePlanner):
+    """mergekit's planner, which also remembers where each output's layer came from."""
+
+    def __init__(self, planned: Plan, architecture: Any, config: MergeConfiguration) -> None:
+        super().__init__(
+            config, architecture, planned.options.of_mergekit(), out_model_config=planned.out_config
+        )
+        self.layers: dict[str, _Layer] = {}
+        self.outside: list[_Layer] = []
+        self.problems: list[tuple[str, str]] = []  # (tensor, problem)
+        self.by_name = False
+
+    def plan_all(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+        self.normalize_config()
+        for name, module in self.config.modules.items():
+            self.plan_module(name, module)
+        return self._take()
+
+    def plan_by_name(
+        self, name: str, inputs: Sequence[str], layer: _Layer
+    ) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+        """A tensor that the architecture's table doesn't know."""
+        MergePlanner.plan_tensor(
+            self,
+            WeightInfo(name=name),
+            [WeightInfo(name=n) for n in inputs],
+            list(layer.models),
+            layer.reader,
+        )
+        return self._take()
+
+    def _take(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+        taken = list(self._tensors)
+        self._tensors.clear()
+        return taken
+
+    def plan_module(self, module_name: str, definition: Any) -> None:
+        sources = definition.slices[0].sources
+        reader = ConfigReader(config=self.config, t=0, module=definition)
+        models = tuple(source.model for source in sources)
+        self.outside.append(
+            _Layer("", ("",) * len(models), models, reader.for_out_slice(definition.slices[0]))
+        )
+        super().plan_module(module_name, definition)
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        prefix = layer_of(weight.name)
+        if prefix != weight.name and prefix not in self.layers:
+            prefixes = tuple(layer_of(w.name) for w in weights_in)
+            self.layers[prefix] = _Layer(prefix, prefixes, tuple(models), cfg_reader)
+        try:
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
+        except Exception as error:  # mergekit raises RuntimeError, ValueError and pydantic's own
+            self.problems.append((weight.name, f"{weight.name}: {one_line(error)}"))
+
+    def known_names(self, model: ModelReference) -> set[str]:
+        """Every name under which the architecture's table knows a tensor of the model."""
+        return {
+            name
+            for weight in self._model_arch(model).all_weights()
+            for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+        }
+
+
+class OutputMaker:
+    """Turns mergekit's tasks into outputs, noting which input tensors they use."""
+
+    def __init__(self, planned: Plan, config: MergeConfiguration) -> None:
+        self.planned = planned
+        self.config = config
+        self.outputs: dict[str, Output] = {}
+        self.problems: list[tuple[str, str]] = []  # (tensor, problem)
+        self.tasks: dict[str, ExecuteMergeMethodTask] = {}
+        self.used: dict[str, set[str]] = defaultdict(set)
+        self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
+        self.weightless: list[str] = []  # outputs for which all weights are 0
+        self.regular: dict[str, ExecuteMergeMethodTask] = {}  # varm's, those by name aside
+        self.complete: set[str] = set()  # outputs to which every model contributes
+        self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
+
+    def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
+        """One planned tensor; ``alone`` keeps it out of every unit of several tensors."""
+        problems = self.problems
+        gather = task.gather_tensors
+        inner = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
+        present: list[tuple[ModelReference, _Input]] = []
+        missing: list[str] = []
+        for model in task.model_order:
+            wanted = inner.weight_info[model]
+            found = self._input(model, wanted, inner.dtype)
+            if found is not None:
+                present.append((model, found))
+                self.used[str(model)].update(found.read)
+            elif not wanted.optional:
+                missing.append(str(model))
+                problem = f"{model}: lacks {wanted.name}, which its architecture needs"
+                problems.append((wanted.name, problem))
+        if missing:
+            return
+        outcome = self._outcome(weight, task, [model for model, _ in present])
+        if outcome is None:
+            return
+        base = task.base_model
+        first = [pair for pair in present if pair[0] == base]
+        ordered = first + [pair for pair in present if pair[0] != base]
+        shape = self._shape(weight, task, ordered)
+        if shape is None:
+            return
+        dtypes = [found.dtype for _, found in present]
+        if all(dtype.is_floating_point for dtype in dtypes):
+            merged = dtypes[0]
+            for dtype in dtypes[1:]:
+                merged = torch.promote_types(merged, dtype)
+        elif len(set(dtypes)) == 1:
+            merged = dtypes[0]
+        else:
+            mixed = f"{weight.name}: numbers and whole numbers mixed: {dtypes}"
+            problems.append((weight.name, mixed))
+            return
+        name = weight.name
+        how = self._how(task, ordered, outcome)
+        if how == "task" and merged.is_floating_point:
+            merged = self._returned_dtype(task, present, shape, merged)
+        rows = shape if how != "task" else None
+        output = Output(
+            name=name,
+            how=how,
+            sources=tuple(
+                source
+                for model, found in (ordered if how in NATIVE else present)
+                for source in self._sources(model, found, rows)
+            ),
+            parameters=self._parameters(task, ordered) if how in NATIVE else {},
+            unit=None,
+            merged_dtype=merged,
+            dtype=dtype_from_name(weight.force_dtype or self.config.out_dtype) or merged,
+            shape=shape,
+        )
+        self.outputs[name] = output
+        if how == "task":
+            self.tasks[name] = task
+        if task.method_name == "varm" and how != "copy":
+            targets = [model for model, _ in ordered if model != base]
+            if not any(task.input_parameters[m]["weight"] for m in targets):
+                self.weightless.append(name)
+            if not alone:
+                self.regular[name] = task
+                if len(present) == len(task.model_order) and merged.is_floating_point:
+                    self.complete.add(name)
+                if task.parameters["granularity"] in SHARED:
+                    self.coarse.add(name)
+
+    def copy(self, name: str, model: ModelReference, tensor: str) -> None:
+        """The base's tensor under another name: converted like any other if it is floating."""
+        at = self.planned.models[str(model)].tensors[tensor]
+        dtype = DTYPES[at.dtype]
+        loaded = written = dtype
+        if dtype.is_floating_point:
+            loaded = dtype_from_name(self.config.dtype) or dtype
+            written = dtype_from_name(self.config.out_dtype) or loaded
+        low_rank = self.planned.models[str(model)].low_rank.get(tensor)
+        source = Source(str(model), tensor, at, at.numel, loaded, low_rank)
+        self.used[str(model)].add(tensor)
+        self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
+
+    def _input(self, model: ModelReference, weight: WeightInfo, dtype: str | None) -> _Input | None:
+        tensors = self.planned.models[str(model)].tensors
+        loaded = dtype_from_name(weight.force_dtype or dtype)
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+            if name in tensors:
+                at = tensors[name]
+                return _Input(at.shape, loaded or DTYPES[at.dtype], (name,), True)
+        return self._converted(model, weight, loaded)
+
+    def _converted(
+        self, model: ModelReference, weight: WeightInfo, loaded: torch.dtype | None
+    ) -> _Input | None:
+        """What mergekit's checkpoint conversion would give, found out on tensors without data."""
+        tensors = self.planned.models[str(model)].tensors
+        read: list[str] = []
+
+        def without_data(name: str) -> torch.Tensor:
+            read.append(name)
+            at = tensors[name]
+            return torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
+
+        lazy = {name: (lambda name=name: without_data(name)) for name in tensors}
+        model_type = model.config(
+            trust_remote_code=self.planned.options.trust_remote_code
+        ).model_type
+        for name in (weight.name, *(weight.aliases or ())):
+            found = convert_checkpoint_tensors(model_type, lazy, name)
+            if found is not None:
+                return _Input(tuple(found.shape), loaded or found.dtype, tuple(read), False)
+        return None
+
+    def _outcome(
+        self, weight: WeightInfo, task: ExecuteMergeMethodTask, present: list[ModelReference]
+    ) -> str | None:
+        """``merge`` or ``copy`` (of the only input), None for no output, as in mergekit's task."""
+        method = registry.get(task.method_name)
+        if weight.optional and len(present) < len(task.model_order):
+            policy = method.spec.optional_tensor_policy
+            alone, is_base = len(present) == 1, present == [task.base_model]
+            if alone and (
+                policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
+                or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and is_base)
+            ):
+                return "copy"
+            if (
+                policy == OptionalTensorPolicy.BASE_OR_SKIP
+                and len(present) < method.spec.contract.min_inputs
+            ):
+                if is_base:
+                    return "copy"
+                self._leave_out(weight, task, "too few models have it for this method")
+                return None
+        try:
+            method.validate_inputs(present, task.base_model, group_name=weight.name)
+        except ValueError as error:
+            self.problems.append((weight.name, f"{weight.name}: {one_line(error)}"))
+            return None
+        return "merge"
+
+    def _leave_out(self, weight: WeightInfo, task: ExecuteMergeMethodTask, reason: str) -> None:
+        for model in task.model_order:
+            if weight.name in self.planned.models[str(model)].tensors:
+                self.planned.left_out.append(LeftOut(str(model), weight.name, reason))
+
+    def _shape(
+        self,
+        weight: WeightInfo,
+        task: ExecuteMergeMethodTask,
+        present: list[tuple[ModelReference, _Input]],
+    ) -> tuple[int, ...] | None:
+        shapes = [found.shape for _, found in present]
+        axis = weight.vocabulary_axis
+        gather = task.gather_tensors
+        if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)) and axis is not None:
+            others = {shape[:axis] + shape[axis + 1 :] for shape in shapes if len(shape) > axis}
+            if len(others) == 1 and all(len(shape) > axis for shape in shapes):
+                if isinstance(gather, TruncatedVocabulary):
+                    rows = min(shape[axis] for shape in shapes)
+                else:
+                    rows = self._vocabulary_size(gather)
+                    sizes = [(model, found.shape[axis]) for model, found in present]
+                    if misfits := list(self._misfits(rows, sizes)):
+                        self.problems += [(weight.name, misfit) for misfit in misfits]
+                        return None
+                return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
+        elif len(set(shapes)) == 1:
+            return shapes[0]
+        listed = ", ".join(f"{list(found.shape)} in {model}" for model, found in present)
+        remedy = ""
+        if axis is not None:
+            remedy = "; bring the vocabularies together: tokenizer: {source: base} in the YAML"
+        problem = f"{weight.name}: shapes don't fit: {listed}{remedy}"
+        self.problems.append((weight.name, problem))
+        return None
+
+    def _vocabulary_size(self, gather: PermutedVocabulary) -> int:
+        size = len(self.planned.tokenizer.tokenizer.get_vocab())
+        multiple = gather.pad_to_multiple_of
+        return -(-size // multiple) * multiple if multiple else size
+
+    def _misfits(self, rows: int, sizes: list[tuple[ModelReference, int]]) -> Iterator[str]:
+        """Token ids of a tokenizer merge that no row of the embeddings is for."""
+        ids = self.planned.tokenizer.tokenizer.get_vocab().values()
+        if max(ids, default=-1) >= rows:
+            yield (
+                f"the merged tokenizer has {len(ids)} tokens and ids up to {max(ids)}: mergekit"
+                " needs ids without gaps, each of one token"
+            )
+        for model, size in sizes:
+            rows_of = self.planned.tokenizer.permutations[model]
+            if len(rows_of) < len(set(ids)) or max(rows_of.values(), default=-1) >= size:
+                yield f"{model}: its tokenizer has ids beyond its {size} embeddings"
+
+    def _how(
+        self,
+        task: ExecuteMergeMethodTask,
+        present: list[tuple[ModelReference, _Input]],
+        outcome: str,
+    ) -> str:
+        gather = task.gather_tensors
+        contiguous = isinstance(gather, GatherTensors) or (
+            isinstance(gather, TruncatedVocabulary) and gather.weight_info.vocabulary_axis == 0
+        )
+        if not contiguous or not all(found.direct for _, found in present):
+            return "task"
+        if outcome == "copy" or (
+            len(present) == 1
+            and (
+                task.method_name in NATIVE
+                or (
+                    task.method_name == "passthrough"
+                    and task.input_parameters[present[0][0]]["scale"] is None
+                )
+            )
+        ):
+            return "copy"
+        floating = all(found.dtype.is_floating_point for _, found in present)
+        return task.method_name if task.method_name in NATIVE and floating else "task"
+
+    def _returned_dtype(
+        self,
+        task: ExecuteMergeMethodTask,
+        present: list[tuple[ModelReference, _Input]],
+        shape: tuple[int, ...],
+        promoted: torch.dtype,
+    ) -> torch.dtype:
+        """What the method returns, found out by merging a few numbers: some return float32."""
+        key = (task.method_name, len(present), promoted, len(shape))
+        if key not in self._returned:
+            small = tuple(min(size, 3) for size in shape)
+            numbers = torch.linspace(0.5, 1, math.prod(small)).reshape(small)
+            few = {
+                model: (numbers * (1 + i / 8)).to(promoted) for i, (model, _) in enumerate(present)
+            }
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    result = task.execute(tensors=few)
+                self._returned[key] = promoted if result is None else result.dtype
+            except (ValueError, RuntimeError, TypeError):
+                self._returned[key] = promoted  # it will say so when it runs
+        return self._returned[key]
+
+    def _sources(
+        self, model: ModelReference, found: _Input, shape: tuple[int, ...] | None
+    ) -> Iterator[Source]:
+        for name in found.read:
+            at = self.planned.models[str(model)].tensors[name]
+            numel = at.numel if shape is None else math.prod(shape)
+            low_rank = self.planned.models[str(model)].low_rank.get(name)
+            yield Source(str(model), name, at, numel, found.dtype, low_rank)
+
+    def _parameters(
+        self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]
+    ) -> dict[str, Any]:
+        parameters = dict(sorted(task.parameters.items()))
+        targets = [model for model, _ in ordered[1:]]
+        for spec in registry.get(task.method_name).spec.input_parameters:
+            parameters[spec.name] = [task.input_parameters[model][spec.name] for model in targets]
+        return parameters
+
+
+def plan_unknown(planned: Plan, planner: LayerPlanner, maker: OutputMaker) -> None:
+    """Tensors that the architecture's table doesn't know: merged by name, or the base's copied."""
+    unknown: dict[str, dict[str, list[str]]] = {}  # model -> layer (or "") -> rest of the name
+    for reference in referenced_models(planned.config):
+        model = str(reference)
+        known = planner.known_names(reference)
+        layers = {layer_of(name) for name in known}
+        rests = unknown.setdefault(model, defaultdict(list))
+        for name in planned.models[model].tensors:
+            if name not in known and name not in maker.used[model]:
+                prefix = layer_of(name)
+                if prefix == name or prefix not in layers:
+                    prefix = ""
+                rests[prefix].append(name[len(prefix) :])
+    for layer in (*planner.outside[:1], *planner.layers.values()):
+        models = list(zip(layer.models, layer.prefixes, strict=True))
+        base = layer.reader.base_model or layer.models[0]
+        for rest in dict.fromkeys(
+            rest for model, prefix in models for rest in unknown[str(model)].get(prefix, ())
+        ):
+            name = layer.prefix + rest
+            if name not in maker.outputs:
+                _plan_one_unknown(planned, planner, maker, layer, models, base, rest)
+
+
+def _plan_one_unknown(
+    planned: Plan,
+    planner: LayerPlanner,
+    maker: OutputMaker,
+    layer: _Layer,
+    models: list[tuple[ModelReference, str]],
+    base: ModelReference,
+    rest: str,
+) -> None:
+    name = layer.prefix + rest
+    found = {
+        model: planned.models[str(model)].tensors[prefix + rest]
+        for model, prefix in models
+        if prefix + rest in planned.models[str(model)].tensors
+    }
+    if base not in found:
+        return  # accounted for at the end
+    same_shape = len({at.shape for at in found.values()}) == 1
+    floating = all(DTYPES[at.dtype].is_floating_point for at in found.values())
+    if len(found) == len(models) and same_shape and floating:
+        ((weight, task),) = planner.plan_by_name(
+            name, [prefix + rest for _, prefix in models], layer
+        )
+        maker.add(weight, task, alone=True)
+        planned.by_name.append(name)
+    else:
+        maker.copy(name, base, dict(models)[base] + rest)
+        planned.copied.append(name)

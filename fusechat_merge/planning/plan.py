@@ -1,0 +1,216 @@
+"""A merge as data: what is written where and from which tensors. The engine decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+
+from fusechat_merge.inputs.checkpoint import Checkpoint, Location, LowRank
+from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.mergekit_bridge.parameters import SHARED
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+NATIVE = tuple(SHARED)
+"""Methods that are computed block by block; the others run as mergekit's own tasks."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What besides the configuration decides what is written; names and meaning as in mergekit.
+
+    Attributes:
+        shard_size: most bytes of tensors in one output file (a larger tensor has one to itself).
+        random_seed: of the methods that draw random numbers.
+    """
+
+    shard_size: int = 5_000_000_000
+    random_seed: int = 0
+    trust_remote_code: bool = False
+    allow_crimes: bool = False
+    unsafe_truncate_embeddings: bool = False
+    transformers_cache: str | None = None
+    lora_merge_cache: str | None = None
+
+    def of_mergekit(self) -> MergeOptions:
+        return MergeOptions(
+            out_shard_size=self.shard_size,
+            trust_remote_code=self.trust_remote_code,
+            allow_crimes=self.allow_crimes,
+            unsafe_truncate_embeddings=self.unsafe_truncate_embeddings,
+            transformers_cache=self.transformers_cache,
+            lora_merge_cache=self.lora_merge_cache,
+            device="cpu",
+            quiet=True,
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model's tensor as an input.
+
+    Attributes:
+        model: as the configuration names it.
+        tensor: its name there.
+        location: where its bytes are.
+        numel: how many of its elements count, from the first (all but those of rows cut off).
+        dtype: to which it is converted before anything else (the YAML's ``dtype``), or its own.
+        low_rank: what an adapter adds to it.
+    """
+
+    model: str
+    tensor: str
+    location: Location
+    numel: int
+    dtype: torch.dtype
+    low_rank: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that will be written.
+
+    Attributes:
+        name: of the tensor.
+        how: ``varm``, ``fusechat_sce``, ``copy`` (of the one source) or ``task`` (mergekit's own).
+        sources: the inputs, the base first where the method is one of ours.
+        parameters: of our methods, resolved for this tensor; ``weight`` is a list, one a target.
+        unit: key into the plan's units; None where weights are not shared or have no unit.
+        merged_dtype: what the method returns, the promoted dtype of its inputs.
+        dtype, shape: as written.
+        file, offset, nbytes: its place; ``offset`` counts from the start of the file.
+    """
+
+    name: str
+    how: str
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Any]
+    unit: str | None
+    merged_dtype: torch.dtype
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SharedUnit:
+    """Tensors that share their statistics.
+
+    Attributes:
+        name: such as ``model.layers.3``.
+        granularity, statistic: as the parameters of ``varm``.
+        members: names of the outputs whose deltas count.
+    """
+
+    name: str
+    granularity: str
+    statistic: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its first bytes (length and header) and its size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An input tensor that no output is made from, and why."""
+
+    model: str
+    tensor: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """Everything about a merge that can be known before a weight is read.
+
+    Attributes:
+        config: the configuration; ``source`` is its text.
+        options: what else decides the bytes.
+        models: every model's checkpoint, by the name that the configuration gives it.
+        donor: the model whose configuration and side files the output gets.
+        outputs: in the order in which they are made, which is the order of the donor's files.
+        shards: the files.
+        units: by key, for the granularities that span tensors.
+        by_name: outputs that the architecture's table doesn't know, merged by name.
+        copied: outputs that it doesn't know and that not every model has, the base's.
+        left_out: input tensors that are not used.
+        problems: what stands in the way; with any, ``outputs`` may be incomplete.
+        tasks: mergekit's tasks of the outputs that are made by ``task``.
+        out_config: mergekit's configuration of the merged model.
+        architecture: mergekit's table of the tensors.
+        tokenizer: mergekit's merged tokenizer with its permutations, where one is asked for.
+        chat_template: the one that the configuration asks for.
+    """
+
+    config: MergeConfiguration
+    source: str
+    options: Options
+    models: dict[str, Checkpoint] = field(default_factory=dict)
+    donor: str = ""
+    outputs: list[Output] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    units: dict[str, SharedUnit] = field(default_factory=dict)
+    by_name: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    tasks: dict[str, ExecuteMergeMethodTask] = field(default_factory=dict)
+    out_config: Any = None
+    architecture: Any = None
+    tokenizer: Any = None
+    chat_template: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all outputs."""
+        return sum(output.numel for output in self.outputs)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all tensors that are read, each counted once."""
+        read = {(s.model, s.tensor): s.location.nbytes for o in self.outputs for s in o.sources}
+        return sum(read.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all output files."""
+        return sum(shard.size for shard in self.shards)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in figures and lists, for people and programs."""
+        return {
+            "merge_method": self.config.merge_method,
+            "models": list(self.models),
+            "parameters": self.parameters,
+            "tensors": len(self.outputs),
+            "input_bytes": self.input_bytes,
+            "output_bytes": self.output_bytes,
+            "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
+            "merged_by_name": self.by_name,
+            "copied_from_base": self.copied,
+            "left_out": [asdict(left) for left in self.left_out],
+            "problems": self.problems,
+        }

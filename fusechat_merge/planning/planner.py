@@ -1,0 +1,338 @@
+"""From a mergekit configuration to the plan of its merge, headers alone being read.
+
+Whatever is wrong with the request is found here, everything at once, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
+from mergekit.tokenizer import BuildTokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from fusechat_merge.errors import ConfigError, one_line
+from fusechat_merge.inputs.checkpoint import CheckpointError
+from fusechat_merge.mergekit_bridge.loader import loading
+from fusechat_merge.mergekit_bridge.parameters import idle_filters, weightless
+from fusechat_merge.mergekit_bridge.units import with_units
+from fusechat_merge.methods.granularity import unit_of
+from fusechat_merge.planning.configuration import (
+    name_adapters,
+    read_config,
+    read_model,
+    referenced_models,
+)
+from fusechat_merge.planning.outputs import LayerPlanner, OutputMaker, plan_unknown
+from fusechat_merge.planning.plan import (
+    DTYPE_NAMES,
+    LeftOut,
+    Options,
+    Output,
+    Plan,
+    Shard,
+    SharedUnit,
+)
+from fusechat_merge.planning.side_files import links_that_escape
+
+_PAGE = 4096
+
+
+def plan(
+    config: str | Path | Mapping[str, Any] | MergeConfiguration,
+    *,
+    download: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plan a merge from its configuration and the models' headers.
+
+    Args:
+        config: path of a mergekit YAML, or the configuration itself.
+        download: fetch models from the hub whole; else only their headers are read there.
+        options: fields of ``Options``.
+
+    Returns:
+        The plan; what is wrong with the request is listed in its ``problems``.
+
+    Raises:
+        ConfigError: the configuration can't be read as one of mergekit's.
+    """
+    result = read_config(config, Options(**options))
+    name_adapters(result.config)
+    for reference in referenced_models(result.config):
+        try:
+            result.models[str(reference)] = read_model(reference, result.options, download)
+        except CheckpointError as error:
+            result.problems += error.problems
+    if not result.problems:
+        result.problems += _range_problems(result)
+    if not result.problems:
+        models = {r: result.models[str(r)] for r in referenced_models(result.config)}
+        with loading(models, result.options.of_mergekit()):
+            _plan_outputs(result)
+    return result
+
+
+def _range_problems(planned: Plan) -> list[str]:
+    """Slices of more layers than there can be, which mergekit would plan one by one."""
+    pieces: list[Any] = [planned.config, *(planned.config.modules or {}).values()]
+    return [
+        f"layer_range {list(source.layer_range)}: {source.model} has not so many layers"
+        for piece in pieces
+        for part in piece.slices or []
+        for source in part.sources
+        if source.layer_range
+        and source.layer_range[1] - source.layer_range[0]
+        > len(planned.models[str(source.model)].tensors)
+    ]
+
+
+def _plan_outputs(planned: Plan) -> None:
+    config = planned.config.model_copy(deep=True)
+    references = referenced_models(config)
+    planned.donor = str(references[0])
+    configs: dict[str, PretrainedConfig] = {}
+    for reference in references:
+        try:
+            configs[str(reference)] = reference.config(planned.options.trust_remote_code)
+        except Exception as error:  # transformers' errors have no common base, and name no model
+            planned.problems.append(f"{reference}: config.json: {one_line(error)}")
+    if planned.problems:
+        return
+    try:
+        planned.architecture = get_architecture_info(config, planned.options.of_mergekit())
+        planned.out_config = _model_out_config(
+            config, planned.architecture, trust_remote_code=planned.options.trust_remote_code
+        )
+        planner = LayerPlanner(planned, planned.architecture, config)
+        tensors = planner.plan_all()
+        if planner._tokenizer_task:
+            try:
+                planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
+            except Exception as error:  # transformers', which names no model
+                source = config.tokenizer_source or (config.tokenizer and config.tokenizer.source)
+                named = [*references, *([source] if isinstance(source, ModelReference) else [])]
+                found = _tokenizer_problems(named, planned.options.trust_remote_code)
+                raise ConfigError(found or [one_line(error)]) from error
+        if config.chat_template:
+            holder = SimpleNamespace(chat_template=None)
+            _set_chat_template(holder, config, planned.options.trust_remote_code)
+            planned.chat_template = holder.chat_template
+        if planned.tokenizer is not None:
+            _update_config_vocab(
+                planned.out_config,
+                planned.architecture,
+                planned.tokenizer.tokenizer,
+                pad_to_multiple_of=config.tokenizer and config.tokenizer.pad_to_multiple_of,
+            )
+    except ConfigError as error:
+        planned.problems += error.problems
+        return
+    except Exception as error:  # what mergekit refuses is refused; its errors have no common base
+        planned.problems.append(_remedy(error, configs))
+        return
+
+    maker = OutputMaker(planned, config)
+    for weight, task in tensors:
+        maker.add(weight, task)
+    plan_unknown(planned, planner, maker)
+    planned.problems += _condensed(planner.problems + maker.problems)
+    planned.problems += idle_filters(config, list(maker.outputs))
+    donor = planned.models[planned.donor].folder
+    if donor is not None:
+        try:
+            planned.problems += links_that_escape(planned, donor)
+        except (OSError, ValueError, RecursionError) as error:
+            planned.problems.append(f"{donor}: side files can't be read ({one_line(error)})")
+    if maker.weightless:
+        planned.problems.append(weightless(maker.weightless))
+    planned.outputs = _ordered(planned, maker)
+    planned.tasks = maker.tasks
+    _plan_units(planned, maker)
+    _place(planned)
+    _account(planned, maker, planner)
+
+
+def _tokenizer(task: BuildTokenizer, references: Sequence[ModelReference]) -> Any:
+    """mergekit's tokenizer, the same every time: it takes models and words in no fixed order."""
+    unordered = PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(self: Any) -> dict[str, int]:
+        return dict(sorted(unordered(self).items(), key=lambda item: item[1]))
+
+    PreTrainedTokenizerFast.get_vocab = get_vocab
+    try:
+        return task.model_copy(update={"referenced_models": tuple(references)}).execute()
+    finally:
+        PreTrainedTokenizerFast.get_vocab = unordered
+
+
+def _tokenizer_problems(models: Sequence[ModelReference], trust_remote_code: bool) -> list[str]:
+    """Which models' tokenizers can't be loaded, each by its name."""
+    problems = []
+    for model in dict.fromkeys(reference.model for reference in models):
+        try:
+            AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            problems.append(
+                f"{model}: its tokenizer can't be loaded, which merging tokenizers needs"
+                f" ({one_line(error)})"
+            )
+    return problems
+
+
+def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """One problem for many tensors that have the same."""
+    alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for tensor, problem in problems:
+        alike[problem.replace(tensor, "")].append((tensor, problem))
+    return [
+        found[0][1] + (f" (the same for {len(found) - 1} more)" if len(found) > 1 else "")
+        for found in alike.values()
+    ]
+
+
+def _remedy(error: Exception, configs: Mapping[str, PretrainedConfig]) -> str:
+    message = one_line(error)
+    if "--allow-crimes" in message:
+        kinds = {name: (c.architectures or [c.model_type])[0] for name, c in configs.items()}
+        return (
+            "the models have different architectures; --allow-crimes tries all the same"
+            f" ({_by_model(kinds)})"
+        )
+    if "same number of layers" in message:
+        layers = {name: getattr(c, "num_hidden_layers", "?") for name, c in configs.items()}
+        return f"the models have different numbers of layers ({_by_model(layers)})"
+    if isinstance(error, (LookupError, TypeError, AttributeError)):
+        name = type(error).__name__
+        return f"a model's config.json or the YAML is not as mergekit needs it ({name}: {message})"
+    return message
+
+
+def _by_model(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{value} in {name}" for name, value in values.items())
+
+
+def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:
+    """In the order of the donor's files, if all of it comes from there once; else as planned."""
+    outputs = list(maker.outputs.values())
+    ranks = {
+        (model, tensor): rank
+        for model, checkpoint in planned.models.items()
+        for rank, tensor in enumerate(checkpoint.tensors)
+    }
+    leads = []
+    for output in outputs:
+        own = [s for s in output.sources if s.model == planned.donor] or list(output.sources)
+        leads.append((own[0].model, own[0].tensor))
+    if len({model for model, _ in leads}) == 1 and len(set(leads)) == len(leads):
+        order = sorted(range(len(outputs)), key=lambda i: ranks[leads[i]])
+        return [outputs[i] for i in order]
+    return outputs
+
+
+def _plan_units(planned: Plan, maker: OutputMaker) -> None:
+    """Give every output whose granularity spans tensors its unit."""
+    if not maker.coarse:
+        return
+    if any(maker.outputs[name].how == "task" for name in maker.complete | maker.coarse):
+        # Converted or permuted tensors: only mergekit's tasks can read units that hold such.
+        try:
+            united = with_units(list(maker.regular.values()))
+        except ConfigError as error:
+            planned.problems += error.problems
+            return
+        for name, task in zip(maker.regular, united, strict=True):
+            if name in maker.coarse:
+                maker.tasks[name] = task
+        planned.outputs = [
+            replace(output, how="task", parameters={}) if output.name in maker.coarse else output
+            for output in planned.outputs
+        ]
+        return
+    members: dict[tuple[str, str], list[str]] = defaultdict(list)
+    used = {maker.outputs[name].parameters["granularity"] for name in maker.coarse}
+    for output in planned.outputs:
+        if output.name in maker.complete:
+            for granularity in used:
+                members[granularity, unit_of(output.name, granularity)].append(output.name)
+    for index, output in enumerate(planned.outputs):
+        if output.name in maker.coarse:
+            granularity = output.parameters["granularity"]
+            statistic = output.parameters["statistic"]
+            unit = unit_of(output.name, granularity)
+            key = f"{granularity} {statistic} {unit}"
+            planned.outputs[index] = replace(output, unit=key)
+            planned.units.setdefault(
+                key, SharedUnit(unit, granularity, statistic, tuple(members[granularity, unit]))
+            )
+
+
+def _place(planned: Plan) -> None:
+    """Split the outputs into shards and fix every offset."""
+    groups: list[list[Output]] = []
+    size = 0
+    for output in planned.outputs:
+        if not groups or (size and size + output.nbytes > planned.options.shard_size):
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.nbytes
+    placed: dict[str, Output] = {}
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors"
+        if len(groups) > 1:
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # Wider items first, so that every tensor is aligned to its own item.
+        group.sort(key=lambda output: -output.dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for output in group:
+            header[output.name] = {
+                "dtype": DTYPE_NAMES[output.dtype],
+                "shape": list(output.shape),
+                "data_offsets": [position, position + output.nbytes],
+            }
+            position += output.nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-(8 + len(raw)) % _PAGE)  # most tensors begin on a page then
+        first = 8 + len(raw)
+        planned.shards.append(Shard(name, len(raw).to_bytes(8, "little") + raw, first + position))
+        position = first
+        for output in group:
+            placed[output.name] = replace(output, file=name, offset=position)
+            position += output.nbytes
+    planned.outputs = [placed[output.name] for output in planned.outputs]
+
+
+def _account(planned: Plan, maker: OutputMaker, planner: LayerPlanner) -> None:
+    """List every input tensor that is not used."""
+    listed = {(left.model, left.tensor) for left in planned.left_out}
+    for reference in referenced_models(planned.config):
+        model = str(reference)
+        checkpoint = planned.models[model]
+        known = planner.known_names(reference)
+        for tensor in checkpoint.tensors:
+            if tensor in maker.used[model] or (model, tensor) in listed:
+                continue
+            if tensor in known:
+                reason = "no slice of the configuration takes it"
+            elif tensor in maker.outputs:
+                reason = "the base has another shape or not every model has it"
+            else:
+                reason = "the architecture doesn't know it and the base has no such tensor"
+            planned.left_out.append(LeftOut(model, tensor, reason))
+        for tensor, file in checkpoint.unlisted.items():
+            reason = f"it lies in {file}, but the index doesn't place it there"
+            planned.left_out.append(LeftOut(model, tensor, reason))

@@ -1,0 +1,1 @@
+"""What a merged folder holds beside its weights: report, model card, side files."""

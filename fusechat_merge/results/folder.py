@@ -1,0 +1,85 @@
+"""Writes everything of a merged model that is not weights: config, tokenizer, report, card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fusechat_merge import __version__
+from fusechat_merge.methods.units import Unit
+from fusechat_merge.planning.plan import Plan
+from fusechat_merge.planning.side_files import (
+    as_json,
+    index,
+    merged_config,
+    own_template,
+    side_files,
+)
+from fusechat_merge.results.card import model_card
+
+
+def write_side_files(
+    planned: Plan, units: Sequence[Unit], identity: str, device: str, folder: Path, report: bool
+) -> None:
+    """Put every file but the weights into ``folder``; what is there is replaced.
+
+    Args:
+        units: statistics and weights that the merge found.
+        identity: digest by which the finished merge is known.
+        device: where it was computed.
+        report: whether ``README.md`` and ``mergekit_config.yml`` are wanted.
+    """
+    donor = planned.models[planned.donor].folder
+    assert donor is not None
+    for name in side_files(planned, donor):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(donor / name, folder / name)
+    if planned.tokenizer is not None:
+        tokenizer = planned.tokenizer.tokenizer
+        if planned.chat_template:
+            tokenizer.chat_template = planned.chat_template
+        tokenizer.save_pretrained(folder)
+    elif planned.chat_template:
+        _write(folder / "chat_template.jinja", planned.chat_template)
+        _copy_without_chat_template(donor, folder)
+    original = (donor / "config.json").read_text(encoding="utf-8")
+    _write(folder / "config.json", merged_config(original, planned))
+    if len(planned.shards) > 1:
+        _write(folder / "model.safetensors.index.json", index(planned))
+    _write(folder / "fusechat_merge.json", as_json(_record(planned, units, identity, device)))
+    if report:
+        _write(folder / "README.md", model_card(planned, units))
+        _write(folder / "mergekit_config.yml", planned.source)
+
+
+def _copy_without_chat_template(donor: Path, folder: Path) -> None:
+    """A template in the tokenizer's settings would come before the one that was asked for."""
+    settings = own_template(donor)
+    if settings is not None:
+        del settings["chat_template"]
+        _write(folder / "tokenizer_config.json", as_json(settings))
+
+
+def _record(planned: Plan, units: Sequence[Unit], identity: str, device: str) -> dict[str, Any]:
+    config = planned.config
+    granularities = sorted({unit.granularity for unit in units})
+    return {
+        "fusechat": __version__,
+        "merge_method": config.merge_method,
+        "base_model": str(config.base_model) if config.base_model else None,
+        "models": list(planned.models),
+        "granularity": granularities[0] if len(granularities) == 1 else granularities or None,
+        "units": [asdict(unit) for unit in units],
+        "merged_by_name": planned.by_name,
+        "copied_from_base": planned.copied,
+        "left_out": [asdict(left) for left in planned.left_out],
+        "identity": identity,
+        "device": device,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")

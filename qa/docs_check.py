@@ -1,0 +1,574 @@
+"""Runs every command and code block of the README and the docs, and follows their links.
+
+    python -m qa.docs_check [PAGE ...]
+
+Each page has a fresh folder that looks like a clone, with tiny models and data under the names that
+the pages use (``docs_hub``). What a block means is told by its language:
+
+- shell (indented, or ``sh``): run line by line, exit status 0 unless the line ends in
+  ``# exit status N``; ``cd`` and ``export`` hold until the end of the block;
+- ``python``: run in order in one namespace a page, or written where the text before names a file;
+- ``yaml``, ``json``, ``jsonl``, ``toml``: parsed, and written where the text before names a file;
+- ``text`` or ``json`` right after one of the first two: lines, or keys, of its output, in order;
+  ``…`` stands for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/*.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/**/*.md")
+
+NOT_RUN: tuple[tuple[str, str], ...] = (
+    (r"^make (?!help)", "takes long, or is this check: the target exists"),
+    (r"^(pip|python -m pip) install", "installs from an index"),
+    (r"^git clone", "needs the network"),
+    (r"^(ssh|scp|rsync) ", "needs a second machine"),
+    (r"^(sbatch|srun|squeue) ", "needs a cluster"),
+    (r"accelerate launch", "several processes or devices; tests/distill runs two processes"),
+    (r"\bvllm\b", "needs vLLM and a GPU"),
+    (r"--device cuda|CUDA_VISIBLE_DEVICES", "needs a GPU"),
+    (r"^lm-eval", "a program of others"),
+    (r"ladder\.py|examples/quickstart/demo\.py", "takes ten minutes or more; tested when reduced"),
+    (r"^python benchmarks/", "measures, with gigabytes"),
+    (r"^python tests/", "takes long; the tests run the quickest of it"),
+    (r"^mergekit-evolve", "needs ray and an evaluation harness"),
+)
+"""(what a command contains, why it is not run); its program, target and options are checked."""
+
+GENERATED = "docs/*.py"
+"""Scripts that write pages; with ``--check`` they fail where a page is not what they would write."""
+
+_WRITTEN = {"yaml": "ya?ml", "json": "json", "jsonl": "jsonl", "toml": "toml", "python": "py"}
+"""{language of what may be written to a file: how the file's name ends}."""
+_OUTPUT = {"text", "json"}
+_LANGUAGES = _WRITTEN.keys() | _OUTPUT | {"sh", "mermaid"}
+_LIMIT = 900  # seconds a command, on a machine that is busy
+
+
+@dataclass
+class Block:
+    """A code block of a page.
+
+    Attributes:
+        line: of its first line of code in the page, from 1.
+        language: ``sh`` for indented blocks; ``hidden`` for a command that readers don't see.
+        lines: the code.
+        file: named in the paragraph before, where it is to be written.
+        reason: why it is not run, where the page says so.
+        output: what the next block shows of its output.
+    """
+
+    line: int
+    language: str
+    lines: list[str]
+    file: str | None = None
+    reason: str | None = None
+    output: Block | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(f"{line}\n" for line in self.lines)
+
+
+@dataclass
+class Findings:
+    """What a page's check found."""
+
+    page: str
+    problems: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+    run: int = 0
+
+    def add(self, line: int, problem: str) -> None:
+        self.problems.append(f"{self.page}:{line}: {problem}")
+
+
+def blocks(text: str) -> list[Block]:
+    """The code blocks of a page, each output joined to what makes it."""
+    found: list[Block] = []
+    paragraph: list[str] = []
+    lines = text.splitlines()
+    reason = None
+    adjacent = False  # only blank lines since the last block
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        fence = re.match(r"```(\w*)\s*$", line)
+        after_blank = number == 0 or not lines[number - 1].strip()
+        if fence or (line.startswith("    ") and after_blank):
+            first = number + 1 if fence else number
+            number = first
+            code = []
+            while number < len(lines) and not (fence and lines[number].startswith("```")):
+                if not fence and lines[number].strip() and not lines[number].startswith("    "):
+                    break
+                code.append(lines[number] if fence else lines[number][4:])
+                number += 1
+            while not fence and code and not code[-1].strip():
+                code.pop()
+            language = fence[1] if fence else "sh"
+            ending = _WRITTEN.get(language)
+            names = re.findall(rf"`([\w./-]+\.{ending})`", " ".join(paragraph)) if ending else []
+            block = Block(first + 1, language, code, names[-1] if names else None, reason)
+            last = found[-1] if found else None
+            if adjacent and language in _OUTPUT and last and last.language in ("sh", "python"):
+                last.output = block
+            else:
+                found.append(block)
+            paragraph, reason, adjacent = [], None, True
+            number += bool(fence)
+            continue
+        comment = re.match(r"<!-- (hidden|not run): (.*) -->$", line)
+        if comment and comment[1] == "hidden":
+            found.append(Block(number + 1, "hidden", [comment[2]]))
+        elif comment:
+            reason = comment[2]
+        elif line.strip():
+            paragraph.append(line)
+            adjacent = False
+        elif not adjacent and not (number + 1 < len(lines) and lines[number + 1][:3] == "```"):
+            paragraph = (
+                [] if not (lines[number + 1 :] and lines[number + 1][:4] == "    ") else paragraph
+            )
+        number += 1
+    return found
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines outside of fenced blocks."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            yield number, line
+
+
+def commands(block: Block) -> Iterator[tuple[int, str]]:
+    """(line, command) of a shell block, continued lines joined."""
+    whole, first = "", 0
+    for number, line in enumerate(block.lines):
+        first = first if whole else number
+        whole += line
+        if line.endswith("\\"):
+            whole = whole[:-1] + " "
+            continue
+        if whole.strip() and not whole.lstrip().startswith("#"):
+            yield block.line + first, whole.strip()
+        whole = ""
+
+
+def expected_status(command: str) -> int:
+    told = re.search(r"#.*exit status (\d+)", command)
+    return int(told[1]) if told else 0
+
+
+def missing_line(shown: Sequence[str], output: str) -> str | None:
+    """The first line shown that the output doesn't have after those before; None if all are there."""
+    there = iter([" ".join(line.split()) for line in re.split(r"[\r\n]+", output)])
+    for line in shown:
+        line = " ".join(line.split())
+        if line in ("", "…"):
+            continue
+        pattern = re.compile(".*".join(map(re.escape, line.split("…"))))
+        if not any(pattern.fullmatch(candidate) for candidate in there):
+            return line
+    return None
+
+
+def lacks(shown: Any, there: Any) -> bool:
+    """Whether JSON that is shown has something that the other lacks."""
+    if shown == "…":
+        return False
+    if isinstance(shown, dict) and isinstance(there, dict):
+        return any(key not in there or lacks(value, there[key]) for key, value in shown.items())
+    if isinstance(shown, list) and isinstance(there, list):
+        known = [item for item in shown if item != "…"]
+        return any(lacks(*pair) for pair in zip(known, there, strict=False)) or len(known) > len(
+            there
+        )
+    return bool(shown != there)
+
+
+def not_run(command: str) -> str | None:
+    return next((reason for pattern, reason in NOT_RUN if re.search(pattern, command)), None)
+
+
+def unknown_in(command: str) -> str | None:
+    """What a command that is not run names and nobody knows: a make target, a file, an option."""
+    with suppress(ValueError):
+        words = shlex.split(command, comments=True)
+        while words and "=" in words[0]:
+            words.pop(0)
+        if words and words[0] == "make":
+            for target in (word for word in words[1:] if "=" not in word):
+                if not _is_target(target):
+                    return f"the Makefile has no target {target}"
+        for at, word in enumerate(words):
+            program = {"fusechat_distill": "fusechat-distill", "fusechat_merge": "fusechat-merge"}
+            name = program.get(word, word)
+            if name in program.values():
+                return unknown_option(name, words[at + 1 :])
+            if word.endswith(".py") and not word.startswith("-") and not (ROOT / word).exists():
+                return f"there is no {word}"
+    return None
+
+
+def _is_target(name: str) -> bool:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    patterns = re.findall(r"^([\w%-]+):(?!=)", text, re.MULTILINE)
+    return any(re.fullmatch(p.replace("%", ".+"), name) for p in patterns)
+
+
+def unknown_option(program: str, words: Sequence[str]) -> str | None:
+    """The command or option that one of our programs doesn't know."""
+    if program == "fusechat-merge":
+        from fusechat_merge.cli import main as group
+    else:
+        from fusechat_distill.cli import commands as group
+    import click
+
+    known: click.Command = group
+    for word in words:
+        if isinstance(known, click.Group) and re.fullmatch(r"[a-z]+", word):
+            if word not in known.commands:
+                return f"{program} has no command {word}"
+            known = known.commands[word]
+        elif re.match(r"--?[a-z]", word):
+            option = word.partition("=")[0]
+            options = {o for p in known.params for o in (*p.opts, *p.secondary_opts)}
+            if option not in options | {"--help", "-h"}:
+                return f"{program} … {known.name} has no option {option}"
+    return None
+
+
+def check_prose(findings: Findings, path: Path, text: str) -> None:
+    """Links lead somewhere, and what is named in passing exists."""
+    for number, line in prose(text):
+        for target in re.findall(r"\]\(([^)\s]+)\)", line):
+            problem = _link_problem(path, target)
+            if problem:
+                findings.add(number, problem)
+        for program, rest in re.findall(r"`(fusechat-merge|fusechat-distill) ([^`]+)`", line):
+            problem = unknown_option(program, rest.split())
+            if problem:
+                findings.add(number, problem)
+
+
+def _link_problem(path: Path, target: str) -> str | None:
+    if re.match(r"[a-z]+:", target):
+        return None
+    file, _, anchor = target.partition("#")
+    page = path.parent / file if file else path
+    if not page.exists():
+        return f"there is no {target}"
+    if anchor and anchor not in anchors(page.read_text(encoding="utf-8")):
+        return f"{file or 'this page'} has no heading for #{anchor}"
+    return None
+
+
+def anchors(text: str) -> set[str]:
+    """The headings' names in links, as GitHub makes them."""
+    found = (re.match(r"#+ (.*)", line) for _, line in prose(text))
+    return {
+        re.sub(r"[^\w\- ]", "", heading[1].lower()).strip().replace(" ", "-")
+        for heading in found
+        if heading
+    }
+
+
+class Python:
+    """A process that runs a page's Python blocks, one after the other."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self._options = {"cwd": folder, "env": environment, "text": True}
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, code: str, name: str) -> tuple[int, str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--python"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                **self._options,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([code, name]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            return 1, "the process ended"
+        status, output = json.loads(answer)
+        return status, output
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+
+def serve_python() -> None:
+    """The other side of ``Python``: a JSON line in, a JSON line out."""
+    import traceback
+
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.path.insert(0, "")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for request in sys.stdin:
+        code, name = json.loads(request)
+        with tempfile.TemporaryFile() as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            status = 0
+            try:
+                exec(compile(code, name, "exec"), names)
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            output.seek(0)
+            shown = output.read().decode("utf-8", "replace")
+        answers.write(json.dumps([status, shown]) + "\n")
+        answers.flush()
+
+
+class PageRun:
+    """Runs one page's blocks in a folder of its own."""
+
+    def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
+        self._path, self._folder, self._environment = path, folder, environment
+        self._python = Python(folder, environment)
+        self.findings = Findings(
+            str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+        )
+
+    def run(self) -> Findings:
+        text = self._path.read_text(encoding="utf-8")
+        check_prose(self.findings, self._path, text)
+        try:
+            for block in blocks(text):
+                self._block(block)
+        finally:
+            self._python.close()
+        return self.findings
+
+    def _block(self, block: Block) -> None:
+        add = self.findings.add
+        if block.language not in _LANGUAGES | {"hidden"}:
+            add(block.line, f"a block in {block.language or 'no language'!r} can't be checked")
+            return
+        if block.reason is not None:
+            self.findings.not_run.append(f"{self.findings.page}:{block.line}: {block.reason}")
+            return
+        output = ""
+        if block.language in _WRITTEN:
+            problem = unparsable(block)
+            if problem:
+                add(block.line, problem)
+            if block.file:
+                path = self._folder / block.file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(block.text, encoding="utf-8")
+            elif block.language == "python":
+                self.findings.run += 1
+                code = "\n" * (block.line - 1) + block.text
+                status, output = self._python.run(code, self.findings.page)
+                if status:
+                    add(block.line, f"Python fails\n{_tail(output)}")
+        elif block.language in ("sh", "hidden"):
+            output = self._shell(block)
+        if block.output is not None:
+            problem = differs(block.output, output)
+            if problem:
+                add(block.output.line, f"{problem}; the output was\n{_tail(output)}")
+
+    def _shell(self, block: Block) -> str:
+        outputs, before = [], ""
+        for line, command in commands(block):
+            reason = not_run(command)
+            if reason is not None:
+                self.findings.not_run.append(f"{self.findings.page}:{line}: {command} ({reason})")
+                problem = unknown_in(command)
+                if problem:
+                    self.findings.add(line, problem)
+                continue
+            self.findings.run += 1
+            if re.match(r"(cd|export) ", command):
+                before += command + "\n"
+            status, output = self._run(before + command)
+            if status != expected_status(command):
+                self.findings.add(line, f"{command}\n  exit status {status}\n{_tail(output)}")
+            outputs.append(output)
+        return "".join(outputs)
+
+    def _run(self, command: str) -> tuple[int, str]:
+        try:
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=self._folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            return -1, f"not done after {_LIMIT} s"
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+
+def unparsable(block: Block) -> str | None:
+    """Why a block is not what its language says, if so."""
+    parsers: dict[str, Callable[[str], object]] = {
+        "yaml": lambda text: list(yaml.safe_load_all(text)),
+        "json": json.loads,
+        "jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+        "toml": tomllib.loads,
+        "python": lambda text: compile(text, "block", "exec"),
+    }
+    try:
+        parsers[block.language](block.text)
+    except Exception as error:
+        return f"is no {block.language}: {' '.join(str(error).split())}"
+    return None
+
+
+def differs(shown: Block, output: str) -> str | None:
+    """How an output isn't what the page shows, if so."""
+    if shown.language == "json":
+        with suppress(ValueError):
+            # What comes before the first brace are notes on stderr.
+            start = min(i for i in (output.find("{"), output.find("[")) if i >= 0)
+            there, _ = json.JSONDecoder().raw_decode(output[start:])
+            return (
+                "the JSON shown has what the output lacks"
+                if lacks(json.loads(shown.text), there)
+                else None
+            )
+        return "JSON is shown, the output is none"
+    line = missing_line(shown.lines, output)
+    return None if line is None else f"the output has no line {line!r} there"
+
+
+def _tail(output: str) -> str:
+    lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
+    return "".join(f"  | {line}\n" for line in lines[-12:]).rstrip("\n")
+
+
+class EmptyHub(BaseHTTPRequestHandler):
+    """A hub that has nothing: what isn't in the page's folder is not to be had."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def look_like_a_clone(folder: Path, models: Path) -> None:
+    """Links to what a clone has, and to the models and data that the pages name."""
+    folder.mkdir(parents=True)
+    for name in ("README.md", "Makefile", "constraints.txt", "examples", "benchmarks", "docs"):
+        if (ROOT / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    for path in models.iterdir():
+        (folder / path.name).symlink_to(path)
+
+
+def environment(scratch: Path, endpoint: str) -> dict[str, str]:
+    (scratch / "home").mkdir()
+    threads = str(max(1, (os.cpu_count() or 2) // 2))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(scratch / "hf"),
+        "HOME": str(scratch / "home"),
+        "COLUMNS": "120",
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
+    """Check the pages, two at a time."""
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    env = environment(scratch, f"http://127.0.0.1:{hub.server_port}")
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "docs_hub.py", scratch / "models"],
+        env=env,
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def run(path: Path) -> Findings:
+        begun = time.monotonic()
+        folder = scratch / str(path.relative_to(ROOT)).replace("/", "-").removesuffix(".md")
+        look_like_a_clone(folder, scratch / "models")
+        found = PageRun(path, folder, env).run()
+        print(f"{found.page}: {found.run} run, {time.monotonic() - begun:.0f} s", flush=True)
+        return found
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, pages))
+    finally:
+        hub.shutdown()
+
+
+def main(names: Sequence[str]) -> int:
+    pages = [ROOT / name for name in names] or [
+        page for pattern in PAGES for page in sorted(ROOT.glob(pattern))
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = check(pages, Path(scratch))
+    problems = [problem for findings in found for problem in findings.problems]
+    for script in [] if names else sorted(ROOT.glob(GENERATED)):
+        checking = [sys.executable, script, "--check"]
+        done = subprocess.run(checking, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            problems.append(
+                f"{script.relative_to(ROOT)} --check\n{_tail(done.stdout + done.stderr)}"
+            )
+    print("\nnot run:")
+    for line in (line for findings in found for line in findings.not_run):
+        print(f"  {line}")
+    times = os.times()
+    cost = f"{times.children_user + times.children_system:.0f} s of processor time"
+    print("\n".join(["", *problems, f"{len(problems)} problems in {len(found)} pages, {cost}"]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--python"]:
+        serve_python()
+    else:
+        sys.exit(main(sys.argv[1:]))

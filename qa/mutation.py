@@ -1,0 +1,334 @@
+"""Mutation run: changes the mathematics one place at a time and asks the tests to notice.
+
+    python -m qa.mutation [PATTERN ...] [--jobs N]
+
+PATTERN is part of ``module.py:function``. The changes are mutmut's. Its own runner passes over
+whatever is decorated, here the compiled loops and every property; this one imports the tests once
+and forks a process for each mutant, in which the mutant's functions take the original's place. A
+test is run where it reaches the changed function, the quickest first. Survivors are printed; one
+that docs/mutation.md does not explain makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "mutation.md"
+TESTS = {
+    "fusechat_merge/methods/varm.py": [
+        "merge/methods/test_varm.py",
+        "merge/methods/test_compiled.py",
+    ],
+    "fusechat_merge/methods/sce.py": ["merge/methods/test_sce.py"],
+    "fusechat_merge/methods/blocks.py": ["merge/methods/test_varm.py", "merge/methods/test_sce.py"],
+    "fusechat_merge/methods/compiled.py": ["merge/methods/test_compiled.py"],
+    "fusechat_distill/alignment/positions.py": ["distill/alignment/test_positions.py"],
+    "fusechat_distill/alignment/vocabularies.py": ["distill/alignment/test_positions.py"],
+    "fusechat_distill/fusion/fuse.py": ["distill/fusion/test_fuse.py"],
+    "fusechat_distill/trainer/loss.py": ["distill/trainer/test_loss.py"],
+}
+MEMORY = 12 << 30
+CASES = 32
+"""Of a parametrised test so many cases are run, at most."""
+
+Reached = dict[int, set[str]]
+"""The tests that reach each line."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module's source with one change, in a function that takes these lines ("": in none)."""
+
+    path: str
+    function: str
+    lines: range
+    source: str
+    change: str
+
+    @property
+    def module(self) -> str:
+        return self.path.removesuffix(".py").replace("/", ".")
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.path).name}:{self.function}"
+
+
+def mutants(path: str, patterns: Sequence[str]) -> Iterator[Mutant]:
+    """Every mutant of a module: mutmut's of all functions, and of the numbers beside them."""
+    import libcst
+    from libcst.metadata import MetadataWrapper, PositionProvider
+    from mutmut.mutation import mutators
+    from mutmut.mutation.file_mutation import MutationVisitor
+    from mutmut.mutation.pragma_handling import IgnoredCode
+
+    def without_one_keyword(node: libcst.Call) -> Iterator[libcst.Call]:
+        for i, argument in enumerate(node.args):
+            if argument.keyword and argument.keyword.value != "strict":
+                yield node.with_changes(args=[*node.args[:i], *node.args[i + 1 :]])
+
+    def another_string(node: libcst.BaseString) -> Iterator[libcst.CSTNode]:
+        yield from islice(mutators.operator_string(node), 1)  # the rest change the case
+
+    # What puts None somewhere or leaves out an argument that must be there is a TypeError.
+    others = {mutators.operator_string, mutators.operator_arg_removal, mutators.operator_assignment}
+    operators = [
+        *((kind, change) for kind, change in mutators.mutation_operators if change not in others),
+        (libcst.BaseString, another_string),
+        (libcst.Call, without_one_keyword),
+    ]
+
+    class Visitor(MutationVisitor):
+        def _skip_node_and_children(self, node: libcst.CSTNode) -> bool:
+            if isinstance(node, libcst.FunctionDef):
+                return False  # mutmut: True if it is decorated
+            # `strict` of zip says what holds anyway.
+            if isinstance(node, libcst.Arg) and node.keyword and node.keyword.value == "strict":
+                return True
+            return isinstance(node, libcst.Decorator) or super()._skip_node_and_children(node)
+
+    source = (ROOT / path).read_text()
+    bodies = list(_functions(ast.parse(source)))
+    wrapper = MetadataWrapper(libcst.parse_module(source))
+    visitor = Visitor(operators, IgnoredCode(set(), set(), set()))
+    tree = wrapper.visit(visitor)
+    positions = wrapper.resolve(PositionProvider)
+    for mutation in visitor.mutations:
+        line = positions[mutation.original_node].start.line
+        inside = [(name, lines) for name, lines in bodies if line in lines]
+        number = isinstance(mutation.original_node, libcst.BaseNumber | libcst.BinaryOperation)
+        if not inside and not number:
+            continue  # types, and the names of what is public
+        name, lines = inside[-1] if inside else ("", range(0))
+        if not any(p in f"{Path(path).name}:{name}" for p in patterns):
+            continue
+        mutated = tree.deep_replace(mutation.original_node, mutation.mutated_node).code
+        yield Mutant(path, name, lines, mutated, _change(source, mutated))
+
+
+def _change(old: str, new: str) -> str:
+    """The lines in which two texts differ, white space aside."""
+    both = [text.split("\n") for text in (old, new)]
+    for _ in range(2):
+        while all(both) and both[0][-1] == both[1][-1]:
+            both[0].pop(), both[1].pop()
+        both = [lines[::-1] for lines in both]
+    return " → ".join(f"`{' '.join(map(str.strip, lines))}`" for lines in both)
+
+
+def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, range]]:
+    """Qualified names of functions and the lines they take, the outer before the inner ones."""
+    for child in ast.iter_child_nodes(node):
+        inner = prefix
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            inner = f"{prefix}{child.name}."
+            if isinstance(child, ast.FunctionDef):
+                yield inner[:-1], range(child.lineno, child.end_lineno + 1)
+        yield from _functions(child, inner)
+
+
+def install(mutant: Mutant, scratch: Path) -> None:
+    """Let the mutant's functions, defaults and numbers take the place of the original's.
+
+    In place, for other modules hold the functions and constants that they imported.
+    """
+    file = scratch / Path(mutant.path).name  # its own, so that numba takes nothing from a cache
+    file.write_text(mutant.source)
+    old = _function_objects(mutant.module)
+    fresh = {"__name__": mutant.module, "__file__": str(file)}
+    exec(compile(mutant.source, str(file), "exec"), fresh)
+    new = _function_objects(mutant.module, but=set(map(id, old.values())))
+    for name in old.keys() & new.keys():
+        ours, theirs = old[name], new[name]
+        for cell, changed in zip(ours.__closure__ or (), theirs.__closure__ or (), strict=True):
+            cell.cell_contents = changed.cell_contents
+        ours.__code__ = theirs.__code__
+        ours.__defaults__, ours.__kwdefaults__ = theirs.__defaults__, theirs.__kwdefaults__
+    original = vars(sys.modules[mutant.module])
+    for name, value in fresh.items():
+        if isinstance(value, int) and value != original[name]:
+            for module in list(sys.modules.values()):
+                if vars(module).get(name) is original[name] and module.__name__ != mutant.module:
+                    setattr(module, name, value)
+            original[name] = value
+
+
+def _function_objects(
+    module: str, but: Collection[int] = ()
+) -> dict[tuple[str, int], FunctionType]:
+    """A module's functions by qualified name, and by number where several share it."""
+    found = {}
+    seen: Counter[str] = Counter()
+    every = [f for f in gc.get_objects() if isinstance(f, FunctionType) and f.__module__ == module]
+    for function in sorted(every, key=lambda f: f.__code__.co_firstlineno):
+        if id(function) not in but:
+            found[function.__qualname__, seen[function.__qualname__]] = function
+            seen[function.__qualname__] += 1
+    return found
+
+
+class Runner:
+    """Takes over from pytest once it has collected the tests of one package."""
+
+    def __init__(self, wanted: list[Mutant], jobs: int) -> None:
+        self.wanted, self.jobs = wanted, jobs
+        self.survivors: list[Mutant] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.session = session
+        for path in dict.fromkeys(mutant.path for mutant in self.wanted):
+            files = {ROOT / "tests" / file for file in TESTS[path]}
+            items = [item for item in session.items if item.path in files]
+            # Torch's threads would not outlive a fork; the tokenizers' caches are worth keeping.
+            here = path.startswith("fusechat_distill")
+            reached, seconds = (self.measure if here else self.measure_apart)(path, items)
+            self.run([m for m in self.wanted if m.path == path], items, reached, seconds)
+        return True
+
+    def measure(self, path: str, items: list[pytest.Item]) -> tuple[Reached, dict[str, float]]:
+        """Which items reach each line of the module, and the processor seconds of each."""
+        from coverage import Coverage
+
+        # Without pyproject.toml's settings, which would have every fork measured.
+        coverage = Coverage(None, config_file=False, include=[str(ROOT / path)])
+        coverage.start()
+        seconds = {}
+        for item in items:
+            coverage.switch_context(item.nodeid)
+            before = time.process_time()
+            self.one(item, None)
+            seconds[item.nodeid] = time.process_time() - before
+            if self.session.testsfailed:
+                sys.exit(f"{item.nodeid} fails without a mutant")
+        coverage.stop()
+        lines = coverage.get_data().contexts_by_lineno(str(ROOT / path))
+        return {line: set(contexts) for line, contexts in lines.items()}, seconds
+
+    def measure_apart(
+        self, path: str, items: list[pytest.Item]
+    ) -> tuple[Reached, dict[str, float]]:
+        """The same in a process of its own."""
+        with tempfile.TemporaryFile() as answer:
+            pid = os.fork()
+            if not pid:
+                pickle.dump(self.measure(path, items), answer)
+                answer.flush()
+                os._exit(0)
+            os.waitpid(pid, 0)
+            answer.seek(0)
+            return pickle.load(answer)
+
+    def one(self, item: pytest.Item, following: pytest.Item | None) -> None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+    def run(
+        self,
+        wanted: list[Mutant],
+        items: list[pytest.Item],
+        reached: Reached,
+        seconds: dict[str, float],
+    ) -> None:
+        """Try the mutants of one module."""
+        running: dict[int, tuple[Mutant, Path]] = {}
+        killed = 0
+        anything = set().union(*reached.values())
+        waiting = wanted[::-1]
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                mutant = waiting.pop()
+                tests = set().union(*(reached.get(line, set()) for line in mutant.lines[1:]))
+                chosen = _some_of_each([i for i in items if i.nodeid in (tests or anything)])
+                chosen.sort(key=lambda item: seconds[item.nodeid])
+                scratch = Path(tempfile.mkdtemp(prefix="mutant-"))
+                pid = os.fork()
+                if not pid:
+                    self.attempt(mutant, chosen, seconds, scratch)
+                running[pid] = mutant, scratch
+            pid, status = os.waitpid(-1, 0)
+            mutant, scratch = running.pop(pid)
+            shutil.rmtree(scratch)
+            if status:
+                killed += 1
+            else:
+                self.survivors.append(mutant)
+                print(f"\n{mutant.name}: {mutant.change}", flush=True)
+        print(f"\n{wanted[0].path}: {len(wanted)} mutants, {killed} killed", flush=True)
+
+    def attempt(
+        self, mutant: Mutant, chosen: list[pytest.Item], seconds: dict[str, float], scratch: Path
+    ) -> None:
+        """In a process of its own: exits 0 if every test passes."""
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(scratch)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        try:
+            install(mutant, scratch)
+            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+                # Processor time: an endless loop ends by SIGPROF, a busy machine does no harm.
+                signal.setitimer(signal.ITIMER_PROF, 5 + 10 * seconds[item.nodeid])
+                self.one(item, following)
+                if self.session.testsfailed:
+                    os._exit(1)
+        except BaseException:
+            os._exit(2)
+        os._exit(0)
+
+
+def _some_of_each(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of every parametrised test at most ``CASES``."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    chance = random.Random(0)
+    return [x for group in cases.values() for x in chance.sample(group, min(len(group), CASES))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pattern", nargs="*", help="part of module.py:function; default: all")
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    explained = PAGE.read_text() if PAGE.exists() else ""
+    open_ = []
+    wanted: defaultdict[str, list[Mutant]] = defaultdict(list)
+    for path in TESTS:
+        for mutant in mutants(path, arguments.pattern or [""]):
+            wanted[path.split("/")[0]].append(mutant)
+    for package in wanted:
+        runner = Runner(wanted[package], arguments.jobs)
+        files = dict.fromkeys(file for m in wanted[package] for file in TESTS[m.path])
+        options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        pytest.main([*options, *(f"tests/{file}" for file in files)], plugins=[runner])
+        open_ += [m for m in runner.survivors if m.change not in explained]
+    if open_:
+        sys.exit(f"{len(open_)} survivors are not explained in {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

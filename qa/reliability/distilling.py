@@ -1,0 +1,661 @@
+"""Distillations under fire: crashes, races, determinism, security."""
+
+import atexit
+import contextlib
+import errno
+import functools
+import itertools
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qa.reliability.figure import Figure, Section, Tally, times
+
+CRASHES = "Crashes of a distillation"
+RACES = "Races of distillations"
+SAME = "The same distillation again"
+SECURITY = "Security of a distillation"
+
+T = TypeVar("T")
+
+STAGES = ("score", "align", "train", "evaluate")
+"""`train` fuses, trains and writes merge.yml."""
+NAMES = ("pivot", "neox")
+TIMED = ("trainer_state.json", "log.jsonl", "digests.json")
+"""Files that say how long something took, or when a file was changed."""
+
+
+def nothing() -> None: ...
+
+
+@dataclass
+class World:
+    """Small models, a recipe, and what its output holds after each stage."""
+
+    folder: Path
+    recipe: Path
+    out: Path
+    made: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def before(self, stage: str) -> Path:
+        """A copy of the output as it is when a stage begins."""
+        number = STAGES.index(stage)
+        if number:
+            self.after(STAGES[number - 1])
+        return self.folder / f"before-{stage}"
+
+    def after(self, stage: str) -> dict[str, bytes]:
+        """Files that a stage, and those before it, make when nothing happens."""
+        from click.testing import CliRunner
+
+        from fusechat_distill.cli import commands
+
+        if stage not in self.made:
+            self.restore(stage)
+            result = CliRunner().invoke(commands, [stage, str(self.recipe)])
+            assert result.exit_code == 0, result.output
+            self.made[stage] = files(self.out)
+            following = STAGES.index(stage) + 1
+            if following < len(STAGES):
+                shutil.copytree(self.out, self.folder / f"before-{STAGES[following]}")
+        return self.made[stage]
+
+    def restore(self, stage: str) -> None:
+        before = self.before(stage)
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.copytree(before, self.out)
+
+    def run(
+        self, *arguments: str, before: Callable[[], object] = nothing, recipe: Path | None = None
+    ) -> tuple[int, str]:
+        """A command in a process of its own: its status (or minus the signal), and what it said."""
+        return self.wait(*self.start(*arguments, before=before, recipe=recipe))
+
+    def start(
+        self, *arguments: str, before: Callable[[], object] = nothing, recipe: Path | None = None
+    ) -> tuple[int, Path]:
+        import torch
+
+        from fusechat_distill.cli import commands
+
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".log")
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.dup2(handle, 1)
+                os.dup2(handle, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                torch.set_num_threads(1)
+                before()
+                with contextlib.redirect_stderr(sys.stderr):
+                    commands.main([*arguments, str(recipe or self.recipe)])
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 1
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(handle)
+        return pid, Path(name)
+
+    def wait(self, pid: int, said: Path) -> tuple[int, str]:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        text = said.read_text("utf-8", "replace")
+        said.unlink()
+        return status, text
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything under a name that is not a temporary one's and not of an unfinished training."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+        and path.name not in (*TIMED, ".lock")
+        and not str(path.relative_to(out)).startswith("training/")
+        and not any(part.endswith(".part") for part in path.parts)
+    }
+
+
+@functools.cache
+def world() -> World:
+    """Made once, for all sections."""
+    import datasets
+    from transformers.utils import logging
+
+    from tests.support import chain
+
+    folder = Path(tempfile.mkdtemp(prefix="reliability-distill-")).resolve()
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    logging.disable_progress_bar()
+    chain.save_models(folder / "models")
+    recipe = chain.recipe(folder, folder / "models", count=270)
+    (folder / f"before-{STAGES[0]}").mkdir()
+    return World(folder, recipe, folder / "out")
+
+
+def some(cases: Iterable[T], scale: float) -> list[T]:
+    """All of them, or, far below scale 0.1, the first ones."""
+    listed = list(cases)
+    return listed[: times(len(listed), min(1.0, 10 * scale))]
+
+
+# ---------------------------------------------------------------------------------------- crashes
+
+
+def at_disk_calls(out: Path, do: Callable[[int, str], object]) -> Callable[[], None]:
+    """`do` is told of each call that changes the disk below `out`, just before: number and kind."""
+
+    def arm() -> None:
+        calls = 0
+
+        def one(kind: str) -> None:
+            nonlocal calls
+            calls += 1
+            do(calls, kind)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+                event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
+            )
+            if changes and str(out) in str(arguments[0]):
+                one(event)
+
+        real = os.fsync
+
+        def fsync(handle: int) -> None:
+            one("os.fsync")
+            real(handle)
+
+        os.fsync = fsync
+        sys.addaudithook(hook)
+
+    return arm
+
+
+def kill_at(number: int) -> Callable[[int, str], None]:
+    def do(call: int, kind: str) -> None:
+        if call == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return do
+
+
+def full_from(number: int) -> Callable[[int, str], None]:
+    """What is written from the n-th call on fails; files may still be renamed and removed."""
+
+    def do(call: int, kind: str) -> None:
+        if call >= number and kind in ("open", "os.mkdir", "os.fsync"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return do
+
+
+def after_seconds(seconds: float) -> Callable[[], None]:
+    def arm() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, with no clean-up
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    return arm
+
+
+def file_limit(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def partial_files(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    """Files under their final names that are not what they will be."""
+    return [name for name in found if found[name] != expected.get(name)]
+
+
+def whole_target(made: World) -> str | None:
+    """A target that is there must load, and be the one that is trained undisturbed."""
+    from transformers import AutoModelForCausalLM
+
+    target = made.out / "targets" / "neox"
+    if target.exists():
+        AutoModelForCausalLM.from_pretrained(target)
+    return None
+
+
+def crashed(made: World, stage: str, arm: Callable[[], None], *, dies: bool) -> str | None:
+    """What went wrong in a stage that was disturbed and then run again; None if nothing."""
+    from click.testing import CliRunner
+
+    from fusechat_distill.cli import commands
+
+    made.restore(stage)
+    status, said = made.run(stage, before=arm)
+    if dies and status not in (0, -signal.SIGKILL, -signal.SIGALRM):
+        return f"status {status}: {said[-300:]}"
+    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
+    if not dies and (status not in (0, 1) or len(errors) != (status == 1) or "Traceback" in said):
+        return f"status {status}: {said[-600:]}"
+    shown = CliRunner().invoke(commands, ["status", str(made.recipe), "--json"])
+    if shown.exit_code != 0:
+        return f"then `status` says: {shown.output}"
+    expected = made.after(stage)
+    if torn := partial_files(files(made.out), expected):
+        return f"partial under its final name: {torn}"
+    whole_target(made)
+    status, said = made.run(stage)
+    if status != 0:
+        return f"again: status {status}: {said[-300:]}"
+    found = files(made.out)
+    if found != expected:
+        names = sorted(found.keys() ^ expected.keys()) or partial_files(found, expected)
+        return f"another result: {names}"
+    # Of shards and targets nothing stays; of small files a killed process's hidden part may.
+    folders = [f"{kind}/{name}/" for kind in ("scores", "aligned", "fused") for name in NAMES]
+    left = [str(path.relative_to(made.out)) for path in made.out.rglob("*.part")]
+    left = [name for name in left if name.startswith((*folders, "targets/"))]
+    left += [str(path) for path in (made.out / "training").glob("*")] if stage == "train" else []
+    return f"left behind: {left}" if left else None
+
+
+def undisturbed(made: World, stage: str) -> tuple[int, float]:
+    """How many calls that change the disk a stage makes, and how many seconds it takes."""
+    made.restore(stage)
+    began = time.monotonic()
+    with tempfile.TemporaryFile(dir=made.folder) as counter:
+        one = at_disk_calls(made.out, lambda call, kind: os.write(counter.fileno(), b"."))
+        status, said = made.run(stage, before=one)
+        assert status == 0, said
+        return os.fstat(counter.fileno()).st_size, time.monotonic() - began
+
+
+CASES = {"score": 10, "align": 10, "train": 8, "evaluate": 4}
+"""Of each kind of crash."""
+
+
+KINDS = {
+    "kill -9 at a call that changes the disk": lambda made, calls, seconds, chance: at_disk_calls(
+        made.out, kill_at(chance.randint(1, calls))
+    ),
+    "kill at any moment": lambda made, calls, seconds, chance: after_seconds(
+        chance.uniform(0.01, seconds)
+    ),
+    "no space left from a call on": lambda made, calls, seconds, chance: at_disk_calls(
+        made.out, full_from(chance.randint(1, calls))
+    ),
+    "no file larger than a limit": lambda made, calls, seconds, chance: file_limit(
+        chance.randrange(1, 70_000)
+    ),
+}
+
+
+def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    made = world()
+    measured = functools.cache(functools.partial(undisturbed, made))
+    for stage, kind in some(itertools.product(STAGES, KINDS), scale):
+        tally = Tally(CRASHES, f"`{stage}`: {kind}")
+        for case in range(times(CASES[stage], scale)):
+            chance = random.Random(f"{seed}/{stage}/{kind}/{case}")
+            problem = crashed(
+                made, stage, KINDS[kind](made, *measured(stage), chance), dies="kill" in kind
+            )
+            tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+        yield tally.figure("nothing partial looks whole; the same command again: the same bytes")
+
+
+# ------------------------------------------------------------------------------------------ races
+
+PAIRS = [
+    ("run", "run", "score"),
+    ("score", "score", "score"),
+    ("score", "align", "score"),
+    ("score", "status", "score"),
+    ("align", "align", "align"),
+    ("train", "train", "train"),
+    ("train", "evaluate", "train"),
+    ("evaluate", "evaluate", "evaluate"),
+]
+"""Two commands, and the stage that the output is at when both start."""
+
+
+def clean_end(status: int, said: str) -> bool:
+    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
+    return status in (0, 1, 2) and len(errors) == (status != 0) and "Traceback" not in said
+
+
+def raced(made: World, pair: tuple[str, str], stage: str, apart: float) -> tuple[int, str | None]:
+    """How many of the two ended with an error, and what went wrong."""
+    made.restore(stage)
+    second = functools.partial(time.sleep, apart)
+    started = [made.start(pair[0]), made.start(pair[1], before=second)]
+    ended = [made.wait(*one) for one in started]
+    refused = sum(status != 0 for status, _ in ended)
+    for status, said in ended:
+        if not clean_end(status, said):
+            return refused, f"status {status}: {said[-500:]}"
+    # What evaluate says depends on which models were there.
+    found = {n: c for n, c in files(made.out).items() if not n.startswith(("evaluation", "report"))}
+    if torn := partial_files(found, made.after("evaluate")):
+        return refused, f"partial under its final name: {torn}"
+    for command in ("run", "evaluate"):
+        status, said = made.run(command)
+        if status != 0:
+            return refused, f"then {command}: status {status}: {said[-300:]}"
+    found = {n: c for n, c in files(made.out).items() if not n.startswith("evaluation/")}
+    if torn := partial_files(found, made.after("evaluate")):
+        return refused, f"another result: {torn}"
+    return refused, None
+
+
+def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    made = world()
+    for *pair, stage in some(PAIRS, scale):
+        tally = Tally(RACES, f"`{pair[0]}` beside `{pair[1]}` in one output folder")
+        refused = 0
+        for case in range(times(3, scale)):
+            apart = random.Random(f"{seed}/{pair}/{case}").choice((0.0, 0.0, 0.2, 0.6))
+            errors, problem = raced(made, (pair[0], pair[1]), stage, apart)
+            refused += errors
+            tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
+        yield tally.figure(f"{refused} refused by a line; the result is the undisturbed one's")
+
+
+# ------------------------------------------------------------------------------------ determinism
+
+
+def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    import torch
+    import yaml
+
+    made = world()
+    chance = random.Random(seed)
+    tally = Tally(SAME, "`align`, `fuse` with 2 to 4 threads")
+    for case in range(times(3, scale)):
+        made.restore("align")
+        threads = functools.partial(torch.set_num_threads, chance.choice((2, 3, 4)))
+        status, said = made.run("align", before=threads)
+        assert status == 0, said
+        assert made.run("train", before=threads)[0] == 0
+        found, expected = files(made.out), made.after("train")
+        ours = [name for name in expected if name.startswith(("aligned/", "fused/"))]
+        differing = [name for name in ours if found.get(name) != expected[name]]
+        tally.count(not differing, f"seed {seed}, case {case}: {differing}")
+    yield tally.figure("the same bytes")
+
+    if not some([True, False], scale)[1:]:
+        return
+    tally = Tally(SAME, "`score` with other `batch_tokens`, 1 to 4 threads")
+    content = yaml.safe_load(made.recipe.read_text("utf-8"))
+    identical, widest = 0, 0.0
+    for case in range(times(10, scale)):
+        made.restore("score")
+        content["scoring"]["batch_tokens"] = chance.choice((1, 50, 64, 200, 500, 1000, 4096))
+        recipe = made.folder / "batches.yaml"
+        recipe.write_text(yaml.safe_dump(content), "utf-8")
+        threads = functools.partial(torch.set_num_threads, chance.randint(1, 4))
+        status, said = made.run("score", before=threads, recipe=recipe)
+        assert status == 0, said
+        found, expected = files(made.out), made.after("score")
+        identical += found == expected
+        far = max(distance(made, name) for name in NAMES)
+        widest = max(widest, far)
+        tally.count(far < 1e-3, f"seed {seed}, case {case}: {far} apart")
+    yield tally.figure(
+        f"{identical} the same bytes; log-probabilities at most {widest:.1e} apart, since a matrix "
+        "product's sums depend on its shape"
+    )
+
+
+def distance(made: World, name: str) -> float:
+    """The largest difference of a log-probability, the k best as float16, from the undisturbed."""
+    import numpy as np
+
+    from fusechat_distill.storage.shards import ScoreStore
+
+    stores = [ScoreStore(folder / "scores" / name) for folder in (made.out, made.before("align"))]
+    assert list(stores[0]) == list(stores[1])
+    far = 0.0
+    for key in stores[0]:
+        for one, other in zip(*(store[key].responses for store in stores), strict=True):
+            assert np.array_equal(one.tokens, other.tokens)
+            far = max(far, float(np.abs(one.gold_logprobs - other.gold_logprobs).max(initial=0)))
+            # Float16 has steps of 2**-8 at 4; what is a step apart is as near as it can be.
+            steps = np.spacing(np.abs(other.logprobs)).astype(np.float64)
+            apart = np.abs(one.logprobs.astype(np.float64) - other.logprobs)
+            far = max(far, float(np.where(apart <= steps, 0.0, apart).max(initial=0)))
+    return far
+
+
+# --------------------------------------------------------------------------------------- security
+
+HARM = "import pathlib; pathlib.Path({marker!r}).touch()\n"
+MODELING = """
+from transformers import {base}Config, {base}ForCausalLM, PreTrainedTokenizerFast
+class EvilConfig({base}Config): model_type = "evil"
+class EvilModel({base}ForCausalLM): config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+class Harm:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(content | changes), "utf-8")
+
+
+def recipe_with(made: World, work: Path, **changes: Any) -> Path:
+    import yaml
+
+    content = yaml.safe_load(made.recipe.read_text("utf-8")) | {"output": str(work / "out")}
+    path = work / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | changes), "utf-8")
+    return path
+
+
+def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    made = world()
+    marker = work / "HARMED"
+    models = made.folder / "models"
+    evil = HARM.format(marker=str(marker)) + MODELING.format(base="Llama")
+    auto = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForCausalLM": "evil.EvilModel",
+        "AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"],
+    }
+
+    def model(name: str) -> Path:
+        shutil.copytree(models / "twin", work / name)
+        (work / name / "evil.py").write_text(evil)
+        return work / name
+
+    tally = Tally(SECURITY, "code that a model's or dataset's folder brings along")
+    own = model("own-kind")
+    edit(own / "config.json", model_type="evil", architectures=["EvilModel"], auto_map=auto)
+    known = model("known-kind")
+    edit(known / "config.json", auto_map=auto)
+    tokenizer = model("tokenizer")
+    edit(tokenizer / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto)
+    script = work / "dataset"
+    script.mkdir()
+    (script / "dataset.py").write_text(evil)
+    (script / "data.jsonl").write_bytes((made.folder / "chats.jsonl").read_bytes())
+    cases = {
+        "a model of a kind of its own": {"sources": [str(own)]},
+        "a model of a known kind": {"sources": [str(known)]},
+        "a tokenizer": {"sources": [str(tokenizer)]},
+        "a pivot": {"pivot": str(own)},
+        "a dataset's script": {"dataset": {"path": str(script)}},
+        "a dataset that is a script": {"dataset": {"path": str(script / "dataset.py")}},
+    }
+    for name, changes in some(cases.items(), scale):
+        for command in some(("validate", "score"), scale):
+            status, said = made.run(command, recipe=recipe_with(made, work, **changes))
+            fine = clean_end(status, said) and not marker.exists()
+            if "its own" in name:
+                fine = fine and status == 2 and "--trust-remote-code" in said
+            tally.count(fine, f"{name}, {command}: status {status}: {said[-300:]}")
+            marker.unlink(missing_ok=True)
+    yield tally.figure("not run without --trust-remote-code")
+    yield pickles(made, work, marker, scale)
+
+
+def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
+    import numpy as np
+    import torch
+
+    models = made.folder / "models"
+    tally = Tally(SECURITY, "pickles that run code, where weights, states and caches are read")
+
+    def count(what: str, status: int, said: str, expected: tuple[int, ...]) -> None:
+        fine = clean_end(status, said) and status in expected and not marker.exists()
+        tally.count(fine, f"{what}: status {status}: {said[-400:]}")
+        marker.unlink(missing_ok=True)
+
+    only, beside = work / "only-pickle", work / "beside"
+    for folder in (only, beside):
+        shutil.copytree(models / "twin", folder)
+        torch.save({"lm_head.weight": Harm(marker)}, folder / "pytorch_model.bin")
+    (only / "model.safetensors").unlink()
+    weights = [
+        ("weights only as pickle", only, (2,)),
+        ("weights as pickle beside safetensors", beside, (0,)),
+    ]
+    for what, folder, expected in some(weights, scale):
+        shutil.rmtree(work / "out", ignore_errors=True)
+        ended = made.run("score", recipe=recipe_with(made, work, sources=[str(folder)]))
+        count(what, *ended, expected)
+
+    if scale < 0.1:
+        return tally.figure("never unpickled")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        made.restore("train")
+
+        def at_the_second_checkpoint(call: int, kind: str) -> None:
+            if (made.out / "training/neox/checkpoint-2/trainer_state.json").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        status, _ = made.run("train", before=at_disk_calls(made.out, at_the_second_checkpoint))
+        checkpoint = made.out / "training/neox/checkpoint-2"
+        assert status == -signal.SIGKILL
+        assert (checkpoint / "optimizer.pt").exists()
+        torch.save(Harm(marker), checkpoint / name)
+        count(f"{name} of a checkpoint", *made.run("train"), (0, 1))
+
+    made.restore("train")
+    (vocabulary,) = (made.out / "aligned" / ".vocabularies").glob("*.npz")
+    harm = np.array([Harm(marker)], dtype=object)
+    np.savez(vocabulary, ids=harm, kinds=harm, allow_pickle=True)
+    for shard in (made.out / "aligned" / "neox").glob("*.parquet"):
+        shard.unlink()
+    count("a vocabulary map", *made.run("align"), (0, 1))
+    (work / "data.jsonl").write_bytes(pickle.dumps(Harm(marker)))
+    ended = made.run("validate", recipe=recipe_with(made, work, dataset=str(work / "data.jsonl")))
+    count("a dataset", *ended, (2,))
+    return tally.figure("never unpickled: safetensors only, and torch.load with weights_only")
+
+
+def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    """Where files are written, through which links, and who may read them."""
+    made = world()
+    tally = Tally(
+        SECURITY, "links in a brought output folder, to a file and a folder of the user's"
+    )
+    victim, precious = work / "victim", work / "precious"
+    links = [
+        *("digests.json", "merge.yml", "evaluation.json", "report/evaluation.png"),
+        *(f"scores/{n}/{f}" for n in NAMES for f in (".lock", "log.jsonl", "manifest.json")),
+        *("scores/pivot/00000000-00000256.parquet", "aligned/neox/.lock", "fused/neox/.lock"),
+        *("fused/neox/decisions.json", "training/neox/trainer_state.json"),
+        *("training/neox/processes.json", "training/neox/checkpoint-2/model.safetensors"),
+        *("targets/.neox.part/", "targets/neox/", "training/neox/data/", "evaluation/"),
+    ]
+    for link in some(links, scale):
+        shutil.rmtree(made.out, ignore_errors=True)
+        victim.write_text("mine")
+        shutil.rmtree(precious, ignore_errors=True)
+        precious.mkdir()
+        (precious / "file").write_text("mine")
+        path = made.out / link.rstrip("/")
+        path.parent.mkdir(parents=True)
+        path.symlink_to(precious if link.endswith("/") else victim)
+        commands = ("run", "evaluate") if "evaluation" in link else ("run",)
+        ended = [made.run(command) for command in commands]
+        fine = victim.read_text() == "mine" and (precious / "file").read_text() == "mine"
+        fine = fine and all(clean_end(*one) for one in ended)
+        tally.count(fine, f"{link}: {victim.read_text()[:60]!r} {ended}")
+    yield tally.figure("what they point to stays as it is")
+
+    if scale < 0.1:
+        return
+    made.restore("score")
+    kept = work / "paths"
+    with open(kept, "ab") as log:
+
+        def note(event: str, arguments: tuple[Any, ...]) -> None:
+            writes = event in ("os.rename", "os.mkdir", "os.symlink", "os.link") or (
+                event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
+            )
+            if writes:
+                for path in arguments[: 2 if event == "os.rename" else 1]:
+                    if not isinstance(path, int):
+                        os.write(log.fileno(), os.fsencode(os.path.realpath(path)) + b"\0")
+
+        for command in ("validate", "run", "evaluate", "report", "status"):
+            status, said = made.run(command, before=lambda: sys.addaudithook(note))
+            assert status == 0, said
+    tally = Tally(SECURITY, "files written in a whole run, with evaluation and report")
+    cached = 0
+    for path in sorted({os.fsdecode(name) for name in kept.read_bytes().split(b"\0") if name}):
+        cached += path.startswith(f"{made.folder}/cache")
+        fine = path.startswith((f"{made.out}", f"{made.folder}/cache", "/dev/"))
+        tally.count(fine, path)
+    yield tally.figure(
+        f"below `output`, but for {cached} in the datasets library's own cache (HF_DATASETS_CACHE)"
+    )
+
+    tally = Tally(SECURITY, "files of a run under umask 077")
+    made.restore("score")
+    for command in ("run", "evaluate"):
+        assert made.run(command, before=lambda: os.umask(0o077))[0] == 0
+    for path in made.out.rglob("*"):
+        mode = path.stat().st_mode & 0o777
+        tally.count(not mode & 0o077, f"{path.relative_to(made.out)} {mode:o}")
+    yield tally.figure("for the user alone")
+
+    tally = Tally(SECURITY, "`output` that is a model's folder, or lies in one")
+    for output in ("twin", "twin/out", "twin/targets"):
+        shutil.rmtree(work / "twin", ignore_errors=True)
+        shutil.copytree(made.folder / "models" / "twin", work / "twin")
+        before = files(work / "twin")
+        path = recipe_with(made, work, output=str(work / output), sources=[str(work / "twin")])
+        status, said = made.run("run", recipe=path)
+        after = files(work / "twin")
+        changed = [name for name in before if after.get(name) != before[name]]
+        tally.count(clean_end(status, said) and not changed, f"{output}: {changed} {said[-300:]}")
+    yield tally.figure("the model's own files stay as they are")
+
+
+SECTIONS: list[tuple[str, Section]] = [
+    ("crashes-distill", crashes),
+    ("races-distill", races),
+    ("determinism-distill", determinism),
+    ("code-distill", code),
+    ("places-distill", places),
+]

@@ -1,0 +1,80 @@
+"""Models for the sections: the tests' pico checkpoints, adapters for them, and what is in a folder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4},
+              "unk_token": "<unk>"},
+}  # fmt: skip
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
+    "eos_token": "</s>", "chat_template": "{{ messages }}",
+}  # fmt: skip
+
+
+def with_tokenizer(folder: Path) -> Path:
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+    return folder
+
+
+def adapter(folder: Path, base: Path, seed: int = 0, rank: int = 2) -> Path:
+    """A LoRA adapter with random factors for the base's query and down projections."""
+    config = json.loads((base / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, out, into in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            at = f"base_model.model.model.layers.{layer}.{module}"
+            factors[f"{at}.lora_A.weight"] = torch.randn(rank, into, generator=generator)
+            factors[f"{at}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 50
+    folder.mkdir(parents=True)
+    save_file(factors, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
+        "base_model_name_or_path": str(base), "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
+        "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def configuration(paths: Sequence[Path], method: str = "varm", **settings: Any) -> dict[str, Any]:
+    base, *targets = map(str, paths)
+    return {
+        "merge_method": method,
+        "base_model": base,
+        "models": [{"model": target} for target in targets],
+        **settings,
+    }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def digest(files: dict[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(files):
+        whole.update(json.dumps([name, len(files[name])]).encode() + files[name])
+    return whole.hexdigest()
+
+
+def work_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"

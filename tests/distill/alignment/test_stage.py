@@ -1,0 +1,333 @@
+"""The align stage over two real tokenizers' stores: join, resume, processes, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from transformers import LlamaConfig, Qwen3Config
+
+from fusechat_distill.alignment.positions import EXACT, Responses, align, match_positions
+from fusechat_distill.alignment.stage import (
+    AlignedSample,
+    AlignStage,
+    align_stages,
+    align_status,
+    aligned_samples,
+    aligned_table,
+    alignment_shares,
+    join,
+    side_by_side,
+)
+from fusechat_distill.errors import DistillError, RequestError
+from fusechat_distill.inputs.open import Inputs, open_inputs
+from fusechat_distill.recipe.schema import Alignment
+from fusechat_distill.storage.shards import (
+    ScoredResponse,
+    ScoredSample,
+    ScoreStore,
+    Shards,
+    scores_table,
+)
+from fusechat_distill.text.tokens import vocabulary
+from tests.support import real_tokenizers
+
+K = 5
+ANSWERS = [
+    ["Hello there, friend."],
+    ["日本語 and café", "  spaced out \n"],
+    ["def f(x):\n        return x + 1\n"],
+    ["Paris — and 東京 🙂."],
+    ["one", "Zwei, naïve café.", "3.14159"],
+]
+
+
+class Alone:
+    """The processes of a plain start."""
+
+    index, count = 0, 1
+
+    def first(self, work):
+        return work()
+
+    def wait(self):
+        pass
+
+
+class Silent:
+    def start(self, title, total):
+        pass
+
+    def advance(self, samples, tokens):
+        pass
+
+    def stop(self):
+        pass
+
+
+def scores(inputs: Inputs, name: str, seed: int) -> Shards:
+    """A complete store of random scores of the recipe's conversations."""
+    model = inputs.models[name]
+    size = len(vocabulary(model.renderer.tokenizer))
+    rng = np.random.default_rng(seed)
+    shards = Shards.create(inputs.scores_folder(model), inputs.scores_manifest(model))
+    for samples in shards.manifest.ranges():
+        conversations = inputs.conversations[samples.start : samples.stop]
+        found = []
+        for conversation, (rendering, _) in zip(
+            conversations, inputs.rendered(model, conversations), strict=True
+        ):
+            responses = []
+            for response in rendering.responses:
+                gold = rendering.input_ids[response.tokens()].astype(np.uint32)
+                ids = rng.choice(rendering.input_ids, (len(gold), K)).astype(np.uint32)
+                ids[:, 1:] = rng.integers(0, size, (len(gold), K - 1))
+                ids[:, 0] = gold
+                logprobs = np.log(-np.sort(-rng.dirichlet(np.full(K + 1, 0.5), len(gold)), 1))
+                responses.append(
+                    ScoredResponse(
+                        turn=response.turn,
+                        begin=response.begin,
+                        end=response.end,
+                        first=response.first,
+                        pending=response.pending,
+                        stop=response.stop,
+                        tokens=gold,
+                        ends=response.ends,
+                        ids=ids,
+                        logprobs=logprobs[:, :K].astype(np.float16),
+                        gold_logprobs=logprobs[:, 0].astype(np.float32),
+                    )
+                )
+            if responses:
+                found.append(ScoredSample(conversation.key, conversation.row, tuple(responses)))
+        shards.write(samples, scores_table(found), {})
+    return shards
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory) -> Inputs:
+    """A recipe with two sources, of the pivot's and of another family; all scored."""
+    folder = tmp_path_factory.mktemp("align")
+    for name, config, tokenizer in (
+        ("pivot", LlamaConfig, real_tokenizers.mistral()),
+        ("twin", LlamaConfig, real_tokenizers.mistral("normalizer", real_tokenizers.INSTRUCT)),
+        ("other", Qwen3Config, real_tokenizers.qwen()),
+    ):
+        tokenizer.save_pretrained(folder / name)
+        config(vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        save_file({}, folder / name / "model.safetensors", metadata={"model": name})
+    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
+        for i in range(300):
+            messages = []
+            for answer in ANSWERS[i % len(ANSWERS)]:
+                messages.append({"role": "user", "content": f"Say {i}"})
+                messages.append({"role": "assistant", "content": answer})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    (folder / "recipe.yaml").write_text(
+        f"output: {folder}/out\npivot: {folder}/pivot\n"
+        f"sources: [{{model: {folder}/twin, vocabulary: bytes}}, {folder}/other]\n"
+        f"dataset: {folder}/chats.jsonl\nmax_length: 48\nscoring: {{top_k: {K}, device: cpu}}\n"
+    )
+    inputs = open_inputs(folder / "recipe.yaml")
+    for seed, name in enumerate(inputs.models):
+        scores(inputs, name, seed)
+    return inputs
+
+
+@pytest.fixture
+def inputs(scored, tmp_path) -> Inputs:
+    """The scored recipe with an output folder of its own."""
+    shutil.copytree(scored.recipe.output_folder, tmp_path / "out")
+    return changed(scored, output=str(tmp_path / "out"))
+
+
+def changed(inputs: Inputs, **keys) -> Inputs:
+    return replace(inputs, recipe=inputs.recipe.model_copy(update=keys))
+
+
+def stages(inputs: Inputs) -> dict[str, AlignStage]:
+    return {stage.name: stage for stage in align_stages(inputs)}
+
+
+def files(stage: AlignStage) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(stage.folder.glob("*.parquet"))}
+
+
+def test_every_sample_is_aligned_as_it_is_alone(inputs):
+    for name, stage in stages(inputs).items():
+        status = stage.run(Alone(), Silent())
+        assert status.complete
+        assert status.details["samples"] == 300
+        pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
+        source = ScoreStore(inputs.scores_folder(inputs.models[name]))
+        shards = Shards.open(stage.folder)
+        vocabulary_map = stage._read_vocabulary()
+        keys = []
+        for samples in shards.manifest.ranges():
+            found = aligned_samples(shards.read(samples))
+            keys += [sample.key for sample in found]
+            for sample in found[:7]:
+                left, right = pivot[sample.key], source[sample.key]
+                at, matches, ids = 0, [], []
+                starts = {}
+                for response in right.responses:
+                    starts[response.turn] = at, response
+                    at += len(response.tokens)
+                for response in left.responses:
+                    start, other = starts[response.turn]
+                    alone = align(Responses.of([response]), Responses.of([other]), vocabulary_map)
+                    matches += [m + start if m >= 0 else -1 for m in alone.matches.tolist()]
+                    ids += alone.ids.tolist()
+                assert sample.matches.tolist() == matches
+                assert sample.ids.tolist() == ids
+                rising = sample.matches[sample.matches >= 0]
+                assert (np.diff(rising) > 0).all()
+        assert keys == list(pivot)
+
+
+def test_resuming_gives_the_same_bytes(inputs):
+    whole = stages(inputs)["other"]
+    whole.run(Alone(), Silent())
+    expected = files(whole)
+    assert len(expected) == 2
+    first, second = sorted(expected)
+    (whole.folder / second).unlink()
+    again = stages(inputs)["other"]
+    assert (again.status().done, again.status().total) == (256, 300)
+    assert again.run(Alone(), Silent()).complete
+    assert files(again) == expected
+    (whole.folder / second).write_bytes(expected[second][:100])
+    assert again.run(Alone(), Silent()).complete
+    assert files(again) == expected
+    assert (whole.folder / "quarantine" / second).exists()
+    untouched = (whole.folder / first).stat().st_mtime_ns
+    again.run(Alone(), Silent())
+    assert (whole.folder / first).stat().st_mtime_ns == untouched
+
+
+def test_two_processes_give_what_one_gives(inputs, tmp_path):
+    one = stages(inputs)["twin"]
+    one.run(Alone(), Silent())
+    expected = files(one)
+    shutil.rmtree(one.folder)
+    shards = Shards.create(one.folder, one.manifest())
+    for index in (1, 0):
+        stage = stages(inputs)["twin"]
+        stage._align(shards, shards.manifest.ranges()[index::2], Silent())
+    assert files(one) == expected
+
+
+def test_the_vocabulary_map_is_made_once(inputs, monkeypatch):
+    stage = stages(inputs)["twin"]
+    stage.run(Alone(), Silent())
+    assert stage.vocabulary_file().name.startswith("bytes-")
+    shutil.rmtree(stage.folder)
+    monkeypatch.setattr("fusechat_distill.alignment.stage.first_tokens", None)
+    stage.run(Alone(), Silent())
+    # A torn file is made again.
+    shutil.rmtree(stage.folder)
+    stage.vocabulary_file().write_bytes(b"PK")
+    with pytest.raises(TypeError):
+        stage.run(Alone(), Silent())
+
+
+@pytest.mark.parametrize("mode", ["em", "mined"])
+def test_the_same_tokenizer_loses_nothing_in_any_vocabulary(inputs, mode):
+    source = inputs.models["twin"]
+    source = replace(
+        source,
+        files=replace(source.files, spec=source.spec.model_copy(update={"vocabulary": mode})),
+    )
+    stage = AlignStage(inputs, source)
+    shares = alignment_shares(stage.run(Alone(), Silent()).details)
+    assert stage.vocabulary_file().name.startswith(f"{mode}-")
+    assert shares["mass_exact"] + shares["mass_special"] == pytest.approx(1)
+    assert shares["mass_kept"] == pytest.approx(1, abs=1e-3)
+
+
+def test_scores_that_are_not_complete_are_asked_for(inputs):
+    model = inputs.models["other"]
+    sorted(inputs.scores_folder(model).glob("*.parquet"))[1].unlink()
+    with pytest.raises(DistillError, match="other: 44 of 300 samples have no scores; run"):
+        stages(inputs)["other"].run(Alone(), Silent())
+    assert stages(inputs)["twin"].run(Alone(), Silent()).complete
+
+
+def test_another_alignment_is_refused_with_what_changed(inputs):
+    stages(inputs)["other"].run(Alone(), Silent())
+    other = changed(inputs, alignment=Alignment(vocabulary="em"))
+    with pytest.raises(RequestError, match="vocabulary was 'ms', is 'em'"):
+        stages(other)["other"].run(Alone(), Silent())
+
+
+def test_the_summary_adds_up(inputs):
+    stage = stages(inputs)["other"]
+    details = stage.run(Alone(), Silent()).details
+    pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
+    source = ScoreStore(inputs.scores_folder(inputs.models["other"]))
+    positions = matched = won = 0
+    for key in pivot:
+        left, right = pivot[key], source[key]
+        nll = []
+        for sample in (left, right):
+            lost = -sum(r.gold_logprobs.sum(dtype=np.float64) for r in sample.responses)
+            nll.append(lost / sum(r.end - r.begin for r in sample.responses))
+        won += nll[1] < nll[0]
+        for mine, theirs in zip(left.responses, right.responses, strict=False):
+            assert mine.turn == theirs.turn
+            positions += len(mine.tokens)
+            matched += 1 + int((match_positions(mine.ends[:-1], theirs.ends[:-1]) >= 0).sum())
+    assert details["positions"] == positions
+    assert details["matched"] == pytest.approx(matched, rel=0.02)  # begins and ends have rules
+    assert details["source_won"] == won
+    shares = alignment_shares(details)
+    assert all(0 <= share <= 1 for name, share in shares.items() if "entropy" not in name)
+    parts = ("exact", "mapped", "special", "dropped")
+    assert sum(shares[f"mass_{part}"] for part in parts) == pytest.approx(1)
+    assert shares["mass_exact"] > shares["mass_special"] > 0
+    assert shares["begins_matched"] > 0.9
+    assert shares["pivot_cross_entropy"] > 0
+    json.dumps(details)
+    assert align_status("other", Shards.open(stage.folder)).details == details
+
+
+def test_one_sample_side_by_side(inputs):
+    stage = stages(inputs)["other"]
+    stage.run(Alone(), Silent())
+    pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
+    source = ScoreStore(inputs.scores_folder(inputs.models["other"]))
+    shards = Shards.open(stage.folder)
+    sample = aligned_samples(shards.read(shards.manifest.ranges()[0]))[0]
+    sides = tuple(vocabulary(m.renderer.tokenizer) for m in inputs.models.values())
+    segments = side_by_side(
+        pivot[sample.key], source[sample.key], sample, (sides[0], sides[2]), entries=2
+    )
+    assert ["".join(segment.pivot) for segment in segments] == [
+        " Hello", " there", ",", " friend", ".", "<special 32000>",
+    ]  # fmt: skip
+    assert ["".join(segment.source) for segment in segments] == [
+        "Hello", " there", ",", " friend", ".", "<special 151645>",
+    ]  # fmt: skip
+    assert all(1 <= len(segment.arrived) <= 2 for segment in segments)
+    lost = sum(segment.gold_logprob[1] for segment in segments)
+    assert lost == pytest.approx(source[sample.key].responses[0].gold_logprobs.sum(), abs=1e-4)
+
+
+def test_samples_without_a_match_are_kept(inputs):
+    empty = np.zeros((0, K))
+    samples = [
+        AlignedSample("00" * 16, 3, np.full(4, -1, np.int32), empty.astype(np.uint32), empty),
+        AlignedSample("01" * 16, 4, np.array([0, -1]), np.ones((1, K)), np.ones((1, K))),
+    ]
+    found = aligned_samples(aligned_table(samples))
+    assert [len(sample.ids) for sample in found] == [0, 1]
+    assert found[1].ids.shape == (1, K)
+    assert found[0].matches.tolist() == [-1] * 4
+    assert found[1].row == 4
+    assert EXACT == 1
+    assert join([], ScoreStore(inputs.scores_folder(inputs.pivot))) is None

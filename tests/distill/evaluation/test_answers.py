@@ -1,0 +1,206 @@
+"""Answers of models: greedy, under their own template, and in the formats of two judges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusechat_distill.cli import commands
+from fusechat_distill.errors import RequestError
+from fusechat_distill.evaluation.answers import read_questions
+from tests.support import chain
+
+MT_BENCH = [
+    {"question_id": 81, "category": "writing", "turns": ["Say 1, please", "Again?"]},
+    {
+        "question_id": 82,
+        "category": "math",
+        "turns": ["Two plus two?", "And 東京?"],
+        "reference": ["4", ""],
+    },
+]
+ALPACA = [
+    {
+        "instruction": "Say it",
+        "output": "It.",
+        "generator": "text_davinci_003",
+        "dataset": "helpful_base",
+    },
+    {"instruction": "Où?", "dataset": "koala"},
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """Nothing is trained: pivot and sources answer."""
+    folder = tmp_path_factory.mktemp("answers")
+    chain.save_models(folder / "models")
+    return chain.recipe(folder, folder / "models", count=60, max_length=128)
+
+
+def run(recipe: Path, *options: object) -> Path:
+    result = CliRunner().invoke(commands, ["evaluate", str(recipe), *map(str, options)])
+    assert result.exit_code == 0, result.stderr
+    return recipe.parent / "out"
+
+
+def greedy(folder: Path, messages: list[dict], opening: str, limit: int) -> str:
+    """One token after the other, the most probable one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = tokenizer.apply_chat_template(messages, tokenize=False) + opening
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    size = len(ids)
+    longest = model.config.max_position_embeddings
+    while len(ids) < min(size + limit, longest):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    vocabulary = {i: t for t, i in tokenizer.get_vocab().items()}
+    spelt = {c: b for b, c in zip(*alphabet(), strict=True)}
+    pieces = [vocabulary[i] for i in ids[size:]]
+    said = b"".join(
+        b"" if p in tokenizer.all_special_tokens else bytes(map(spelt.__getitem__, p))
+        for p in pieces
+    )
+    return said.decode(errors="replace").strip()
+
+
+def alphabet() -> tuple[list[int], list[str]]:
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in kept]
+    return [*kept, *others], [*map(chr, kept), *(chr(256 + i) for i in range(len(others)))]
+
+
+def test_held_out_questions_side_by_side(recipe):
+    out = run(recipe, "--generate", 2)
+    found = json.loads((out / "report" / "answers.json").read_text("utf-8"))
+    assert (found["format"], found["questions"], len(found["entries"])) == (1, "held_out", 2)
+    models = yaml.safe_load(recipe.read_text("utf-8"))
+    for entry in found["entries"]:
+        folder = Path(models["pivot"])
+        chat = entry["messages"]
+        assert chat[-1]["role"] == "user"
+        rows = [
+            json.loads(line)
+            for line in (recipe.parent / "chats.jsonl").read_text("utf-8").splitlines()
+        ]
+        messages = rows[entry["id"]]["messages"]
+        assert chat == messages[: len(chat)]
+        assert entry["reference"] == messages[len(chat)]["content"]
+        expected = greedy(folder, chat, "<|im_start|>assistant\n", found["tokens"])
+        assert entry["answers"]["pivot"] == [expected]
+        neox = folder.parent / "neox"
+        expected = greedy(neox, chat, "A:", found["tokens"])
+        assert entry["answers"]["neox"] == [expected]
+    text = (out / "report" / "answers.md").read_text("utf-8")
+    for entry in found["entries"]:
+        assert f"> {entry['messages'][-1]['content']}" in text
+        assert text.count("### neox") == 2
+    before = {path: path.read_bytes() for path in (out / "answers").rglob("*") if path.is_file()}
+    run(recipe, "--generate", 2)
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(str(path.relative_to(out / "answers")) for path in before) == [
+        "held_out/alpaca_eval/neox.json",
+        "held_out/alpaca_eval/pivot.json",
+        "held_out/model_answer/neox.jsonl",
+        "held_out/model_answer/pivot.jsonl",
+        "held_out/question.jsonl",
+    ]
+
+
+def test_mt_bench_answers_have_fastchats_fields(recipe, tmp_path):
+    questions = tmp_path / "mt_bench.jsonl"
+    questions.write_text("".join(json.dumps(q) + "\n" for q in MT_BENCH), encoding="utf-8")
+    out = run(recipe, "--questions", questions) / "answers" / "mt_bench"
+    assert not (out / "alpaca_eval").exists()
+    asked = [json.loads(line) for line in (out / "question.jsonl").read_text("utf-8").splitlines()]
+    assert asked == [{k: q[k] for k in ("question_id", "category", "turns")} for q in MT_BENCH]
+    for model in ("pivot", "neox"):
+        # As fastchat.llm_judge.common reads them: by the file's name, then by question_id.
+        lines = (out / "model_answer" / f"{model}.jsonl").read_text("utf-8").splitlines()
+        answers = {line["question_id"]: line for line in map(json.loads, lines)}
+        assert list(answers) == [81, 82]
+        for line in answers.values():
+            assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+            assert line["model_id"] == model
+            assert isinstance(line["answer_id"], str)
+            assert isinstance(line["tstamp"], float)
+            (choice,) = line["choices"]
+            assert set(choice) == {"index", "turns"}
+            assert choice["index"] == 0
+            assert [type(turn) for turn in choice["turns"]] == [str, str]
+        assert len({line["answer_id"] for line in answers.values()}) == 2
+    found = json.loads((out.parents[1] / "report" / "answers.json").read_text("utf-8"))
+    (said, again) = found["entries"][0]["answers"]["pivot"]
+    messages = [
+        {"role": "user", "content": "Say 1, please"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "Again?"},
+    ]
+    models = yaml.safe_load(recipe.read_text("utf-8"))
+    expected = greedy(Path(models["pivot"]), messages, "<|im_start|>assistant\n", found["tokens"])
+    assert again == expected
+
+
+def test_questions_that_a_template_refuses(recipe, tmp_path):
+    """The first one at once, another at its second turn; one of a single turn is answered."""
+    strict = tmp_path / "strict"
+    shutil.copytree(recipe.parent / "models" / "twin", strict)
+    refuses = "{% for m in messages if m.content in ('Again?', 'Où?') %}{{ 0 // 0 }}{% endfor %}"
+    (strict / "chat_template.jinja").write_text(refuses + chain.CHATML, encoding="utf-8")
+    rows = [
+        {"question_id": 3, "turns": ["Où?", "Là?"]},
+        MT_BENCH[0],
+        {"question_id": 4, "turns": ["one"]},
+        MT_BENCH[1],
+    ]
+    questions = tmp_path / "mt.jsonl"
+    questions.write_text("".join(json.dumps(q) + "\n" for q in rows), encoding="utf-8")
+    out = run(recipe, "--questions", questions, "--model", f"strict={strict}")
+    found = json.loads((out / "report" / "answers.json").read_text("utf-8"))
+    given = [entry["answers"]["strict"] for entry in found["entries"]]
+    assert [turns and len(turns) for turns in given] == [None, None, 1, 2]
+    assert [len(entry["answers"]["pivot"]) for entry in found["entries"]] == [2, 2, 1, 2]
+    text = (out / "report" / "answers.md").read_text("utf-8")
+    assert text.count("### strict\n\n(its template refuses the question)\n") == 2
+    lines = (out / "answers" / "mt" / "model_answer" / "strict.jsonl").read_text("utf-8")
+    assert [json.loads(line)["question_id"] for line in lines.splitlines()] == [4, 82]
+
+
+def test_alpaca_eval_outputs_have_its_fields(recipe, tmp_path):
+    questions = tmp_path / "alpaca_eval.json"
+    questions.write_text(json.dumps(ALPACA), encoding="utf-8")
+    out = run(recipe, "--questions", questions) / "answers" / "alpaca_eval" / "alpaca_eval"
+    for model in ("pivot", "neox"):
+        rows = json.loads((out / f"{model}.json").read_text("utf-8"))
+        assert [row["instruction"] for row in rows] == ["Say it", "Où?"]
+        assert [row["dataset"] for row in rows] == ["helpful_base", "koala"]
+        for row in rows:
+            assert set(row) == {"dataset", "instruction", "output", "generator"}
+            assert row["generator"] == model
+            assert isinstance(row["output"], str)
+            assert row["output"] != "It."
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"question_id": 1}', '[{"prompt": "x"}]', '{"question_id": "a", "turns": ["x"]}',
+     '{"question_id": 1, "turns": []}', '{"question_id": 1, "turns": [3]}', "[1]", "not json"],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=r"neither MT-Bench's|holds no question"):
+        read_questions(path)
+    with pytest.raises(RequestError, match="can't be read"):
+        read_questions(tmp_path / "gone.jsonl")

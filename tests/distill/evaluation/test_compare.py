@@ -1,0 +1,483 @@
+"""`evaluate` from the command line: what is compared, on which rows, kept, resumed, refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from datasets import ClassLabel, Dataset, Features, Value
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusechat_distill.cli import commands
+from fusechat_distill.evaluation import compare
+from fusechat_distill.evaluation.bootstrap import Losses, bootstrap, holm
+from fusechat_distill.evaluation.candidates import Evaluated
+from fusechat_distill.evaluation.compare import compared
+from fusechat_distill.evaluation.page import tables, write_picture
+from fusechat_distill.fusion.stage import held_out
+from fusechat_distill.inputs.open import open_inputs
+from fusechat_distill.storage.processes import Processes
+from fusechat_distill.text.conversations import Conversations
+from tests.support import chain
+from tests.support.chain import in_child, kill_at
+
+DOMAINS = ("code", "prose")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(commands, ["evaluate", *(str(argument) for argument in arguments)])
+
+
+def write_rows(path: Path) -> None:
+    """Rows with a domain; the first one twice."""
+    rows = [row | {"domain": DOMAINS[i % 3 == 0]} for i, row in enumerate(chain.rows(200))]
+    chain.write_rows(path, [rows[0], *rows])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A recipe whose one target is trained, and models beside it."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    chain.save_models(folder / "models")
+    path = chain.recipe(folder, folder / "models", max_length=128, dataset={"eval_fraction": 0.2})
+    write_rows(folder / "chats.jsonl")
+    result = CliRunner().invoke(commands, ["run", str(path)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture
+def recipe(made, tmp_path) -> Path:
+    """The same recipe with an output of its own."""
+    content = yaml.safe_load(made.read_text("utf-8"))
+    fresh = shutil.ignore_patterns("evaluation", "evaluation.json", "report")
+    shutil.copytree(content["output"], tmp_path / "out", ignore=fresh)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | {"output": str(tmp_path / "out")}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(made) -> dict:
+    models = made.parent / "models"
+    result = run(
+        made, "--model", f"two={models / 'twin'}", "--model", f"two={models / 'pivot'}", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def bits(folder: str, made: Path) -> dict[str, tuple[float, int]]:
+    """Each held-out conversation's bits and bytes, densely; for templates with clean edges."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = open_inputs(made)
+    sums = {}
+    for conversation in inputs.conversations[: len(inputs.conversations)]:
+        if not held_out(conversation.key, 0.2):
+            continue
+        messages = [message._asdict() for message in conversation.messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total, size, at = 0.0, 0, 0
+        for message in conversation.messages:
+            if message.role != "assistant":
+                continue
+            begin = text.index(message.content, at)
+            at = begin + len(message.content)
+            size += len(message.content.encode())
+            inside = [i for i, (a, b) in enumerate(batch["offset_mapping"]) if a < at and b > begin]
+            total -= sum(float(logprobs[i - 1, ids[i]]) for i in inside) / math.log(2)
+        sums[conversation.key] = total, size
+    return sums
+
+
+def test_bits_per_byte_are_those_of_a_dense_forward(made, found):
+    recipe = yaml.safe_load(made.read_text("utf-8"))
+    target = Path(recipe["output"]) / "targets" / "neox"
+    assert list(found["models"]) == ["pivot", "neox", "target neox", "two"]
+    for name, folder in (("pivot", recipe["pivot"]), ("target neox", str(target))):
+        sums = bits(folder, made)
+        rate = sum(b for b, _ in sums.values()) / sum(size for _, size in sums.values())
+        of_all = found["models"][name]["groups"]["all"]
+        assert of_all["value"] == pytest.approx(rate, rel=1e-5)
+        assert of_all["low"] < rate < of_all["high"]
+        data = found["dataset"]
+        assert data["conversations"] == len(sums)
+        assert data["answers"] == data["counted"]
+        assert data["bytes"] == sum(size for _, size in sums.values())
+    two = found["models"]["two"]
+    assert two["role"] == "model"
+    assert len(two["paths"]) == 2
+    pivot = found["models"]["pivot"]["groups"]["all"]["value"]
+    assert two["groups"]["all"]["seeds"][1] == pytest.approx(pivot, rel=1e-12)
+
+
+def test_rows_and_groups_are_the_held_out_ones(made, found):
+    inputs = open_inputs(made)
+    rows = [i for i, key in enumerate(inputs.conversations.keys) if held_out(key, 0.2)]
+    kept = {inputs.conversations.keys[i]: i for i in reversed(rows)}
+    assert found["dataset"]["copies"] == len(rows) - len(kept)
+    written = [
+        json.loads(line) for line in (made.parent / "chats.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert found["dataset"]["column"] == "domain"
+    assert list(found["groups"]) == ["all", *DOMAINS]
+    for domain in DOMAINS:
+        count = sum(written[i]["domain"] == domain for i in kept.values())
+        assert found["groups"][domain]["conversations"] == count > 0
+    assert found["groups"]["all"]["conversations"] == len(kept)
+
+
+def test_what_is_a_group():
+    features = Features(
+        {
+            "messages": [{"role": Value("string"), "content": Value("string")}],
+            "group": ClassLabel(names=["red", "blue"]),
+            "source": Value("string"),
+            "domain": [Value("string")],
+        }
+    )
+    rows = [
+        row | {"group": i % 2, "source": None, "domain": []} for i, row in enumerate(chain.rows(4))
+    ]
+    rows[1]["messages"] = []
+    conversations = Conversations(Dataset.from_list(rows, features=features))
+    assert conversations.labels("group") == ["red", "red", "blue"]
+    assert conversations.labels("source") == ["(none)"] * 3
+    assert conversations.labels("domain") is conversations.labels("topic") is None
+
+
+def test_addresses_are_no_groups(tmp_path, made, caplog):
+    path = chain.recipe(
+        tmp_path, made.parent / "models", count=200, max_length=128, dataset={"eval_fraction": 0.3}
+    )
+    rows = [row | {"source": f"https://{i}"} for i, row in enumerate(chain.rows(200))]
+    chain.write_rows(tmp_path / "chats.jsonl", rows)
+    result = run(path, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert list(json.loads(result.stdout)["groups"]) == ["all"]
+    assert "too many for groups" in caplog.text
+
+
+def test_differences_and_p_values(made, found):
+    recipe = yaml.safe_load(made.read_text("utf-8"))
+    first, second = (
+        bits(folder, made)
+        for folder in (str(Path(recipe["output"]) / "targets/neox"), recipe["pivot"])
+    )
+    sizes = np.array([size for _, size in first.values()], float)
+    models = {
+        name: Losses(np.array([[b for b, _ in sums.values()]]), sizes)
+        for name, sums in (("a", first), ("b", second))
+    }
+    expected = bootstrap(models, [("a", "b")])[1]["a", "b"]
+    pair = found["pairs"][0]
+    assert (pair["a"], pair["b"], pair["scope"]) == ("target neox", "pivot", "this checkpoint only")
+    of_all = pair["groups"]["all"]
+    for part, interval in (("difference", expected.absolute), ("relative", expected.relative)):
+        shown = of_all[part]
+        assert shown["value"] == pytest.approx(interval.value, rel=1e-3)
+        assert (shown["low"], shown["high"]) == pytest.approx(
+            (interval.low, interval.high), rel=1e-2
+        )
+    for groups in (["all"], list(DOMAINS)):
+        tests = [pair["groups"][group] for group in groups for pair in found["pairs"]]
+        assert [test["p_holm"] for test in tests] == holm([test["p"] for test in tests])
+    for pair in found["pairs"]:
+        for of_group in pair["groups"].values():
+            shown = of_group["p_holm"] < 0.05
+            better = of_group["difference"]["value"] < 0
+            assert of_group["verdict"] == (
+                ("better" if better else "worse") if shown else "no difference shown"
+            )
+    scopes = {(pair["a"], pair["b"]): pair["scope"] for pair in found["pairs"]}
+    assert scopes == {
+        ("target neox", "pivot"): "this checkpoint only",
+        ("two", "pivot"): "seeds and samples",
+        ("two", "target neox"): "seeds of two, this checkpoint of target neox",
+    }
+
+
+def test_the_pairs_that_matter():
+    roles = {
+        "pivot": "pivot", "one": "source", "target one": "target", "sft": "model", "merge": "model",
+    }  # fmt: skip
+    models = [Evaluated(name, role, ()) for name, role in roles.items()]
+    assert set(compared(models)) == {
+        ("target one", "pivot"),
+        ("target one", "sft"),
+        ("sft", "pivot"),
+        ("merge", "pivot"),
+        ("merge", "sft"),
+        ("merge", "target one"),
+    }
+    models[2] = Evaluated("target sft", "target", ())
+    assert ("merge", "target sft") in compared([m for m in models if m.name != "sft"])
+
+
+def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, monkeypatch):
+    loaded: list[str] = []
+
+    load = compare.load_scorer
+    monkeypatch.setattr(
+        compare,
+        "load_scorer",
+        lambda what, model, processes: loaded.append(model.name) or load(what, model, processes),
+    )
+    twin = recipe.parent / "twin"
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    shutil.copytree(Path(content["pivot"]).parent / "twin", twin)
+    first = run(recipe, "--model", f"twin={twin}", "--json")
+    assert loaded == ["pivot", "neox", "target neox", f"--model twin={twin}"]
+    out = recipe.parent / "out"
+    picture = (out / "report" / "evaluation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert json.loads((out / "evaluation.json").read_text("utf-8")) == json.loads(first.stdout)
+    loaded.clear()
+    again = run(recipe, "--model", f"twin={twin}", "--json")
+    assert (again.stdout, loaded) == (first.stdout, [])
+    assert (out / "report" / "evaluation.png").read_bytes() == picture
+    weights = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32)
+    with torch.no_grad():
+        weights.get_output_embeddings().weight.mul_(1.5)
+    weights.save_pretrained(twin)
+    assert run(recipe, "--model", f"twin={twin}", "--json").stdout != first.stdout
+    assert loaded == [f"--model twin={twin}"]
+    damaged = next((out / "evaluation").glob("*.json"))
+    damaged.write_text("{", encoding="utf-8")
+    assert run(recipe).exit_code == 0
+    assert len(loaded) == 2
+    # A file under another's name is not taken for it.
+    one, other, *_ = (out / "evaluation").glob("*.json")
+    one.write_bytes(other.read_bytes())
+    table = run(recipe, "--model", f"twin={twin}").stdout
+    assert len(loaded) == 3
+    assert "target neox vs pivot*" in " ".join(table.split())
+    assert "source neox" in table
+
+
+def test_killed_and_started_again(recipe, found):
+    """The kill comes when the second model's numbers are about to get their name."""
+    assert in_child(lambda: run(recipe), kill_at("/evaluation/", 4)) == -signal.SIGKILL
+    folder = recipe.parent / "out" / "evaluation"
+    assert len(list(folder.glob("*.json"))) == 1
+    assert not (recipe.parent / "out" / "evaluation.json").exists()
+    (before,) = ((path, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
+    result = run(recipe, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert before[0].stat().st_mtime_ns == before[1]
+    models = json.loads(result.stdout)["models"]
+    for name in ("pivot", "neox", "target neox"):
+        assert models[name]["groups"] == found["models"][name]["groups"]
+
+
+def test_an_unfinished_target_is_listed(recipe):
+    target = recipe.parent / "out" / "targets" / "neox"
+    shutil.rmtree(target)
+    result = run(recipe, "--json")
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert shown["unfinished"] == ["neox"]
+    assert shown["pairs"] == []
+    assert "target neox: not there yet" in run(recipe).stdout
+
+
+def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe, monkeypatch):
+    target = recipe.parent / "out" / "targets" / "neox"
+    (target / "tokenizer.json").unlink()
+    (target / "tokenizer_config.json").unlink()
+    result = run(recipe)
+    assert result.exit_code == 2
+    assert "target neox: holds no tokenizer; copy the tokenizer's files" in result.stderr
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    content["training"]["lambda"] = 0.25
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    result = run(recipe)
+    assert result.exit_code == 2
+    assert f"target neox: {target} was made otherwise (training.lambda was 0.5" in result.stderr
+
+
+def test_it_runs_in_one_process(made, monkeypatch):
+    class Two(Processes):
+        def __init__(self, device):
+            super().__init__(device)
+            self.count = 2
+
+    monkeypatch.setattr("fusechat_distill.storage.processes.Processes", Two)
+    result = run(made)
+    assert result.exit_code == 2
+    assert "evaluate: runs in one process, on all devices of the machine; start it" in result.stderr
+
+
+def with_template(model: Path, folder: Path, refuses: str) -> Path:
+    shutil.copytree(model, folder)
+    template = "{{ raise_exception('no') if " + refuses + " }}" + chain.CHATML
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def test_only_answers_that_all_models_can_be_given_count(recipe, made):
+    twin = made.parent / "models" / "twin"
+    short = with_template(twin, recipe.parent / "short", "messages | length > 2")
+    long = with_template(twin, recipe.parent / "long", "messages | length == 2")
+    one = ("--model", f"short={short}")
+    result = run(recipe, *one)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((recipe.parent / "out" / "evaluation.json").read_text("utf-8"))
+    left = found["models"]["short"]["left_out"]
+    assert found["dataset"]["counted"] == found["dataset"]["answers"] - left
+    assert 0 < left < found["dataset"]["answers"]
+    shown = " ".join(result.stdout.split())
+    assert f"short: could not be given {left} answers; not counted for any" in shown
+    result = run(recipe, *one, "--model", f"long={long}")
+    assert result.exit_code == 1
+    assert "there is no held-out answer that all models could be given" in result.stderr
+
+
+def test_a_model_that_gives_nan_is_not_evaluated(recipe, made):
+    bad = recipe.parent / "bad"
+    shutil.copytree(made.parent / "models" / "twin", bad)
+    model = AutoModelForCausalLM.from_pretrained(bad, dtype=torch.float32)
+    read = AutoTokenizer.from_pretrained(bad)(chain.ANSWERS[3], add_special_tokens=False)
+    model.model.embed_tokens.weight.data[read.input_ids[:4]] = float("nan")
+    model.save_pretrained(bad)
+    result = run(recipe, "--model", f"bad={bad}")
+    assert result.exit_code == 1
+    assert f"evaluate bad ({bad}): NaN or Inf in its output for " in result.stderr
+    assert "evaluate it in another dtype" in result.stderr
+
+
+def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
+    """As of one held-out conversation, and of models that all have several seeds."""
+
+    def shown(content: dict) -> str:
+        stream = io.StringIO()
+        content["groups"] = {"all": found["groups"]["all"]}
+        for table in tables(content):
+            Console(file=stream, width=200).print(table)
+        return stream.getvalue()
+
+    bare, several = copy.deepcopy(found), copy.deepcopy(found)
+    for entry in (*bare["models"].values(), *bare["pairs"]):
+        for group in entry["groups"].values():
+            for interval in (group, group.get("difference"), group.get("relative")):
+                if interval:
+                    interval |= {"low": None, "high": None}
+    relative = found["pairs"][0]["groups"]["all"]["relative"]
+    text = shown(bare)
+    assert f"{relative['value']:+.2%}" in text
+    assert "[" not in text
+    assert "±0" not in text
+    write_picture(bare, tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    several["pairs"] = [pair for pair in found["pairs"] if pair["scope"] == "seeds and samples"]
+    text = shown(several)
+    assert "two vs pivot" in text
+    assert "*" not in text
+
+
+def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch):
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    models = Path(content["pivot"]).parent
+    bare = recipe.parent / "bare"
+    shutil.copytree(models / "twin", bare, ignore=shutil.ignore_patterns("token*", "chat*"))
+    pickled = recipe.parent / "pickled"
+    shutil.copytree(models / "twin", pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    seen = recipe.parent / "seen"
+    shutil.copytree(models / "twin", seen)
+    made_of = {"dataset": {"path": content["dataset"]["path"], "eval_fraction": 0.01}}
+    (seen / "fusechat_distill.json").write_text(json.dumps(made_of), encoding="utf-8")
+    torn, orphan = recipe.parent / "torn", recipe.parent / "orphan"
+    for folder, adapter in ((torn, "{"), (orphan, '{"base_model_name_or_path": "./nowhere"}')):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(adapter, encoding="utf-8")
+    shutil.copy(models / "twin" / "tokenizer.json", orphan)
+    (orphan / "adapter_model.safetensors").write_bytes(b"")
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(
+        "fusechat_distill.evaluation.compare.load_scorer",
+        lambda *a: pytest.fail("weights were read"),
+    )
+    options = [
+        f"gone={recipe.parent}/gone", "some/where", f"pivot={models}/twin", f"neox={models}/twin",
+        f"bare={bare}", f"pickled={pickled}", f"seen={seen}", f"x={models}/twin", f"y={models}/twin",
+        f"torn={torn}", f"orphan={orphan}",
+    ]  # fmt: skip
+    questions = recipe.parent / "questions.jsonl"
+    questions.write_text('{"question": "What?"}\n', encoding="utf-8")
+    result = run(recipe, *(a for o in options for a in ("--model", o)), "--questions", questions)
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert lines[0].endswith("has 13 problems:")
+    for named, said in (
+        ("gone=", "there is no such folder"),
+        ("some/where", "should be NAME=PATH"),
+        ("pivot=", "the recipe has a model pivot already"),
+        ("neox=", "the recipe has a model neox already"),
+        ("bare=", "holds no tokenizer"),
+        ("pickled=", "has no weights in safetensors"),
+        ("seen=", "was trained with eval_fraction 0.01"),
+        ("y=", "is the same folder as --model x="),
+        ("torn=", "holds no tokenizer"),
+        ("torn=", "has adapter_config.json, but no adapter_model.safetensors"),
+        ("torn=", "its adapter_config.json can't be read: "),
+        ("orphan=", "its base model ./nowhere: there is no such folder"),
+    ):
+        assert any(line.startswith(f"  --model {named}") and said in line for line in lines), named
+    assert any("--questions" in line and "neither MT-Bench's" in line for line in lines)
+    assert asked == []
+    assert not (recipe.parent / "out" / "evaluation").exists()
+
+
+def test_nothing_held_out_is_an_error(tmp_path, made):
+    models = made.parent / "models"
+    path = chain.recipe(tmp_path, models, count=20, dataset={"eval_fraction": 0.0})
+    result = run(path)
+    assert result.exit_code == 2
+    assert "dataset.eval_fraction: 0 holds out none of the 20 conversations" in result.stderr
+
+
+def test_a_merge_without_template_and_an_adapter(recipe):
+    """The pivot's template stands in; an adapter is its base and what it adds."""
+    from peft import LoraConfig, get_peft_model
+
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    pivot = Path(content["pivot"])
+    bare, adapter = recipe.parent / "bare", recipe.parent / "adapter"
+    shutil.copytree(pivot, bare)
+    (bare / "chat_template.jinja").unlink()
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(pivot), lora)
+    adapted.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(pivot).save_pretrained(adapter)
+    whole = recipe.parent / "whole"
+    shutil.copytree(pivot, whole)
+    adapted.merge_and_unload().save_pretrained(whole)
+    named = {"bare": bare, "adapter": adapter, "whole": whole}
+    result = run(recipe, *(a for n, p in named.items() for a in ("--model", f"{n}={p}")), "--json")
+    assert result.exit_code == 0, result.stderr
+    values = {
+        n: m["groups"]["all"]["value"] for n, m in json.loads(result.stdout)["models"].items()
+    }
+    assert values["bare"] == values["pivot"]
+    assert values["adapter"] == pytest.approx(values["whole"], rel=1e-5)
+    assert values["adapter"] != pytest.approx(values["pivot"], rel=1e-4)

@@ -1,0 +1,202 @@
+"""Checkpoints as they lie on disk: what is read from headers, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fusechat_merge.inputs.checkpoint import CheckpointError, Folder, read_checkpoint
+
+TENSORS = {
+    "model.a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "model.b": torch.arange(5, dtype=torch.float32),
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "empty": torch.zeros(0, 4, dtype=torch.float16),
+    "größe": torch.tensor([True, False]),
+}
+
+
+def read(folder: Path):
+    return read_checkpoint(Folder(folder), "m")
+
+
+def problems(folder: Path) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        read(folder)
+    return caught.value.problems
+
+
+def write_raw(path: Path, header: object, data: bytes = b"", pad: int = 0) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(raw) + pad).to_bytes(8, "little") + raw + b" " * pad + data)
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def write_sharded(folder: Path) -> None:
+    save_file({"a": torch.ones(2)}, folder / "x-1.safetensors")
+    save_file({"b": torch.ones(3), "c": torch.ones(1)}, folder / "x-2.safetensors")
+    weight_map = {"a": "x-1.safetensors", "b": "x-2.safetensors", "c": "x-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_locations_point_at_the_bytes_that_safetensors_reads(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = read(tmp_path)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    assert set(checkpoint.tensors) == set(TENSORS)
+    with safe_open(tmp_path / "model.safetensors", "pt") as reference:
+        for name, at in checkpoint.tensors.items():
+            expected = reference.get_tensor(name)
+            assert at.shape == tuple(expected.shape)
+            assert at.numel == expected.numel()
+            assert raw[at.offset : at.offset + at.nbytes] == (
+                expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+                if expected.numel()
+                else b""
+            )
+    assert checkpoint.files["model.safetensors"].size == len(raw)
+
+
+def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
+    header = {"late": entry("U8", [2], 1, 3), "early": entry("U8", [1], 0, 1)}
+    write_raw(tmp_path / "model.safetensors", header, b"abc", pad=5)
+    assert list(read(tmp_path).tensors) == ["early", "late"]
+
+
+def test_the_index_decides_and_is_preferred_to_a_single_file(tmp_path):
+    write_sharded(tmp_path)
+    save_file({"stray": torch.ones(1)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["c"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = read(tmp_path)
+    assert list(checkpoint.tensors) == ["a", "b"]
+    assert checkpoint.unlisted == {"c": "x-2.safetensors"}
+
+
+def test_a_hub_cache_of_symlinks_is_read(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    write_sharded(blobs)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    assert list(read(snapshot).tensors) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ("/etc/x.safetensors", "not a plain name"),
+        ("../x.safetensors", "not a plain name"),
+        ("sub/x.safetensors", "not a plain name"),
+        ("..\\x.safetensors", "not a plain name"),
+        ("C:x.safetensors", "not a file name to be trusted"),
+        ("x\x00.safetensors", "not a file name to be trusted"),
+        ("pytorch_model.bin", "convert it once"),
+        ("gone.safetensors", "the index lists gone.safetensors, which is not there"),
+    ],
+)
+def test_index_names_that_are_not_followed(tmp_path, listed, message):
+    write_sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | {"d": listed}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (found,) = problems(tmp_path)
+    assert message in found
+
+
+def test_an_index_that_places_a_tensor_where_it_is_not(tmp_path):
+    write_sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | {"d": "x-1.safetensors"}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert problems(tmp_path) == ["m: the index places d in x-1.safetensors, which doesn't hold it"]
+
+
+def test_every_damaged_shard_is_named_at_once(tmp_path):
+    write_sharded(tmp_path)
+    for name in ("x-1.safetensors", "x-2.safetensors"):
+        raw = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(raw[:-1])
+    found = problems(tmp_path)
+    assert found == [
+        "m: x-1.safetensors: 'a' ends at byte 8 of 7: truncated",
+        "m: x-2.safetensors: 'c' ends at byte 16 of 15: truncated",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"abc", "overlap"),
+        ({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, b"abc", "leave a hole"),
+        ({"a": entry("U8", [1], 0, 1)}, b"abc", "2 bytes after the last tensor belong to none"),
+        ({"a": entry("F32", [1], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
+        ({"a": entry("U8", [1 << 62, 1 << 62], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
+        ({"a": entry("U8", [0, 1 << 63], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
+        ({"a": entry("F4", [3], 0, 2)}, b"ab", "doesn't take the 2 bytes"),
+        ({"a": entry("U8", [2], 2, 0)}, b"ab", "doesn't take the -2 bytes"),
+        ({"a": entry("U8", [-1], 0, 2)}, b"ab", "list of sizes"),
+        ({"a": entry("U8", [True, 2], 0, 2)}, b"ab", "list of sizes"),
+        ({"a": entry("U8", [2.0], 0, 2)}, b"ab", "list of sizes"),  # type: ignore[list-item]
+        ({"a": entry("Q4", [2], 0, 2)}, b"ab", "unknown dtype"),
+        ({"a": {"dtype": ["U8"], "shape": [2], "data_offsets": [0, 2]}}, b"ab", "unknown dtype"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0]}}, b"ab", "pair of byte offsets"),
+        ({"a": {"dtype": "U8", "shape": [2]}}, b"ab", "needs dtype, shape and data_offsets"),
+        ({"a": 3}, b"ab", "needs dtype, shape and data_offsets"),
+        ({"__metadata__": {"x": 1}}, b"", "may map strings to strings"),
+        (b'{"a": 1, "a": 2}', b"", "occurs twice"),
+        (b'{"\\ud800": 1}', b"", "no valid text"),
+        (b"[]", b"", "a JSON object belongs here"),
+        (b"\xff{}", b"", "not to be read as JSON"),
+        (b'{"a":' + b"[" * 100_000, b"", "not to be read as JSON"),
+        (b'{"a":' + b"9" * 10_000 + b"}", b"", "not to be read as JSON"),
+    ],
+)
+def test_headers_that_are_refused(tmp_path, header, data, message):
+    write_raw(tmp_path / "model.safetensors", header, data)
+    (found,) = problems(tmp_path)
+    assert found.startswith("m: model.safetensors: ")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "too short"),
+        (b"\x02\0\0\0", "too short"),
+        ((1 << 63).to_bytes(8, "little") + b"{}", "can't be"),
+        ((200).to_bytes(8, "little") + b"{}", "truncated"),
+    ],
+)
+def test_lengths_that_are_refused(tmp_path, raw, message):
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    assert message in problems(tmp_path)[0]
+
+
+def test_a_pipe_is_no_weights_file(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "holds neither" in problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("pytorch_model.bin", "pickled (pytorch_model.bin), which can run code; convert it once"),
+        ("model.gguf", "GGUF"),
+        ("adapter_config.json", "is an adapter; name it together with its model: MODEL+m"),
+        ("README.md", "holds neither model.safetensors nor"),
+    ],
+)
+def test_other_formats_are_named_with_the_remedy(tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    assert message in problems(tmp_path)[0]

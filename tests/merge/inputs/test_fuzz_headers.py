@@ -1,0 +1,168 @@
+"""Generated and damaged safetensors files: refused with a reason or read as safetensors reads them.
+
+Run as a program it checks the given number of files more, from a seed:
+``python test_fuzz_headers.py 2000000 0``.
+"""
+
+import json
+import random
+import sys
+import time
+
+import pytest
+import safetensors
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fusechat_merge.inputs.checkpoint import CheckpointError, parse_header
+
+DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "I64": 8, "F8_E4M3": 1}
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+def built(tensors: list[tuple[str, str, list[int]]], pad: int) -> bytes:
+    header, position = {}, 0
+    for name, dtype, shape in tensors:
+        length = DTYPES[dtype]
+        for n in shape:
+            length *= n
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [position, position + length],
+        }
+        position += length
+    raw = json.dumps(header).encode() + b" " * pad
+    return len(raw).to_bytes(8, "little") + raw + bytes(position)
+
+
+def locations(raw: bytes):
+    return parse_header(lambda offset, length: raw[offset : offset + length], len(raw), "f")
+
+
+def check(raw: bytes) -> bool:
+    """Whether it was accepted; then safetensors must see the same tensors in the same bytes."""
+    try:
+        found = locations(raw)
+    except CheckpointError as error:
+        assert error.problems
+        return False
+    expected = dict(safetensors.deserialize(raw))
+    assert set(found) == set(expected)
+    for name, at in found.items():
+        assert list(at.shape) == list(expected[name]["shape"])
+        assert raw[at.offset : at.offset + at.nbytes] == bytes(expected[name]["data"])
+    return True
+
+
+TENSORS = st.lists(
+    st.tuples(st.text(max_size=6), st.sampled_from(sorted(DTYPES)), SHAPES),
+    max_size=4,
+    unique_by=lambda t: t[0],
+).filter(lambda tensors: all(name != "__metadata__" for name, _, _ in tensors))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(TENSORS, st.integers(0, 9))
+@example([("a", "U8", [0, 3]), ("b", "U8", [0])], 0)
+def test_what_is_well_formed_is_accepted(tensors, pad):
+    assert check(built(tensors, pad))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(TENSORS, st.data())
+def test_damage_is_refused_or_harmless(tensors, data):
+    raw = bytearray(built(tensors, 0))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damage(raw, random.Random(data.draw(st.integers(0, 1 << 32))))
+    check(bytes(raw))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.dictionaries(st.text(max_size=5), JUNK, max_size=3), st.binary(max_size=8))
+def test_any_json_is_refused_or_read(header, data):
+    raw = json.dumps(header).encode()
+    check(len(raw).to_bytes(8, "little") + raw + data)
+
+
+@pytest.mark.parametrize(
+    "name", [b"\\ud800", b"\\ud800\\u0041", b"\\udc00", b"\\ud83d\\ude00", b"\\\\ud800"]
+)
+def test_half_a_surrogate_pair_is_no_name(name):
+    raw = b'{"' + name + b'":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    assert check(len(raw).to_bytes(8, "little") + raw) == (
+        name in {b"\\ud83d\\ude00", b"\\\\ud800"}
+    )
+
+
+@pytest.mark.parametrize(
+    "number", ["0", "-0", "0.0", "18446744073709551615", "18446744073709551616"]
+)
+def test_a_number_is_one_of_64_bits(number):
+    raw = b'{"a":{"dtype":"U8","shape":[0,%s],"data_offsets":[0,0]}}' % number.encode()
+    assert check(len(raw).to_bytes(8, "little") + raw) == (number in {"0", "18446744073709551615"})
+
+
+@pytest.mark.parametrize("value", ["null", "1.0", "1e400", "-1e400", "NaN", "Infinity", "9" * 400])
+def test_what_is_not_looked_at_must_be_json_all_the_same(value):
+    entry = b'"shape":[0],"data_offsets":[0,0]'
+    raw = b'{"a":{"dtype":"U8",%s,"more":%s}}' % (entry, value.encode())
+    assert check(len(raw).to_bytes(8, "little") + raw) == (value in {"null", "1.0"})
+
+
+def test_no_metadata():
+    raw = b'{"__metadata__":null}'
+    assert check(len(raw).to_bytes(8, "little") + raw)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=64))
+def test_any_bytes_are_refused_or_read(raw):
+    check(raw)
+
+
+TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"-1", b"0", b"1e9", b"NaN", b"null", b"\\ud800",
+          b"99999999999999999999", b'"dtype"', b'"U8"', b'"shape"', b'"data_offsets"', b"\0"]  # fmt: skip
+
+
+def damage(raw: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(raw) + 1)
+    kind = chance.randrange(5)
+    if kind == 0 and raw:
+        raw[at % len(raw)] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        raw[at : at + chance.randrange(6)] = chance.choice(TOKENS)
+    elif kind == 2:
+        del raw[at:]
+    elif kind == 3:
+        raw[at:at] = raw[at : at + chance.randrange(40)]
+    else:
+        raw[:8] = chance.choice([0, 1, len(raw) - 8, len(raw), 1 << 31, (1 << 64) - 1]).to_bytes(
+            8, "little", signed=False
+        ) if len(raw) >= 8 else b""  # fmt: skip
+
+
+def main(files: int, seed: int) -> None:
+    chance = random.Random(seed)
+    accepted = 0
+    for _ in range(files):
+        tensors = [
+            (f"t{i}", chance.choice(sorted(DTYPES)), [chance.randrange(4) for _ in range(i)])
+            for i in range(chance.randrange(4))
+        ]
+        raw = bytearray(built(tensors, chance.randrange(3)))
+        for _ in range(chance.randrange(6)):
+            damage(raw, chance)
+        started = time.monotonic()
+        accepted += check(bytes(raw))
+        assert time.monotonic() - started < 5, bytes(raw)
+    print(f"{files} files, {accepted} of them well-formed")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

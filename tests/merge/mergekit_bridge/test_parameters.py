@@ -1,0 +1,259 @@
+"""What a merge configuration's parameters may be: every problem, word for word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import ParameterScope
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+from fusechat_merge.errors import ConfigError
+from fusechat_merge.mergekit_bridge.parameters import PER_TARGET, SHARED, parameter_problems
+
+
+def problems(text: str, method: str = "varm", base: str | None = "base") -> list[str]:
+    settings = {"merge_method": method, "base_model": base, **yaml.safe_load(text)}
+    return parameter_problems(MergeConfiguration.model_validate(settings))
+
+
+def of_all(parameters: str, method: str = "varm") -> list[str]:
+    return problems(f"{{models: [{{model: a}}], parameters: {{{parameters}}}}}", method)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "",
+        "granularity: layer, statistic: absolute, lambda: 0.5, weight: 2",
+        "lambda: [0, 0.5, 1.0]",
+        "lambda: -1",
+        "lambda: 1e-3",  # YAML 1.1 reads a string; mergekit takes it as a number
+        "granularity: [{filter: mlp, value: module}, {filter: norm, value: element}, {value: layer}]",
+        "granularity: {filter: mlp, value: module}",
+        "granularity: [matrix, module]",
+        "weight: [{filter: self_attn, value: [0.0, 1.0]}, {value: 1.0}]",
+        "weight: 0",
+        "lambda: []",
+    ],
+)
+def test_accepted(parameters: str) -> None:
+    assert of_all(parameters) == []
+
+
+@pytest.mark.parametrize("parameters", ["select_topk: 0.1", "select_topk: 0, variant: fork"])
+def test_accepted_by_sce(parameters: str) -> None:
+    assert of_all(parameters, "fusechat_sce") == []
+
+
+def test_our_methods_take_what_they_declare_to_mergekit() -> None:
+    ours = [m.spec for m in registered_methods() if type(m).__module__.startswith("fusechat_merge")]
+    assert {spec.name for spec in ours} == SHARED.keys() == PER_TARGET.keys()
+    for spec in ours:
+        for known, scope in (
+            (SHARED, ParameterScope.SHARED),
+            (PER_TARGET, ParameterScope.NON_BASE),
+        ):
+            declared = {p.name for p in spec.parameters if p.scope == scope}
+            assert known[spec.name].keys() == declared, spec.name
+
+
+VARM_TAKES = "it takes granularity, statistic, lambda, weight"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (
+            "granularty: module",
+            "parameters.granularty: varm has no parameter 'granularty' (did you mean"
+            f" 'granularity'?); {VARM_TAKES}",
+        ),
+        (
+            "int8_mask: true",
+            f"parameters.int8_mask: varm has no parameter 'int8_mask'; {VARM_TAKES}",
+        ),
+        (
+            "granularity: modul",
+            "parameters.granularity: 'modul' is unknown (did you mean 'module'?); use one of matrix,"
+            " module, layer, model, element",
+        ),
+        (
+            "granularity: 3",
+            "parameters.granularity: 3 is unknown; use one of matrix, module, layer, model, element",
+        ),
+        (
+            "statistic: squared",
+            "parameters.statistic: 'squared' is unknown (did you mean 'square'?); use one of square,"
+            " absolute",
+        ),
+        ("lambda: .nan", "parameters.lambda: nan is not a finite number"),
+        ("lambda: [1, .inf]", "parameters.lambda: inf is not a finite number"),
+        ("lambda: much", "parameters.lambda: 'much' is not a finite number"),
+        ("lambda: true", "parameters.lambda: True is not a finite number"),
+        ("weight: -0.5", "parameters.weight: -0.5 is below 0"),
+        ("weight: '-1e-3'", "parameters.weight: '-1e-3' is below 0"),
+        (
+            "weight: [{filter: mlp, value: [1, -2]}, {value: 1}]",
+            "parameters.weight: -2 is below 0",
+        ),
+        ("weight: {filter: mlp, value: -2}", "parameters.weight: -2 is below 0"),
+        (
+            "granularity: [{filter: mlp, value: blok}, {value: layer}]",
+            "parameters.granularity: 'blok' is unknown; use one of matrix, module, layer, model,"
+            " element",
+        ),
+    ],
+)
+def test_refused(parameters: str, expected: str) -> None:
+    assert of_all(parameters) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("select_topk: 1.5", "parameters.select_topk: 1.5 is above 1"),
+        ("select_topk: -0.1", "parameters.select_topk: -0.1 is below 0"),
+        ("select_topk: 10%", "parameters.select_topk: '10%' is not a finite number"),
+        (
+            "variant: forks",
+            "parameters.variant: 'forks' is unknown (did you mean 'fork'?); use one of paper, fork",
+        ),
+        (
+            "weight: 1",
+            "parameters.weight: fusechat_sce has no parameter 'weight'; it takes select_topk,"
+            " variant",
+        ),
+        (
+            "topk: 1",
+            "parameters.topk: fusechat_sce has no parameter 'topk' (did you mean 'select_topk'?);"
+            " it takes select_topk, variant",
+        ),
+    ],
+)
+def test_refused_by_sce(parameters: str, expected: str) -> None:
+    assert of_all(parameters, "fusechat_sce") == [expected]
+
+
+def test_a_key_where_mergekit_ignores_it() -> None:
+    assert problems(
+        """
+        models:
+          - {model: base, parameters: {weight: 1, lambda: 2, weigth: 1}}
+          - {model: a, parameters: {granularity: module, weight: 2}}
+          - {model: b, parameters: {weigth: 2}}
+        """
+    ) == [
+        "models[0].parameters.weight: 'weight' has no meaning under the base model: give it to the"
+        " targets",
+        "models[0].parameters.lambda: 'lambda' has no meaning under the base model: move it to"
+        " parameters",
+        "models[0].parameters.weigth: varm has no parameter 'weigth' (did you mean 'weight'?);"
+        f" {VARM_TAKES}",
+        "models[1].parameters.granularity: 'granularity' counts for all models: move it from the"
+        " model to parameters",
+        "models[2].parameters.weigth: varm has no parameter 'weigth' (did you mean 'weight'?);"
+        f" {VARM_TAKES}",
+    ]
+
+
+def test_slices() -> None:
+    text = """
+        slices:
+          - sources:
+              - {model: base, layer_range: [0, 1], parameters: {weight: 1}}
+              - {model: a, layer_range: [0, 1], parameters: {lambda: 1}}
+            parameters: {lambda: much, granularity: layer}
+          - base_model: a
+            sources:
+              - {model: base, layer_range: [1, 2], parameters: {weight: -1}}
+              - {model: a, layer_range: [1, 2], parameters: {weight: 1}}
+    """
+    assert problems(text) == [
+        "slices[0].parameters.lambda: 'much' is not a finite number",
+        "slices[0].sources[0].parameters.weight: 'weight' has no meaning under the base model: give"
+        " it to the targets",
+        "slices[0].sources[1].parameters.lambda: 'lambda' counts for all models: move it from the"
+        " model to parameters",
+        "slices[1].sources[0].parameters.weight: -1 is below 0",
+        "slices[1].sources[1].parameters.weight: 'weight' has no meaning under the base model: give"
+        " it to the targets",
+    ]
+
+
+def test_modules() -> None:
+    text = """
+        parameters: {lambda: x}
+        modules:
+          text_decoder:
+            parameters: {statistics: square}
+            models:
+              - {model: base}
+              - {model: a, parameters: {statistic: square}}
+          vision_tower:
+            slices:
+              - sources: [{model: base, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]
+                parameters: {weight: [1, x]}
+    """
+    assert problems(text) == [
+        "parameters.lambda: 'x' is not a finite number",
+        "modules.text_decoder.parameters.statistics: varm has no parameter 'statistics' (did you"
+        f" mean 'statistic'?); {VARM_TAKES}",
+        "modules.text_decoder.models[1].parameters.statistic: 'statistic' counts for all models:"
+        " move it from the model to parameters",
+        "modules.vision_tower.slices[0].parameters.weight: 'x' is not a finite number",
+    ]
+
+
+SLICE = "{base_model: base, sources: [{model: base, layer_range: [0, 1]}]}"
+BASELESS = "{sources: [{model: base, layer_range: [0, 1]}]}"
+MISSING = ["base_model is missing: varm needs the pivot"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("models: [{model: a}]", MISSING),
+        (f"slices: [{SLICE}, {BASELESS}]", MISSING),
+        (f"slices: [{SLICE}, {SLICE}]", []),
+        (f"modules: {{default: {{slices: [{SLICE}]}}}}", []),
+        (f"modules: {{default: {{slices: [{SLICE}, {BASELESS}]}}}}", MISSING),
+        (f"modules: {{a: {{slices: [{SLICE}]}}, b: {{models: [{{model: a}}]}}}}", MISSING),
+    ],
+)
+def test_the_base(text: str, expected: list[str]) -> None:
+    assert problems(text, base=None) == expected
+
+
+def test_other_methods_are_none_of_our_business() -> None:
+    text = "{models: [{model: a, parameters: {foo: 1}}], parameters: {weight: -1}}"
+    assert problems(text, "task_arithmetic", base=None) == []
+
+
+def test_mergekit_pytorchs_configuration() -> None:
+    def raw(**settings: Any) -> list[str]:
+        return parameter_problems(
+            RawPyTorchMergeConfig.model_validate({"merge_method": "varm", **settings})
+        )
+
+    base = {"model": "base.safetensors", "parameters": {"weight": 1}}
+    target = {"model": "a.safetensors", "parameters": {"lambda": 1}}
+    assert raw(models=[base, target], base_model="base.safetensors", parameters={"x": 1}) == [
+        f"parameters.x: varm has no parameter 'x'; {VARM_TAKES}",
+        "models[0].parameters.weight: 'weight' has no meaning under the base model: give it to the"
+        " targets",
+        "models[1].parameters.lambda: 'lambda' counts for all models: move it from the model to"
+        " parameters",
+    ]
+    assert raw(models=[{"model": "a.safetensors"}]) == MISSING
+
+
+def test_the_error_lists_every_problem() -> None:
+    assert str(ConfigError(["one thing"])) == "one thing"
+    both = ConfigError(["one thing", "another"])
+    assert str(both) == "2 problems:\n  one thing\n  another"
+    assert both.exit_code == 2
+    assert both.problems == ("one thing", "another")
