@@ -18,12 +18,13 @@ from fusechat_distill.text.conversations import Conversation, Message, Renderer
 from fusechat_distill.text.tokens import Vocabulary, first_tokens, tokenize, vocabulary
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "distill"))
+sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
-import real_tokenizers  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
+
+from tests.support import real_tokenizers  # noqa: E402
 
 LINES = ("    self.cache.setdefault(key, [])", "Größe ≈ ½ ℝ.")  # noqa: RUF001
 PIVOT, SOURCE = "#4477aa", "#cc7711"

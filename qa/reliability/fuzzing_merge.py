@@ -17,16 +17,11 @@ from click.testing import CliRunner
 from fusechat_merge.cli import main
 from fusechat_merge.inputs.checkpoint import CheckpointError
 from qa.reliability.figure import Figure, Section, Tally, times
-from qa.reliability.models import (
-    BF16,
-    adapter,
-    configuration,
-    family,
-    with_tokenizer,
-)
+from qa.reliability.models import BF16, adapter, configuration, with_tokenizer
 from qa.reliability.mutation import JSON_LITERALS, Pairs, damage_text, damage_tree, dump, parsed
 from qa.reliability.trying import Wrong, in_words, sweep
 from tests.merge.inputs.test_fuzz_headers import built, check, damage, locations
+from tests.support.checkpoints import llama_family as family
 
 INPUTS = "Bad inputs of a merge"
 ROOT = Path(__file__).parents[2]

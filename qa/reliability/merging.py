@@ -31,12 +31,12 @@ from qa.reliability.models import (
     configuration,
     content,
     digest,
-    family,
     with_tokenizer,
     work_of,
 )
 from qa.reliability.trying import Wrong, in_words, sweep
 from tests.support import crashing
+from tests.support.checkpoints import llama_family as family
 
 CRASHES = "Crashes of a merge, injected and recovered"
 SHAPE = {"vocab_size": 700, "hidden_size": 32}

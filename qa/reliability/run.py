@@ -5,6 +5,9 @@ and writes nothing. Ends with status 1 if anything went otherwise than expected.
 """
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; sections fork
+
 import sys
 import tempfile
 import time
@@ -33,7 +36,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 @click.option("--seed", default=0, show_default=True)
 @click.option("--docs", type=click.Path(path_type=Path), default=DOCS, help="Where the page goes.")
 def main(only: tuple[str, ...], scale: float, seed: int, docs: Path) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     figures: list[Figure] = []
     for name, section in SECTIONS:
         if only and name not in only:

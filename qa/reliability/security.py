@@ -24,9 +24,9 @@ from qa.reliability.models import (
     adapter,
     configuration,
     content,
-    family,
     with_tokenizer,
 )
+from tests.support.checkpoints import llama_family as family
 
 SECURITY = "Security of a merge"
 PROGRAM = [sys.executable, "-m", "fusechat_merge.cli"]
