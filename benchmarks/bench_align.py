@@ -23,21 +23,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers import PreTrainedTokenizerFast
 
-from fusechat_distill.alignment.positions import (
+from fusechat_distill import (
     PairCounts,
+    VocabularyMap,
+    first_tokens,
+    match_positions,
+    token_bytes,
+    vocabulary,
+)
+from fusechat_distill.alignment.positions import (
     Positions,
     Responses,
-    VocabularyMap,
     align,
     dtw,
-    match_positions,
     match_roles,
     match_states,
     pair_counts,
 )
 from fusechat_distill.storage.shards import ScoredResponse
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
-from fusechat_distill.text.tokens import first_tokens, token_bytes, vocabulary
 from tests.support import real_tokenizers
 
 K = 10

@@ -99,7 +99,7 @@ def trainer_for(setting: Setting, kind: str, steps: int, device: str, folder: st
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from fusechat_distill.trainer.trainer import FusionConfig, FusionTrainer
+    from fusechat_distill import FusionConfig, FusionTrainer
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(

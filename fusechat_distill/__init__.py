@@ -1,21 +1,52 @@
-"""Knowledge fusion of chat LLMs, stage one: score, align, fuse, train."""
+"""Stage 1 of fusechat: one target checkpoint per source LLM; score, align, fuse, train.
+
+The public names are lazy: PyTorch and TRL are imported with the first name that needs them.
+"""
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusechat_distill.trainer.trainer import DataCollatorForFusion, FusionConfig, FusionTrainer
+    from fusechat_distill.alignment.positions import match_positions as match_positions
+    from fusechat_distill.alignment.stage import aligned_samples as aligned_samples
+    from fusechat_distill.alignment.vocabularies import PairCounts as PairCounts
+    from fusechat_distill.alignment.vocabularies import VocabularyMap as VocabularyMap
+    from fusechat_distill.recipe.schema import load_recipe as load_recipe
+    from fusechat_distill.storage.shards import ScoreStore as ScoreStore
+    from fusechat_distill.storage.shards import Shards as Shards
+    from fusechat_distill.text.tokens import first_tokens as first_tokens
+    from fusechat_distill.text.tokens import token_bytes as token_bytes
+    from fusechat_distill.text.tokens import tokenize as tokenize
+    from fusechat_distill.text.tokens import vocabulary as vocabulary
+    from fusechat_distill.trainer.trainer import DataCollatorForFusion as DataCollatorForFusion
+    from fusechat_distill.trainer.trainer import FusionConfig as FusionConfig
+    from fusechat_distill.trainer.trainer import FusionTrainer as FusionTrainer
 
-__all__ = ["DataCollatorForFusion", "FusionConfig", "FusionTrainer"]
+_HOME = {
+    "DataCollatorForFusion": "fusechat_distill.trainer.trainer",
+    "FusionConfig": "fusechat_distill.trainer.trainer",
+    "FusionTrainer": "fusechat_distill.trainer.trainer",
+    "PairCounts": "fusechat_distill.alignment.vocabularies",
+    "ScoreStore": "fusechat_distill.storage.shards",
+    "Shards": "fusechat_distill.storage.shards",
+    "VocabularyMap": "fusechat_distill.alignment.vocabularies",
+    "aligned_samples": "fusechat_distill.alignment.stage",
+    "first_tokens": "fusechat_distill.text.tokens",
+    "load_recipe": "fusechat_distill.recipe.schema",
+    "match_positions": "fusechat_distill.alignment.positions",
+    "token_bytes": "fusechat_distill.text.tokens",
+    "tokenize": "fusechat_distill.text.tokens",
+    "vocabulary": "fusechat_distill.text.tokens",
+}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    # `import fusechat_distill` costs nothing; torch and TRL come with the first use of a name.
-    if name in __all__:
-        return getattr(importlib.import_module("fusechat_distill.trainer.trainer"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """Stage 2 of fusechat: merge target checkpoints by VaRM or SCE, in mergekit or as a stream.
 
-This module runs inside ``import torch`` (see ``_autoload``): standard library only, names are lazy.
+This module runs inside `import torch` (see `_autoload`), so it imports the standard library only.
+The public names are lazy: PyTorch and mergekit are imported with the first name that needs them.
 """
 
 from __future__ import annotations

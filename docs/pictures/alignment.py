@@ -13,9 +13,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from fusechat_distill.alignment.positions import PairCounts, VocabularyMap, match_positions
+from fusechat_distill import (
+    PairCounts,
+    VocabularyMap,
+    first_tokens,
+    match_positions,
+    tokenize,
+    vocabulary,
+)
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
-from fusechat_distill.text.tokens import Vocabulary, first_tokens, tokenize, vocabulary
+from fusechat_distill.text.tokens import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))

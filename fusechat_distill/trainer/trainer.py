@@ -74,7 +74,7 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
     the batch has them as [batch, length, k] tensors, int32 and float32, zero in the padding.
 
     Examples:
-    >>> from fusechat_distill.trainer.trainer import DataCollatorForFusion
+    >>> from fusechat_distill import DataCollatorForFusion
 
     >>> collator = DataCollatorForFusion(pad_token_id=0)
     >>> batch = collator(

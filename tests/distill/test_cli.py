@@ -599,9 +599,7 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monk
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nimport fusechat_distill\n"
-        "sys.argv = ['fusechat-distill', 'score', '--help']\n"
-        "assert 'FusionTrainer' in dir(fusechat_distill)\n"
+        "import sys\nsys.argv = ['fusechat-distill', 'score', '--help']\n"
         "from fusechat_distill.cli import main\n"
         "try:\n    main()\nfinally:\n"
         "    print({'torch', 'transformers', 'datasets', 'pyarrow', 'trl'} & set(sys.modules))\n"
