@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusechat_common.errors import RequestError
+from fusechat_common.files import write_text
 from fusechat_distill.alignment.stage import align_stages, align_status
-from fusechat_distill.errors import RequestError
 from fusechat_distill.fusion.fuse import target_models
 from fusechat_distill.fusion.stage import fuse_status
 from fusechat_distill.inputs.merge_yaml import edited, merge_yaml
 from fusechat_distill.recipe.schema import Recipe
 from fusechat_distill.scoring.stage import score_stages, score_status
-from fusechat_distill.storage.files import write_text
 from fusechat_distill.storage.shards import Shards
 from fusechat_distill.storage.stage import Progress, Stage, StageStatus
 from fusechat_distill.training.stage import train_stages, train_status
@@ -62,7 +62,7 @@ class MergeStage:
         folders = [self.recipe.targets_folder / name for name in target_names(self.recipe)]
         if all((folder / "manifest.json").exists() for folder in folders):
             if problem := next(iter(self.problems()), None):
-                raise RequestError(str(self.path), [problem])
+                raise RequestError([problem], self.path)
             if not self.status().complete:
                 write_text(self.path, self._text())
         return self.status()

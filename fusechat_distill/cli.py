@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import logging
 import sys
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusechat_distill.errors import DistillError, RequestError
+from fusechat_common.cli import Commands
+from fusechat_common.errors import RequestError
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
@@ -31,73 +31,19 @@ OWN_WARNINGS = (
 """What transformers and torch say about TRL's own defaults, whatever a recipe sets."""
 
 
-def _remember_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        context.meta[_DEBUG] = True  # one mapping for the group and its commands
-
-
-_DEBUG = "fusechat.debug"
-debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    expose_value=False,
-    callback=_remember_debug,
-    help="Show the traceback of an error.",
-)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands)
 @click.version_option(package_name="fusechat", prog_name="fusechat-distill")
-@debug_option
 def commands() -> None:
     """Fuse chat LLMs into one: score, align and fuse their distributions, train the targets.
 
     \b
     Example: fusechat-distill init, edit recipe.yaml, fusechat-distill run recipe.yaml
     """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
 
 def main() -> None:
     commands(prog_name="fusechat-distill")
-
-
-def command(short_help: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a command that ends an error with one `Error: ...` line and the exit status for it."""
-
-    def made(function: Callable[..., None]) -> click.Command:
-        run = _with_one_line_errors(function)
-        return debug_option(commands.command(short_help=short_help)(run))
-
-    return made
-
-
-def _with_one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(function)
-    def run(**options: Any) -> None:
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        try:
-            function(**options)
-        except BaseException as error:
-            if click.get_current_context().meta.get(_DEBUG):
-                raise
-            _say(error)
-            raise click.exceptions.Exit(getattr(error, "exit_status", 1)) from None
-
-    return run
-
-
-def _say(error: BaseException) -> None:
-    from fusechat_distill.storage.processes import ElsewhereError
-
-    if isinstance(error, ElsewhereError):
-        return
-    if isinstance(error, DistillError):
-        text = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted; what was done is kept, the same command goes on from there"
-    else:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-    click.echo(f"Error: {text}", err=True)
 
 
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False))
@@ -109,7 +55,7 @@ trust_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@command("Write a commented recipe, recipe.yaml.")
+@commands.command(short_help="Write a commented recipe, recipe.yaml.")
 @click.argument("folder", metavar="[DIR]", default=".", type=click.Path(file_okay=False))
 def init(folder: str) -> None:
     """Write a commented recipe, recipe.yaml, to DIR (default: here).
@@ -126,11 +72,11 @@ def init(folder: str) -> None:
             file.write(commented_recipe())
     except FileExistsError:
         problem = "is there already; name another folder, or move it away"
-        raise RequestError(str(path), [problem]) from None
+        raise RequestError([problem], path) from None
     click.echo(str(path))
 
 
-@command("Print the JSON schema of recipes, for editors.")
+@commands.command(short_help="Print the JSON schema of recipes, for editors.")
 def schema() -> None:
     """Print the JSON schema of recipes, by which editors complete and check them.
 
@@ -144,7 +90,7 @@ def schema() -> None:
     click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
 
 
-@command("Check a recipe and all that it names, without weights.")
+@commands.command(short_help="Check a recipe and all that it names, without weights.")
 @recipe_argument
 @click.option(
     "--estimate",
@@ -204,7 +150,7 @@ def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
             click.echo(line)
 
 
-@command("Score every conversation with the pivot and the sources.")
+@commands.command(short_help="Score every conversation with the pivot and the sources.")
 @recipe_argument
 @click.option("--model", "names", metavar="NAME", multiple=True, help="Only this model.")
 @trust_option
@@ -225,7 +171,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--model": names}, names or None, trust_remote_code=trust_remote_code)
 
 
-@command("Turn the sources' scores into distributions over the pivot's tokens.")
+@commands.command(short_help="Turn the sources' scores into distributions over the pivot's tokens.")
 @recipe_argument
 @click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source.")
 @trust_option
@@ -246,7 +192,7 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
-@command("Fuse the aligned distributions and train the targets.")
+@commands.command(short_help="Fuse the aligned distributions and train the targets.")
 @recipe_argument
 @click.option("--source", "names", metavar="NAME", multiple=True, help="Only this source's target.")
 @trust_option
@@ -268,7 +214,7 @@ def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
-@command("Do all of a recipe that is not done yet.")
+@commands.command(short_help="Do all of a recipe that is not done yet.")
 @recipe_argument
 @trust_option
 def run(recipe: str, trust_remote_code: bool) -> None:
@@ -287,7 +233,7 @@ def run(recipe: str, trust_remote_code: bool) -> None:
     _run(recipe, stages, {}, trust_remote_code=trust_remote_code)
 
 
-@command("Show how far the stages of a recipe are.")
+@commands.command(short_help="Show how far the stages of a recipe are.")
 @recipe_argument
 @json_option
 def status(recipe: str, as_json: bool) -> None:
@@ -307,7 +253,7 @@ def status(recipe: str, as_json: bool) -> None:
         click.echo(_line(state))
 
 
-@command("Show how well the sources' distributions arrive.")
+@commands.command(short_help="Show how well the sources' distributions arrive.")
 @recipe_argument
 @trust_option
 @json_option
@@ -339,7 +285,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     click.echo("written: " + ", ".join(map(str, paths)))
 
 
-@command("Compare models by bits per byte of held-out answers.")
+@commands.command(short_help="Compare models by bits per byte of held-out answers.")
 @recipe_argument
 @click.option(
     "--model",
@@ -388,13 +334,13 @@ def evaluate(
     \b
     Example: fusechat-distill evaluate recipe.yaml --model merged=merged
     """
+    from fusechat_common.files import write_json, write_text
     from fusechat_distill.evaluation.answers import export, markdown, side_by_side
     from fusechat_distill.evaluation.candidates import Opening
     from fusechat_distill.evaluation.compare import evaluate as measure
     from fusechat_distill.evaluation.page import tables, write_picture
     from fusechat_distill.inputs.open import open_inputs
     from fusechat_distill.report.page import require_matplotlib
-    from fusechat_distill.storage.files import write_json, write_text
     from fusechat_distill.storage.processes import Processes
 
     _quieten()
@@ -407,7 +353,7 @@ def evaluate(
     processes = Processes(inputs.recipe.scoring.device)
     if processes.count > 1:
         problem = "runs in one process, on all devices of the machine; start it without a launcher"
-        raise RequestError("evaluate", [problem])
+        raise RequestError([problem], "evaluate")
     found, answers = measure(evaluation, processes, Bar(processes))
     output = inputs.recipe.output_folder
     report = output / "report"

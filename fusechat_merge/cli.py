@@ -14,49 +14,17 @@ from typing import Any, ClassVar, TypeVar
 
 import click
 
+from fusechat_common.cli import Commands
+from fusechat_common.errors import FusechatError, RequestError
+from fusechat_common.files import can_be_made, existing
 from fusechat_merge import __version__
-from fusechat_merge.errors import ConfigError
 
 T = TypeVar("T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _remember_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[_DEBUG] = True  # one mapping for the group and its commands
-
-
-_DEBUG = "fusechat.debug"
-_debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    expose_value=False,
-    callback=_remember_debug,
-    help="Show the traceback of an error.",
-)
-
-
-class _Commands(click.Group):
-    """A group whose commands end in one ``Error: …`` line, without a traceback."""
-
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        super().add_command(_debug_option(cmd), name)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            if ctx.meta.get(_DEBUG):
-                raise
-            name = type(error).__name__
-            raise click.ClickException(f"{name}: {error} (--debug shows where)") from None
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands)
 @click.version_option(__version__, prog_name="fusechat-merge")
-@_debug_option
 def main() -> None:
     """Merge target checkpoints by variation ratio (VaRM) or SCE, from a mergekit YAML.
 
@@ -246,7 +214,7 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
 
     try:
         planned = make_plan(config, **options)
-    except ConfigError as error:
+    except RequestError as error:
         if as_json:
             click.echo(json.dumps({"problems": list(error.problems)}, indent=1))
         raise
@@ -261,7 +229,7 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
     elif planned.outputs:
         _print_plan(summary)
     if planned.problems:
-        raise ConfigError(planned.problems)
+        raise RequestError(planned.problems)
 
 
 @main.command(short_help="Check that OUT is what CONFIG makes.")
@@ -294,7 +262,7 @@ def verify(config: Path, out: Path, **options: Any) -> None:
     click.echo(f"{out} is what {config} makes{sampled}")
 
 
-class Different(click.ClickException):
+class Different(FusechatError):
     """A merged model is not what its configuration makes."""
 
     def __init__(self, differences: Sequence[str]) -> None:
@@ -309,7 +277,7 @@ def _planned(config: Path, make_plan: Callable[..., Any], options: dict[str, Any
     if not planned.problems and any(m.folder is None for m in planned.models.values()):
         planned = make_plan(config, download=True, **options)
     if planned.problems:
-        raise ConfigError(planned.problems)
+        raise RequestError(planned.problems)
     return planned
 
 
@@ -420,16 +388,14 @@ def _require_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ConfigError(["--out draws with matplotlib: pip install 'fusechat[report]'"])
+        raise RequestError(["--out draws with matplotlib: pip install 'fusechat[report]'"])
 
 
 def _require_writable(folder: Path) -> None:
     """Before anything is measured: the nearest folder that is there takes what is missing."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError([f"--out {folder}: {place} can't be written to; name another folder"])
+    if not can_be_made(folder):
+        place = existing(folder)
+        raise RequestError([f"--out {folder}: {place} can't be written to; name another folder"])
 
 
 def _print_tables(report: Any) -> None:

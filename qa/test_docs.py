@@ -198,7 +198,7 @@ def _imports(path: Path, package: str) -> Iterator[list[str]]:
                 yield [*parts, name] if whole.with_suffix(".py").exists() else parts
 
 
-@pytest.mark.parametrize("package", ["fusechat_merge", "fusechat_distill"])
+@pytest.mark.parametrize("package", ["fusechat_common", "fusechat_merge", "fusechat_distill"])
 def test_imports_go_down_the_figure(package: str) -> None:
     figure = _figure(package)
     height = {name: -line for line, name in enumerate(figure)}

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fusechat_common.errors import FusechatError
+from fusechat_common.files import replacing
 from fusechat_distill.alignment.positions import (
     DROPPED,
     EXACT,
@@ -30,8 +32,6 @@ from fusechat_distill.alignment.positions import (
     match_states,
     pair_counts,
 )
-from fusechat_distill.errors import DistillError
-from fusechat_distill.storage.files import replacing
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
@@ -320,7 +320,7 @@ class AlignStage:
         """Align what is missing.
 
         Raises:
-            DistillError: a model's scores are not complete.
+            FusechatError: a model's scores are not complete.
             RequestError: the folder was made with another fingerprint.
         """
         with contextlib.ExitStack() as stack:
@@ -348,7 +348,7 @@ class AlignStage:
         shards = Shards(self.inputs.scores_folder(model), self.inputs.scores_manifest(model))
         if left := shards.missing():
             missing = sum(samples.stop - samples.start for samples in left)
-            raise DistillError(
+            raise FusechatError(
                 f"{model.name}: {missing} of {shards.manifest.samples} samples have no scores; "
                 f"run `fusechat-distill score RECIPE --model {model.name}` first"
             )

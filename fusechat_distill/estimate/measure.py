@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import RequestError, first_line
+from fusechat_common.errors import RequestError, one_line
 from fusechat_distill.estimate.formulas import GPU, Cost, Shape, Text, estimate, total
 from fusechat_distill.inputs.models import empty_model
 from fusechat_distill.inputs.open import readable_size
@@ -103,14 +103,14 @@ def estimate_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Estim
             shapes[name] = shape(config, trust_remote_code=trust_remote_code)
             configs[name] = config
         except Exception as error:  # a model's own code raises what it likes
-            missing.append(f"{name} ({model.model}): {first_line(error)}")
+            missing.append(f"{name} ({model.model}): {one_line(error)}")
     adapter = None
     pivot = configs.get("pivot")
     if recipe.training.lora is not None and pivot is not None:
         try:
             adapter = adapter_parameters(recipe, pivot, trust_remote_code=trust_remote_code)
         except Exception as error:  # PEFT raises several
-            missing.append(f"training.lora: {first_line(error)}")
+            missing.append(f"training.lora: {one_line(error)}")
     text, assumed = _text(recipe, missing, trust_remote_code)
     local = frozenset(name for name, m in recipe.models.items() if Path(m.model).is_dir())
     costs = estimate(recipe, shapes, text, adapter=adapter, local=local)
@@ -189,7 +189,7 @@ def read_config(model: Model, trust_remote_code: bool) -> Any:
             model.model, revision=model.revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
-        return f"its configuration can't be read: {first_line(error)}"
+        return f"its configuration can't be read: {one_line(error)}"
 
 
 def _text(recipe: Recipe, missing: list[str], trust_remote_code: bool) -> tuple[Text, list[str]]:

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusechat_distill.errors import RequestError
-from fusechat_distill.storage.files import write_json, write_text
+from fusechat_common.errors import RequestError
+from fusechat_common.files import write_json, write_text
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
 from fusechat_distill.text.tokens import vocabulary
 
@@ -106,17 +106,17 @@ def read_questions(path: Path, count: int | None = None) -> Questions:
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
         questions = [_question(row, i) for i, row in enumerate(rows)]
     except OSError as error:
-        raise RequestError(str(path), [f"can't be read ({error.strerror})"]) from error
+        raise RequestError([f"can't be read ({error.strerror})"], path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
-            str(path),
             [
                 "is neither MT-Bench's question.jsonl (a line each with question_id and turns) nor "
                 f"AlpacaEval's JSON list with instruction ({type(error).__name__}: {error})"
             ],
+            path,
         ) from error
     if not questions:
-        raise RequestError(str(path), ["holds no question"])
+        raise RequestError(["holds no question"], path)
     return Questions(path.stem, tuple(questions[:count]), TOKENS)
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 from fusechat_distill.evaluation.answers import Questions, held_out_questions, read_questions
 from fusechat_distill.fusion.stage import held_out
 from fusechat_distill.inputs.models import open_checkpoint

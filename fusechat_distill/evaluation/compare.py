@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 from fusechat_distill.evaluation.bootstrap import (
     RESAMPLES,
     Difference,
@@ -101,7 +101,7 @@ def summary(evaluation: Evaluation, measured: Mapping[str, Sequence[Measured]]) 
     checkpoints = [one for several in measured.values() for one in several]
     common = set.intersection(*(set(one.answers) for one in checkpoints))
     if not common:
-        raise DistillError(
+        raise FusechatError(
             "there is no held-out answer that all models could be given; leave models out, or "
             "raise dataset.eval_fraction"
         )

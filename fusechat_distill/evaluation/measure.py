@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
+from fusechat_common.files import write_json
 from fusechat_distill.evaluation.answers import answer
 from fusechat_distill.evaluation.bits import AnswerBits, answer_request
 from fusechat_distill.evaluation.candidates import Evaluation
 from fusechat_distill.inputs.models import PLACEMENT
 from fusechat_distill.inputs.open import OpenModel
 from fusechat_distill.scoring.stage import NON_FINITE_SHARE, placement
-from fusechat_distill.storage.files import write_json
 from fusechat_distill.storage.shards import Manifest
 from fusechat_distill.storage.stage import Progress
 from fusechat_distill.text.tokens import vocabulary
@@ -183,7 +183,7 @@ def _measured(
         progress.stop()
     if len(non_finite) > NON_FINITE_SHARE * len(conversations):
         shown = ", ".join(map(str, non_finite[:20])) + (", ..." if len(non_finite) > 20 else "")
-        raise DistillError(
+        raise FusechatError(
             f"{title} ({model.spec.model}): NaN or Inf in its output for {len(non_finite)} of "
             f"{len(conversations)} conversations (rows {shown}); evaluate it in another dtype "
             "(`scoring.dtype: float32`), or check its weights"

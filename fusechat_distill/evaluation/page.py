@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat_common.files import replacing
 from fusechat_distill.evaluation.candidates import ALL
-from fusechat_distill.storage.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fusechat_common.errors import FusechatError
+from fusechat_common.files import write_json
 from fusechat_distill.alignment.stage import AlignedSample, AlignStage, aligned_samples
-from fusechat_distill.errors import DistillError
 from fusechat_distill.fusion.fuse import Fused, Scores, fuse, segment_sums, target_models
 from fusechat_distill.recipe.schema import PIVOT
-from fusechat_distill.storage.files import write_json
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
@@ -98,7 +98,7 @@ def join_sample(
         return Sample(conversation, rendering, tuple(scores), _counted(responses, None))
     own = _turns(pivot)
     if len(own) != positions:
-        raise DistillError(
+        raise FusechatError(
             f"scores of {PIVOT}, key {conversation.key}: {len(own)} positions where the "
             f"conversation has {positions}; delete the shard that holds it"
         )
@@ -239,7 +239,7 @@ class FuseStage:
         """Fuse what is missing.
 
         Raises:
-            DistillError: a model's scores or distributions are not complete.
+            FusechatError: a model's scores or distributions are not complete.
             RequestError: the folder was made with another fingerprint.
         """
         with contextlib.ExitStack() as stack:
@@ -264,7 +264,7 @@ class FuseStage:
         shards = Shards(aligned.folder, aligned.manifest())
         if left := shards.missing():
             missing = sum(samples.stop - samples.start for samples in left)
-            raise DistillError(
+            raise FusechatError(
                 f"{aligned.name}: {missing} of {shards.manifest.samples} samples are not aligned; "
                 f"run `fusechat-distill align RECIPE --source {aligned.name}` first"
             )

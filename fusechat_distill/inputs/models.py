@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusechat_distill.errors import RequestError, first_line
+from fusechat_common.errors import RequestError, one_line
 from fusechat_distill.recipe.schema import Model
 
 PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
@@ -86,12 +86,12 @@ def open_model(
     if not folder.is_dir() and (
         spec.model.startswith((".", "/", "~")) or spec.model.count("/") > 1
     ):
-        raise RequestError(spec.model, ["there is no such folder"])
+        raise RequestError(["there is no such folder"], spec.model)
     source = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(spec.model, **source)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
-        raise RequestError(spec.model, [_config_problem(spec, error)]) from error
+        raise RequestError([_config_problem(spec, error)], spec.model) from error
     without = list(_weight_problems(spec, config))
     problems = without if need_weights else []
     tokenizer = None
@@ -103,9 +103,9 @@ def open_model(
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizers library is no Exception
-            problems.append(f"its tokenizer can't be read: {first_line(error)}")
+            problems.append(f"its tokenizer can't be read: {one_line(error)}")
     if problems:
-        raise RequestError(spec.model, problems)
+        raise RequestError(problems, spec.model)
     return ModelFiles(spec, config, tokenizer, weights=not without)
 
 
@@ -132,7 +132,7 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
     folder = Path(spec.model)
     problems = []
     if not folder.is_dir():
-        raise RequestError(spec.model, ["there is no such folder"])
+        raise RequestError(["there is no such folder"], spec.model)
     adapter = folder / ADAPTER_CONFIG
     if not adapter.is_file() or (folder / "config.json").is_file():
         return open_model(spec, trust_remote_code=trust_remote_code)
@@ -148,11 +148,11 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
         )
         base = open_model(of, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"its {ADAPTER_CONFIG} can't be read: {first_line(error)}")
+        problems.append(f"its {ADAPTER_CONFIG} can't be read: {one_line(error)}")
     except RequestError as error:
         problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
     if problems or base is None:
-        raise RequestError(spec.model, problems)
+        raise RequestError(problems, spec.model)
     return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
 
 
@@ -174,7 +174,7 @@ def _config_problem(spec: Model, error: Exception) -> str:
         adapter = False
     if adapter:
         return "is an adapter; merge it into its base model first (PEFT's `merge_and_unload`)"
-    return f"its configuration can't be read: {first_line(error)}"
+    return f"its configuration can't be read: {one_line(error)}"
 
 
 def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
@@ -190,7 +190,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         try:
             shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            yield f"{index.name} can't be read: {first_line(error)}"
+            yield f"{index.name} can't be read: {one_line(error)}"
         else:
             outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
             absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
@@ -205,7 +205,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
     try:
         found = any(has_file(spec.model, name, spec.revision) for name in names)
     except Exception as error:  # pragma: no cover (the hub)
-        yield f"its files can't be listed: {first_line(error)}"
+        yield f"its files can't be listed: {one_line(error)}"
         return
     if not found:
         yield (
@@ -225,7 +225,7 @@ def _torn(paths: Iterable[Path]) -> Iterable[str]:
             with safe_open(path, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            yield f"{path.name} is torn or no safetensors file ({first_line(error)}); copy it again"
+            yield f"{path.name} is torn or no safetensors file ({one_line(error)}); copy it again"
 
 
 class Digests:
@@ -250,7 +250,7 @@ class Digests:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def save(self) -> None:
-        from fusechat_distill.storage.files import write_json
+        from fusechat_common.files import write_json
 
         write_json(self._cache, self._known)
 
@@ -261,8 +261,6 @@ class Digests:
         if known and known[:2] == state:
             return str(known[2])
         with open(path, "rb") as file:
-            hasher = hashlib.sha256()
-            while block := file.read(2**22):
-                hasher.update(block)
-        self._known[key] = [*state, hasher.hexdigest()]
-        return hasher.hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._known[key] = [*state, digest]
+        return digest

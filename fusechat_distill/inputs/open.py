@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import DistillError, RequestError
+from fusechat_common.errors import FusechatError, RequestError
+from fusechat_common.files import can_be_made, existing
 from fusechat_distill.inputs.models import PLACEMENT, Digests, ModelFiles, open_model
 from fusechat_distill.recipe.schema import PIVOT, Merge, Model, Recipe, read_recipe
 from fusechat_distill.storage.shards import Manifest, Shards, score_bytes, stale
@@ -92,7 +92,7 @@ class Inputs:
             return own
         try:
             found = Shards.open(self.scores_folder(model)).manifest.fingerprint["model"]
-        except (DistillError, KeyError):
+        except (FusechatError, KeyError):
             return own
         return found if found.get("config", own["config"]) == own["config"] else own
 
@@ -116,7 +116,7 @@ def open_inputs(
     """
     recipe, problems = read_recipe(path)
     if recipe is None:
-        raise RequestError(str(path), problems)
+        raise RequestError(problems, path)
     conversations = _open_conversations(recipe, problems)
     asked = set(recipe.models if only is None else only)
     # Where keys are wrong, a value that isn't there may be the one that was meant.
@@ -133,7 +133,7 @@ def open_inputs(
             problems += _store_problems(inputs, asked) + further(inputs)
         if not problems:
             return inputs
-    raise RequestError(str(path), problems)
+    raise RequestError(problems, path)
 
 
 def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | None:
@@ -201,7 +201,7 @@ def _shards_here(folder: Path) -> tuple[int, int] | None:
     """How many shards of a model's scores are there, and of how many; None without a store."""
     try:
         shards = Shards.open(folder)
-    except DistillError:
+    except FusechatError:
         return None
     return len(shards.present()), len(shards.manifest.ranges())
 
@@ -283,7 +283,7 @@ def _output_problems(recipe: Recipe) -> list[str]:
     folder = existing(recipe.output_folder)
     if not folder.is_dir():
         return [f"output: {folder} is a file; set `output` to a folder"]
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not can_be_made(folder):
         return [f"output: {folder} can't be written to; set `output` to a folder of yours"]
     return []
 
@@ -345,14 +345,6 @@ def _store_problems(inputs: Inputs, asked: Collection[str]) -> list[str]:
             "another disk"
         )
     return problems
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def readable_size(count: float) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -312,7 +312,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     recipe, problems = read_recipe(path)
     if problems or recipe is None:
-        raise RequestError(str(path), problems)
+        raise RequestError(problems, path)
     return recipe
 
 

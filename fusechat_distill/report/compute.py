@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusechat_common.errors import RequestError
 from fusechat_distill.alignment.positions import Responses, match_positions
 from fusechat_distill.alignment.stage import (
     AlignedSample,
@@ -50,7 +51,6 @@ from fusechat_distill.alignment.stage import (
     join,
     side_by_side,
 )
-from fusechat_distill.errors import RequestError
 from fusechat_distill.fusion.fuse import CrossEntropy, Scores, fuse
 from fusechat_distill.fusion.stage import fuse_stages
 from fusechat_distill.storage.shards import ScoredSample, ScoreStore, Shards
@@ -88,11 +88,11 @@ def report(inputs: Inputs) -> dict[str, Any]:
     stages = [stage for stage in align_stages(inputs) if isinstance(stage, AlignStage)]
     if not stages:
         nothing = "sources: is empty, so there is nothing to report on; name at least one model"
-        raise RequestError("the recipe", [nothing])
+        raise RequestError([nothing], "the recipe")
     missing = {stage.name: _missing(inputs, stage) for stage in stages}
     if all(done == 0 for done, _ in missing.values()):
         raise RequestError(
-            str(inputs.recipe.output_folder), [line for _, line in missing.values() if line]
+            [line for _, line in missing.values() if line], inputs.recipe.output_folder
         )
     sources = {}
     for stage in stages:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
+from fusechat_common.files import replacing, write_json
 from fusechat_distill.report.compute import REASONS
-from fusechat_distill.storage.files import replacing, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def require_matplotlib(command: str) -> None:
 
     if find_spec("matplotlib") is None:
         problem = "draws with matplotlib, which is missing: pip install 'fusechat[report]'"
-        raise RequestError(command, [problem])
+        raise RequestError([problem], command)
 
 
 def write_report(found: dict[str, Any], folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ def checked_scores(scorer: Scorer, requests: Sequence[Request], top_k: int) -> l
     """What the engine says of the requests, if it can be what it should.
 
     Raises:
-        DistillError: it is not; a store would keep it, and every stage after build on it.
+        FusechatError: it is not; a store would keep it, and every stage after build on it.
     """
     found = list(scorer.score(requests))
     engine = type(scorer).__name__
     if len(found) != len(requests):
-        raise DistillError(f"{engine}: gave {len(found)} scores for {len(requests)} requests")
+        raise FusechatError(f"{engine}: gave {len(found)} scores for {len(requests)} requests")
     for request, scores in zip(requests, found, strict=True):
         rows = len(request.positions)
         shapes = [a.shape for a in (scores.ids, scores.logprobs, scores.gold_logprobs)]
         expected = [(rows, top_k), (rows, top_k), (rows,)]
         if shapes != expected:
-            raise DistillError(f"{engine}: gave scores of shapes {shapes}, not {expected}")
+            raise FusechatError(f"{engine}: gave scores of shapes {shapes}, not {expected}")
         if scores.finite:
             sorted_ = bool((np.diff(scores.logprobs, axis=1) <= 0).all())
             # Not above 1, but for what engines round.
             if not sorted_ or (np.exp(np.minimum(scores.logprobs, 1)).sum(1) > 1.01).any():
-                raise DistillError(
+                raise FusechatError(
                     f"{engine}: gave what are no natural log-probabilities, most probable first"
                 )
     return found

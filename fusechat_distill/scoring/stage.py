@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
+from fusechat_common.files import no_link
 from fusechat_distill.inputs.open import Inputs, OpenModel
 from fusechat_distill.scoring.engine import Request, Scorer, Scores, checked_scores
-from fusechat_distill.storage.files import no_link
 from fusechat_distill.storage.shards import (
     SampleRange,
     ScoredResponse,
@@ -65,7 +65,7 @@ class ScoreStage:
                     log.warning("%s", line)
                 missing = shards.missing()
                 if missing and not self.model.files.weights:
-                    raise DistillError(
+                    raise FusechatError(
                         f"{self.name} ({self.model.spec.model}): has no weights to make the scores "
                         f"that are missing with ({_listed(missing)}); copy the one or the other"
                     )
@@ -88,7 +88,7 @@ class ScoreStage:
         try:
             scorer = self._scorer(processes)
         except (ImportError, OSError, TypeError, ValueError) as error:
-            raise DistillError(
+            raise FusechatError(
                 f"{self.name} ({self.model.spec.model}): can't be loaded, check its `load` and its "
                 f"weights: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
@@ -123,7 +123,7 @@ class ScoreStage:
             from fusechat_distill.scoring.vllm_engine import VLLMScorer
 
             if processes.count > 1:
-                raise DistillError(
+                raise FusechatError(
                     "scoring.engine: vllm spreads a model over devices itself; start it without "
                     "`accelerate launch`, with `load: {tensor_parallel_size: N}`"
                 )
@@ -220,7 +220,7 @@ class ScoreStage:
         total = shards.manifest.samples
         if len(rows) > NON_FINITE_SHARE * total:
             shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
-            raise DistillError(
+            raise FusechatError(
                 f"{self.name} ({self.model.spec.model}): NaN or Inf in its output for "
                 f"{len(rows)} of {total} samples, more than {NON_FINITE_SHARE:.0%} (rows {shown}); "
                 f"score it in another dtype (`dtype: float32`) after deleting {self.folder}, or "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 from fusechat_distill.scoring.engine import Request, Scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 
@@ -34,7 +34,7 @@ class TransformersScorer:
         batch_tokens: padded tokens in one forward. A longer request is a batch by itself.
 
     Raises:
-        DistillError: the head is none that can be tiled.
+        FusechatError: the head is none that can be tiled.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class TransformersScorer:
         weight = getattr(self.head_module, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             kind = type(self.head_module).__name__
-            raise DistillError(
+            raise FusechatError(
                 f"{model.config.name_or_path}: its output head is {kind} without a plain weight "
                 "matrix; exclude it from quantisation, or set scoring.engine: vllm"
             )
         rows = weight.shape[0]
         ids = np.unique(np.fromiter((i for i in token_ids if i < rows), dtype=np.int64))
         if len(ids) < top_k:
-            raise DistillError(
+            raise FusechatError(
                 f"{model.config.name_or_path}: has {len(ids)} tokens; set scoring.top_k to at most "
                 "that"
             )
@@ -106,7 +106,7 @@ class TransformersScorer:
         `batch_tokens` with it for what follows.
 
         Raises:
-            DistillError: one request alone does not fit into memory.
+            FusechatError: one request alone does not fit into memory.
         """
         scores: list[Scores | None] = [None] * len(requests)
         todo = sorted(range(len(requests)), key=lambda i: -len(requests[i].input_ids))
@@ -117,7 +117,7 @@ class TransformersScorer:
             if results is None:
                 longest = len(batch[0].input_ids)
                 if count == 1:
-                    raise DistillError(
+                    raise FusechatError(
                         f"{self.model.config.name_or_path}: one sample of {longest} tokens does "
                         "not fit into memory; lower max_length, or give the model more devices "
                         "(`load: {device_map: auto}`)"
@@ -259,11 +259,11 @@ class TransformersScorer:
             if math.isfinite(error) and error <= tolerance * max(1.0, scale):
                 return scale, cap
         if not torch.isfinite(logits).all():
-            raise DistillError(
+            raise FusechatError(
                 f"{self.model.config.name_or_path}: gives NaN or Inf for the simplest input; its "
                 "weights are damaged, or overflow in this dtype (set `dtype: float32`)"
             )
-        raise DistillError(
+        raise FusechatError(
             f"{self.model.config.name_or_path}: a {config.model_type} model's logits are not its "
             "output head's times a known scale or under a known soft cap; set scoring.engine: vllm"
         )

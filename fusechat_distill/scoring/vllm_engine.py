@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 from fusechat_distill.scoring.engine import Request, Scores
 
 PADDING_MARGIN = 8
@@ -98,7 +98,7 @@ def scores_from_prompt_logprobs(
     own; `rows[0]` is None.
 
     Raises:
-        DistillError: a row holds fewer than `top_k` ids that the tokenizer has.
+        FusechatError: a row holds fewer than `top_k` ids that the tokenizer has.
     """
     count = len(request.positions)
     ids = np.zeros((count, top_k), dtype=np.uint32)
@@ -107,13 +107,13 @@ def scores_from_prompt_logprobs(
     for at, (position, gold) in enumerate(zip(request.positions, request.gold, strict=True)):
         row = rows[position + 1]
         if row is None:
-            raise DistillError(f"vLLM gave no log-probabilities for token {position + 1}")
+            raise FusechatError(f"vLLM gave no log-probabilities for token {position + 1}")
         gold_logprobs[at] = row[int(gold)].logprob
         entries = sorted(
             (-entry.logprob, token_id) for token_id, entry in row.items() if token_id in token_ids
         )[:top_k]
         if len(entries) < top_k:
-            raise DistillError(
+            raise FusechatError(
                 f"vLLM's best {len(row)} entries hold {len(entries)} tokens of the tokenizer's, "
                 f"fewer than top_k: {top_k}; set scoring.engine: transformers"
             )

@@ -6,18 +6,24 @@ import datetime
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 
 T = TypeVar("T")
 
 
-class ElsewhereError(DistillError):
+class ElsewhereError(FusechatError):
     """The first process failed, and says so itself; this one did nothing wrong.
 
     Its exit status is 0, so that a launcher does not end the first before it has spoken.
     """
 
-    exit_status = 0
+    exit_code = 0
+
+    def __init__(self) -> None:
+        super().__init__("the first process failed")
+
+    def show(self, file: Any = None) -> None:
+        pass
 
 
 class Processes:

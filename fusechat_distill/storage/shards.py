@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import lock_descriptor
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import DistillError, RequestError, first_line
-from fusechat_distill.storage.files import no_link, replacing, write_json
+from fusechat_common.errors import FusechatError, RequestError, one_line
+from fusechat_common.files import no_link, replacing, write_json
 
 SHARD_SAMPLES = 256
 FORMAT = 1
@@ -109,15 +110,15 @@ class Shards:
         """Open for reading.
 
         Raises:
-            DistillError: there is no manifest, or none that can be read.
+            FusechatError: there is no manifest, or none that can be read.
         """
         folder = Path(folder)
         try:
             manifest = _read_manifest(folder)
         except ValueError as error:
-            raise DistillError(f"{folder}: its manifest.json can't be read: {error}") from error
+            raise FusechatError(f"{folder}: its manifest.json can't be read: {error}") from error
         if manifest is None:
-            raise DistillError(f"{folder}: holds no manifest.json; nothing has been written there")
+            raise FusechatError(f"{folder}: holds no manifest.json; nothing has been written there")
         return cls(folder, manifest)
 
     @classmethod
@@ -130,7 +131,7 @@ class Shards:
         folder = Path(folder)
         problem = stale(folder, manifest)
         if problem:
-            raise RequestError(str(folder), [problem])
+            raise RequestError([problem], folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards = cls(folder, manifest)
         path = folder / "manifest.json"
@@ -149,14 +150,10 @@ class Shards:
         Raises:
             RequestError: another run holds it.
         """
-        import fcntl
-
         with open(self.folder / ".lock", "w", opener=no_link) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not lock_descriptor(lock.fileno(), blocking=False):
                 problem = "another run is writing it; wait for that run to end, or end it"
-                raise RequestError(str(self.folder), [problem]) from None
+                raise RequestError([problem], self.folder)
             yield
 
     def path(self, samples: SampleRange) -> Path:
@@ -179,7 +176,7 @@ class Shards:
                 try:
                     self.read(expected[path.name])
                     continue
-                except DistillError as error:
+                except FusechatError as error:
                     reason = str(error).removeprefix(f"{path}: ")
             reasons.append(f"{path}: {reason}; moved to {self._quarantine(path)}")
         return reasons
@@ -221,7 +218,7 @@ class Shards:
         """One shard's rows; all columns together are checked against the shard's digest.
 
         Raises:
-            DistillError: it is torn, or was not written for this folder and range.
+            FusechatError: it is torn, or was not written for this folder and range.
         """
         with self._shard(samples, whole=columns is None) as file:
             return file.read(columns=None if columns is None else list(columns), use_threads=False)
@@ -241,12 +238,12 @@ class Shards:
             with pq.ParquetFile(source, page_checksum_verification=True) as file:
                 footer = _footer(file)
                 if footer["manifest"] != self.manifest.digest:
-                    raise DistillError(f"{path}: was made with another fingerprint")
+                    raise FusechatError(f"{path}: was made with another fingerprint")
                 if footer["range"] != [samples.start, samples.stop]:
-                    raise DistillError(f"{path}: holds samples {footer['range']}")
+                    raise FusechatError(f"{path}: holds samples {footer['range']}")
                 yield file
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise DistillError(f"{path}: can't be read ({first_line(error)})") from error
+            raise FusechatError(f"{path}: can't be read ({one_line(error)})") from error
 
     def _quarantine(self, path: Path) -> Path:
         folder = self.folder / "quarantine"
@@ -441,7 +438,7 @@ class ScoreStore(Mapping[str, ScoredSample]):
     def __init__(self, folder: str | Path, *, cached_shards: int = 2):
         self.shards = Shards.open(folder)
         if self.shards.manifest.kind != "scores":
-            raise DistillError(f"{folder}: holds {self.shards.manifest.kind}, not scores")
+            raise FusechatError(f"{folder}: holds {self.shards.manifest.kind}, not scores")
         self._cached_shards = cached_shards
         self._cache: OrderedDict[SampleRange, list[ScoredSample]] = OrderedDict()
         self._places: dict[str, tuple[SampleRange, int]] = {}
@@ -483,7 +480,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(first_line(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _number_lists(schema: pa.Schema) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import RequestError, first_line
+from fusechat_common.errors import RequestError, one_line
 from fusechat_distill.text.tokens import (
     Tokenization,
     byte_offsets,
@@ -134,16 +134,16 @@ def open_conversations(
     try:
         dataset = _load(path, name, split)
     except Exception as error:  # `datasets` raises some twenty unrelated classes
-        raise RequestError(where, [f"can't be opened: {_reason(Path(path), error)}"]) from error
+        raise RequestError([f"can't be opened: {_reason(Path(path), error)}"], where) from error
     try:
         conversations = Conversations(dataset, column, max_samples)
     except UnicodeError as error:  # of a file that pyarrow takes bytes of without looking
-        raise RequestError(where, [f"can't be read: {_reason(Path(path), error)}"]) from error
+        raise RequestError([f"can't be read: {_reason(Path(path), error)}"], where) from error
     except ValueError as error:
-        raise RequestError(where, [str(error)]) from error
+        raise RequestError([str(error)], where) from error
     if not conversations:
         reasons = "; ".join(f"row {row}: {reason}" for row, reason in conversations.rejected[:3])
-        raise RequestError(where, [f"no row can be used: {reasons or 'it has no rows'}"])
+        raise RequestError([f"no row can be used: {reasons or 'it has no rows'}"], where)
     return conversations
 
 
@@ -173,7 +173,7 @@ def _reason(path: Path, error: BaseException) -> str:
             return problem
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return one_line(error)
 
 
 def _json_problem(path: Path) -> str | None:
@@ -428,19 +428,19 @@ class Renderer:
                 template = tokenizer.get_chat_template()
             except ValueError as error:
                 raise RequestError(
-                    where,
                     [
                         "it has no chat template; put its chat_template.jinja beside its "
                         "tokenizer, or name its chat model (a source can borrow the pivot's with "
                         "`template: pivot`)"
                     ],
+                    where,
                 ) from error
         try:
             self._compiled = _compile_jinja_template(template)
         except Exception as error:  # Jinja's, and Python's for what it makes of the template
             message = " ".join(str(error).split())
             raise RequestError(
-                where, [f"its chat template is not valid Jinja: {message}"]
+                [f"its chat template is not valid Jinja: {message}"], where
             ) from error
         vocabulary(tokenizer)
         self.tokenizer = tokenizer

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,8 +240,8 @@ class _Reading:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if backend is None or not hasattr(backend, "decoder"):
             raise RequestError(
-                f"tokenizer {name}",
                 ["it is not backed by the `tokenizers` library; use a model with a tokenizer.json"],
+                f"tokenizer {name}",
             )
         self.normalizer = backend.normalizer
         decoder = list(_components(backend.decoder))
@@ -277,11 +277,11 @@ class _Reading:
             problem = "it has a pre-tokenizer but no decoder"
         if problem:
             raise RequestError(
-                f"tokenizer {name}",
                 [
                     f"the bytes of its tokens can't be told: {problem}; supported are byte-level "
                     "BPE and SentencePiece-style BPE and Unigram"
                 ],
+                f"tokenizer {name}",
             )
         self.piece_bytes = piece_bytes
         self.fingerprint: str | None = None

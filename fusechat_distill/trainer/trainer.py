@@ -21,7 +21,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 from fusechat_distill.trainer.columns import TARGETS, TOKENS, prepare_dataset
 from fusechat_distill.trainer.loss import FusionLogProbFunction
 
@@ -33,10 +33,6 @@ _HEAD_APART = (
     "of one process and loses the others'; wrap the transformer layers alone "
     "(`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`)"
 )
-
-
-class TrainingRequestError(RequestError, ValueError):
-    """What `FusionTrainer` refuses at start, each with its reason and remedy."""
 
 
 @dataclass
@@ -148,7 +144,7 @@ class _FusionHead:
             if not kwargs.get("fused_lm_head"):
                 return fused_forward(*args, **kwargs)
             if isinstance(model.get_output_embeddings(), FSDPModule):
-                raise TrainingRequestError("FusionTrainer", [_HEAD_APART])
+                raise RequestError([_HEAD_APART], "FusionTrainer")
             if fusion_ids is None or fusion_probs is None:
                 outputs = fused_forward(*args, **kwargs)
                 nll = -outputs.log_probs.detach().sum()
@@ -412,7 +408,7 @@ class FusionTrainer(SFTTrainer):
     Args: TRL's, `args` being a `FusionConfig`.
 
     Raises:
-        TrainingRequestError (a `ValueError`): whatever would drop or distort the fusion term; all
+        RequestError: whatever would drop or distort the fusion term; all
             that is known before the model is loaded is named at once.
     """
 
@@ -442,7 +438,7 @@ class FusionTrainer(SFTTrainer):
             *adapter_problems(model, peft_config),
         ]
         if problems:
-            raise TrainingRequestError("FusionTrainer", problems)
+            raise RequestError(problems, "FusionTrainer")
         self._vocab_size = _vocab_size(model, args)
         super().__init__(
             model=model,
@@ -460,7 +456,7 @@ class FusionTrainer(SFTTrainer):
             *_parallelism_problems(self.accelerator.parallelism_config),
         ]
         if problems:
-            raise TrainingRequestError("FusionTrainer", problems)
+            raise RequestError(problems, "FusionTrainer")
         # TRL refuses a collator of one's own in its padding-free modes, so it comes in afterwards.
         if data_collator is None:
             plain = self.data_collator

@@ -13,17 +13,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_distill.errors import DistillError, RequestError
+from fusechat_common.errors import FusechatError, RequestError
+from fusechat_common.files import existing, sync_folder, write_json
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.inputs.models import ModelFiles
-from fusechat_distill.inputs.open import existing, readable_size
+from fusechat_distill.inputs.open import readable_size
 from fusechat_distill.inputs.trl_settings import (
     checkpoint_bytes,
     determining,
     fusion_config,
     lora_config,
 )
-from fusechat_distill.storage.files import sync_folder, write_json
 from fusechat_distill.storage.shards import Manifest, Shards, stale
 from fusechat_distill.storage.stage import Progress, StageStatus
 from fusechat_distill.training.card import model_card
@@ -128,7 +128,7 @@ class TrainStage:
         """Train the target where it is not there.
 
         Raises:
-            DistillError: its dataset is not complete.
+            FusechatError: its dataset is not complete.
             RequestError: the target, or checkpoints of it, were made with another fingerprint.
         """
         with contextlib.ExitStack() as stack:
@@ -136,12 +136,12 @@ class TrainStage:
             def prepare() -> tuple[bool, str | None]:
                 """Whether there is something to do, and the checkpoint to go on from."""
                 if problem := stale(self.folder, self.manifest()) or incomplete(self.folder):
-                    raise RequestError(str(self.folder), [problem])
+                    raise RequestError([problem], self.folder)
                 if (self.folder / "manifest.json").exists():
                     shutil.rmtree(self.work, ignore_errors=True)
                     return False, None
                 if not self.fused.status().complete:
-                    raise DistillError(f"fused {self.name}: is not complete")
+                    raise FusechatError(f"fused {self.name}: is not complete")
                 if stale(self.work, self.manifest()) and not any(_checkpoints(self.work)):
                     with Shards.open(self.work).exclusive():  # not one that trains just now
                         shutil.rmtree(self.work)
@@ -167,7 +167,7 @@ class TrainStage:
             write_json(path, processes.count)
             return
         if before != processes.count:
-            raise DistillError(
+            raise FusechatError(
                 f"{self.work}: was begun by {before} processes, this run has {processes.count}; "
                 f"start as many, or delete {self.work} to begin anew"
             )
@@ -244,7 +244,7 @@ class TrainStage:
     def _complete(self, part: Path, trainer: FusionTrainer, metrics: dict[str, float]) -> None:
         """Add what makes the weights a model, then give the folder its name."""
         if not any(part.glob("*.safetensors")):  # transformers says nothing then
-            raise DistillError(
+            raise FusechatError(
                 f"target {self.name}: its weights lie in pieces over the processes and were not "
                 "put together; set fsdp_state_dict_type: FULL_STATE_DICT (FSDP) or "
                 "zero3_save_16bit_model: true (DeepSpeed) in the launcher's configuration, and "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusechat_common.errors import RequestError
 from fusechat_merge.engine.execute import MEMORY
 from fusechat_merge.engine.journal import Done
 from fusechat_merge.engine.merger import Merger, Progress
 from fusechat_merge.engine.passes import SourceFiles, divide
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.planning.plan import NATIVE, Output, Plan
 from fusechat_merge.results.report import Report
 
@@ -30,8 +30,8 @@ def analyze(
         memory, threads, progress: as for ``stream.merge``.
 
     Raises:
-        ConfigError: the plan has problems, or a merge that has no such weights.
-        TensorError: NaN or Inf in an input.
+        RequestError: the plan has problems, or a merge that has no such weights.
+        FusechatError: NaN or Inf in an input.
     """
     outputs = [output for output in planned.outputs if output.how in NATIVE]
     targets = {tuple(source.model for source in output.sources[1:]) for output in outputs}
@@ -43,7 +43,7 @@ def analyze(
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise ConfigError(problems)
+        raise RequestError(problems)
 
     sink = _NothingWritten()
     sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
@@ -54,7 +54,9 @@ def analyze(
         sources.close()
     units = merger.units()
     if not units:
-        raise ConfigError([f"merge_method {planned.config.merge_method} has no weights to analyze"])
+        raise RequestError(
+            [f"merge_method {planned.config.merge_method} has no weights to analyze"]
+        )
     return Report(
         method=planned.config.merge_method,
         base=outputs[0].sources[0].model,

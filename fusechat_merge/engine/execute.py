@@ -19,16 +19,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 import yaml
 
+from fusechat_common.errors import FusechatError, RequestError
+from fusechat_common.files import can_be_made, existing
 from fusechat_merge import __version__
 from fusechat_merge.engine.journal import Journal, changes
 from fusechat_merge.engine.merger import Merger, Progress, make_tasks, read_bytes
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.engine.saving import Saver, ShardFiles, publish
-from fusechat_merge.errors import ConfigError, TensorError
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.planning.plan import Plan
 from fusechat_merge.planning.planner import plan
@@ -37,12 +37,6 @@ from fusechat_merge.results.folder import write_side_files
 MEMORY = 256 << 20
 """Default bound of all buffers together, bytes."""
 _START_UP = 510_000_000  # what mergekit, torch and numba take once imported
-
-
-class Broken(click.ClickException, OSError):
-    """A merge that broke on the way; what was done is kept."""
-
-    exit_code = 1
 
 
 def merge(
@@ -76,8 +70,8 @@ def merge(
         ``out``.
 
     Raises:
-        ConfigError: the request can't be carried out; everything that is wrong, nothing written.
-        TensorError, Broken: it broke on the way; the same call goes on from there.
+        RequestError: the request can't be carried out; everything that is wrong, nothing written.
+        FusechatError: it broke on the way; the same call goes on from there.
     """
     planned = plan(config, **options)
     if not planned.problems and any(c.folder is None for c in planned.models.values()):
@@ -133,7 +127,7 @@ def carry_out(
             f"--device cuda: PyTorch {torch.__version__} sees no CUDA device; use --device cpu"
         )
     if problems:
-        raise ConfigError(problems)
+        raise RequestError(problems)
 
     with ExitStack() as stack, _explained(out):
         journal = stack.enter_context(closing(Journal(work / "journal")))
@@ -144,7 +138,7 @@ def carry_out(
         if problems:
             if not journal.done.identity:
                 shutil.rmtree(work, ignore_errors=True)
-            raise ConfigError(problems)
+            raise RequestError(problems)
         _begin(journal, identity(planned) | {"device": device}, work, resume)
         started()
         files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
@@ -171,7 +165,7 @@ def tidy(out: Path) -> None:
     """Remove what a finished merge was killed before removing, unless a run is at work there."""
     work = _work(Path(os.path.abspath(out)))
     if work.exists() and not _planted(work):
-        with suppress(ConfigError), closing(Journal(work / "journal")):
+        with suppress(RequestError), closing(Journal(work / "journal")):
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -260,13 +254,11 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
             f"{out}: is in use by something other than this merge; name another folder, or"
             " --overwrite replaces it once the new model is complete"
         )
-    place = out.parent
-    while not place.exists():
-        place = place.parent
+    place = existing(out.parent)
     if not place.is_dir():
         problems.append(f"{out}: {place} is a file, no folder; name another folder")
         return problems
-    if not os.access(place, os.W_OK):
+    if not can_be_made(place):
         problems.append(f"{place}: can't be written to")
         return problems
     if _planted(work):
@@ -296,7 +288,7 @@ def _planted(work: Path) -> bool:
 def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> None:
     before = journal.done.identity
     if before and resume and before != now:
-        raise ConfigError(
+        raise RequestError(
             [
                 f"{work} holds an unfinished merge of something else; --no-resume starts over",
                 *changes(before, now),
@@ -313,14 +305,14 @@ def _explained(out: Path) -> Iterator[None]:
     again = "what was done is kept: the same command goes on from there"
     try:
         yield
-    except (ConfigError, TensorError, Broken):
+    except FusechatError:
         raise
-    except KeyboardInterrupt:
-        raise Broken(f"interrupted; {again}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Broken(f"{out}: no room left ({error.strerror}); make room, {again}") from error
-        raise Broken(f"{error}; {again}") from error
+            raise FusechatError(
+                f"{out}: no room left ({error.strerror}); make room, {again}"
+            ) from error
+        raise FusechatError(f"{error}; {again}") from error
 
 
 @contextmanager
@@ -340,7 +332,7 @@ def _unchanged(planned: Plan, journal: Journal) -> Iterator[None]:
                 now = path.stat()
                 if (now.st_size, now.st_mtime_ns) != (at.size, at.modified):
                     journal.begin({})
-                    raise Broken(
+                    raise FusechatError(
                         f"{name}/{file} was changed while it was being merged; the same command"
                         " starts over"
                     )

@@ -8,7 +8,6 @@ goes with the process.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -16,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusechat_merge.errors import ConfigError
+from filelock import lock_descriptor
+
+from fusechat_common.errors import RequestError
+from fusechat_common.system import NO_FOLLOW
 
 
 @dataclass
@@ -43,22 +45,20 @@ class Journal:
         path: the file, made when missing.
 
     Raises:
-        ConfigError: another process holds it.
+        RequestError: another process holds it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
             self._file = os.open(path, flags, 0o666)
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_descriptor(self._file, blocking=False):
                 os.close(self._file)
-                raise ConfigError(
+                raise RequestError(
                     [f"another fusechat-merge is writing here now ({path.parent} is locked)"]
-                ) from None
+                )
             if _is(self._file, path):
                 break
             os.close(self._file)  # the last holder has just finished and removed it
@@ -109,15 +109,6 @@ def _is(descriptor: int, path: Path) -> bool:
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterable[str]:

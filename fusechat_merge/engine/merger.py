@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from fusechat_common.errors import FusechatError
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.engine.journal import Done
 from fusechat_merge.engine.passes import Desk, FilePasses, Ring, SourceFiles
 from fusechat_merge.engine.tasks import run_tasks
-from fusechat_merge.errors import TensorError
 from fusechat_merge.mergekit_bridge.methods import non_finite
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
@@ -279,4 +279,4 @@ def _naming(output: Output) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         source = output.sources[0 if error.target is None else error.target + 1]
-        raise TensorError(non_finite(source.model, source.tensor)) from None
+        raise FusechatError(non_finite(source.model, source.tensor)) from None

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fusechat_merge.engine.journal import Journal, sync_folder
+from fusechat_common.files import sync_folder
+from fusechat_merge.engine.journal import Journal
 from fusechat_merge.planning.plan import Output, Plan
 
 SAVE_EVERY = 64 << 20

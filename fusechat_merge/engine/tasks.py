@@ -12,7 +12,7 @@ from mergekit.graph import Task
 from mergekit.tokenizer import BuildTokenizer
 from torch import Tensor
 
-from fusechat_merge.errors import TensorError
+from fusechat_common.errors import FusechatError
 from fusechat_merge.mergekit_bridge.loader import CheckpointLoader, loading
 from fusechat_merge.mergekit_bridge.units import UnitStatistics
 from fusechat_merge.planning.configuration import referenced_models
@@ -30,7 +30,7 @@ def run_tasks(
         Each output with its tensor: contiguous, on the CPU, of the output's shape and dtype.
 
     Raises:
-        TensorError: mergekit refuses the tensors, such as whole-number buffers that differ.
+        FusechatError: mergekit refuses the tensors, such as whole-number buffers that differ.
     """
     models = {r: planned.models[str(r)] for r in referenced_models(planned.config)}
     shared: dict[int, Any] = {}
@@ -50,7 +50,7 @@ def run_tasks(
             try:
                 value = _value(planned.tasks[output.name], planned, shared, device)
             except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-                raise TensorError(f"{output.name}: {error}") from error
+                raise FusechatError(f"{output.name}: {error}") from error
             yield output, _as_planned(value, output)
 
 
@@ -92,7 +92,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _as_planned(value: Tensor | None, output: Output) -> Tensor:
     if value is None or tuple(value.shape) != output.shape or value.dtype != output.merged_dtype:
         got = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
-        raise TensorError(
+        raise FusechatError(
             f"{output.name}: the method returned {got}, not {output.merged_dtype}"
             f" {list(output.shape)}: please report this configuration"
         )

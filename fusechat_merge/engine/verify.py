@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from fusechat_common.errors import RequestError
 from fusechat_merge.engine.execute import MEMORY
 from fusechat_merge.engine.journal import Done
 from fusechat_merge.engine.merger import Merger, Progress, make_tasks
 from fusechat_merge.engine.passes import SourceFiles, divide
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.planning.plan import Output, Plan
@@ -48,7 +48,7 @@ def verify(
         Every difference; nothing where the model is what the configuration makes.
 
     Raises:
-        ConfigError: the configuration or its models are not to be used.
+        RequestError: the configuration or its models are not to be used.
     """
     planned = plan(config, **options)
     if not planned.problems and any(c.folder is None for c in planned.models.values()):
@@ -60,13 +60,13 @@ def verify(
             f"{out}: was computed on a CUDA device, which rounds differently, and none is here"
         )
     if planned.problems:
-        raise ConfigError(planned.problems)
+        raise RequestError(planned.problems)
     try:
         made = read_checkpoint(Folder(out), str(out))
     except CheckpointError as error:
-        return error.problems
+        return list(error.problems)
     except OSError as error:
-        raise ConfigError([f"{out}: can't be read ({error})"]) from error
+        raise RequestError([f"{out}: can't be read ({error})"]) from error
     problems = _structure_problems(planned, made) + _side_file_problems(planned, out)
     chosen = [
         output for output in planned.outputs if output.name in made.tensors and _fits(output, made)
@@ -82,7 +82,7 @@ def verify(
         try:
             ring = divide(everything, memory, threads, device)
         except ValueError as error:
-            raise ConfigError([str(error)]) from None
+            raise RequestError([str(error)]) from None
         merger = Merger(planned, sources, comparison, ring, progress)
         merger.run(native)
         make_tasks(

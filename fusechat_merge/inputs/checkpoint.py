@@ -8,12 +8,12 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from fusechat_merge.errors import one_line
+from fusechat_common.errors import RequestError, one_line
 
 MAX_HEADER = 100_000_000
 """Longest safetensors header that the format's own reader takes, bytes; the same for an index."""
@@ -29,12 +29,8 @@ ITEM_BITS: dict[str, int] = {
 _FIRST_READ = 1 << 16
 
 
-class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, everything that was found: ``problems``."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+class CheckpointError(RequestError):
+    """What is wrong with a checkpoint, everything that was found."""
 
 
 @dataclass(frozen=True)

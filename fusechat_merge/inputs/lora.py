@@ -82,7 +82,7 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
     try:
         locations, file = read_weights_file(store, _FILE, f"{name}: {_FILE}")
     except CheckpointError as error:
-        raise CheckpointError(problems + error.problems) from error
+        raise CheckpointError([*problems, *error.problems]) from error
     if problems:
         raise CheckpointError(problems)
     path = _FILE if store.folder is None else str((store.folder / _FILE).absolute())

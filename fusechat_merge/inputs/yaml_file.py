@@ -7,30 +7,30 @@ from typing import Any
 
 import yaml
 
-from fusechat_merge.errors import ConfigError, one_line
+from fusechat_common.errors import RequestError, one_line
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
     """What a YAML file holds, and its text.
 
     Raises:
-        ConfigError: no such file, no text in UTF-8, no YAML, several documents, or a key twice.
+        RequestError: no such file, no text in UTF-8, no YAML, several documents, or a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
         return yaml.load(text, _Loader), text
     except FileNotFoundError as error:
-        raise ConfigError([f"{path}: no such file"]) from error
+        raise RequestError([f"{path}: no such file"]) from error
     except IsADirectoryError as error:
-        raise ConfigError([f"{path}: is a folder; name the YAML file"]) from error
+        raise RequestError([f"{path}: is a folder; name the YAML file"]) from error
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is no text in UTF-8; save it as that"]) from error
+        raise RequestError([f"{path}: is no text in UTF-8; save it as that"]) from error
     except _TwiceError as error:
-        raise ConfigError([f"{path}: {error}"]) from error
+        raise RequestError([f"{path}: {error}"]) from error
     except yaml.MarkedYAMLError as error:
-        raise ConfigError([f"{path}{_where(error)}: {_why(error)}"]) from error
+        raise RequestError([f"{path}{_where(error)}: {_why(error)}"]) from error
     except Exception as error:  # what reads a date or a number raises what it likes
-        raise ConfigError([f"{path}: can't be read as YAML ({one_line(error)})"]) from error
+        raise RequestError([f"{path}: can't be read as YAML ({one_line(error)})"]) from error
 
 
 class _TwiceError(ValueError):

@@ -24,7 +24,7 @@ from mergekit.merge_methods.dtype import align_dtype
 from pydantic import Field
 from torch import Tensor
 
-from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.mergekit_bridge.parameters import weightless
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import InMemory, NonFiniteError
@@ -126,7 +126,7 @@ class VarmMethod(GroupMergeMethod):
         statistic, lam = parameters["statistic"], parameters["lambda"]
         prior = parameters["weight"].values_for(group.non_base)
         if not any(prior):
-            raise ConfigError([weightless([group.metadata.name or "the tensor"])])
+            raise RequestError([weightless([group.metadata.name or "the tensor"])])
         passes = _passes(group)
         with _naming(group):
             if parameters["granularity"] == "element":
@@ -210,7 +210,7 @@ class _naming:  # noqa: N801
         if isinstance(error, NonFiniteError):
             group = self._group
             at = _base_of(group) if error.target is None else group.non_base[error.target]
-            raise TensorError(non_finite(at.id, group.metadata.name)) from None
+            raise FusechatError(non_finite(at.id, group.metadata.name)) from None
 
 
 def non_finite(model: Hashable, name: str | None) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fusechat_merge.errors import nearest
+from fusechat_common.errors import nearest
 from fusechat_merge.methods.granularity import GRANULARITIES
 from fusechat_merge.methods.sce import VARIANTS
 from fusechat_merge.methods.varm import STATISTICS

@@ -13,8 +13,8 @@ from typing import Any
 from mergekit.graph import Task
 from mergekit.merge_methods import registry
 
+from fusechat_common.errors import RequestError
 from fusechat_merge import _autoload
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.mergekit_bridge.methods import SceMethod, VarmMethod
 from fusechat_merge.mergekit_bridge.parameters import parameter_problems
 from fusechat_merge.methods.granularity import SHARED
@@ -23,7 +23,7 @@ from fusechat_merge.methods.granularity import SHARED
 def _check(config: Any) -> None:
     problems = parameter_problems(config)
     if problems:
-        raise ConfigError(problems)
+        raise RequestError(problems)
 
 
 def _once(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -75,7 +75,7 @@ def extend_raw_planner() -> None:
             if config.merge_method == "varm":
                 merges = [t.tensor_task for t in tasks if hasattr(t, "tensor_task")]
                 if any(task.parameters["granularity"] in SHARED for task in merges):
-                    raise ConfigError(
+                    raise RequestError(
                         [
                             "mergekit-pytorch knows no modules or layers: use granularity matrix or"
                             " element here, or mergekit-yaml or fusechat-merge run"

@@ -20,7 +20,7 @@ from mergekit.tokenizer.embed import PermutedVocabulary
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.mergekit_bridge.methods import Statistics, non_finite, unit_statistics
 from fusechat_merge.mergekit_bridge.parameters import weightless
 from fusechat_merge.methods.granularity import SHARED, unit_of
@@ -92,7 +92,7 @@ class MergeWithUnit(ExecuteMergeMethodTask):
             # Missing from a model, so not among the tensors that the statistics have checked.
             for model, tensor in tensors.items():
                 if not bool(torch.isfinite(tensor).all()):
-                    raise TensorError(non_finite(model, self.output_weight.name))
+                    raise FusechatError(non_finite(model, self.output_weight.name))
         parameters = {**dict(self.parameters.items()), **given}
         task = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
         return ExecuteMergeMethodTask.execute(task, tensors)
@@ -102,7 +102,7 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
     """The planned varm tasks, those of a unit of several tensors made to share its statistics.
 
     Raises:
-        ConfigError: all weights of a tensor are 0, or a unit's vocabulary is permuted.
+        RequestError: all weights of a tensor are 0, or a unit's vocabulary is permuted.
     """
     names = _weightless(tasks)
     problems = [weightless(names)] if names else []
@@ -138,7 +138,7 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
             f" {', '.join(permuted)}, or bring the models to one vocabulary first"
         )
     if problems:
-        raise ConfigError(problems)
+        raise RequestError(problems)
     return result
 
 
@@ -147,10 +147,10 @@ def _fields(task: ExecuteMergeMethodTask) -> dict[str, Any]:
 
 
 def raise_if_weightless(tasks: Sequence[ExecuteMergeMethodTask]) -> None:
-    """Raise ConfigError if all targets of a tensor have the weight 0."""
+    """Raise RequestError if all targets of a tensor have the weight 0."""
     names = _weightless(tasks)
     if names:
-        raise ConfigError([weightless(names)])
+        raise RequestError([weightless(names)])
 
 
 def _weightless(tasks: Sequence[ExecuteMergeMethodTask]) -> list[str]:

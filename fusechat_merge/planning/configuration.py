@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from pydantic import BaseModel
 
-from fusechat_merge.errors import ConfigError, nearest, one_line
+from fusechat_common.errors import RequestError, nearest, one_line
 from fusechat_merge.inputs.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -45,14 +45,14 @@ def read_config(
     else:
         raw, source = read_yaml(Path(config))
     if not isinstance(raw, dict):
-        raise ConfigError(["a mergekit configuration is a YAML mapping with merge_method in it"])
+        raise RequestError(["a mergekit configuration is a YAML mapping with merge_method in it"])
     problems = list(_unknown_keys(raw, MergeConfiguration))
     try:
         parsed = MergeConfiguration.model_validate(raw)
     except Exception as error:  # pydantic's, or a RuntimeError of mergekit's validators
         details = error.errors() if hasattr(error, "errors") else None
         found = _field_problems(details) if details else [one_line(error)]
-        raise ConfigError(problems + found) from error
+        raise RequestError(problems + found) from error
     return Plan(parsed, source, options, problems=problems + _config_problems(parsed))
 
 
@@ -236,7 +236,7 @@ def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:
     try:
         config = read_settings(store, "config.json", checkpoint.name)
     except CheckpointError as error:
-        return error.problems
+        return list(error.problems)
     scheme = config.get("quantization_config") if isinstance(config, dict) else None
     if scheme:
         kind = scheme.get("quant_method", "quantised") if isinstance(scheme, dict) else "quantised"

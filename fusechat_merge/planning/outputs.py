@@ -21,7 +21,7 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
-from fusechat_merge.errors import one_line
+from fusechat_common.errors import one_line
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.methods.granularity import SHARED, layer_of
 from fusechat_merge.planning.configuration import referenced_models

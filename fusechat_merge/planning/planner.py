@@ -20,7 +20,7 @@ from mergekit.merge import _model_out_config, _set_chat_template, _update_config
 from mergekit.tokenizer import BuildTokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from fusechat_merge.errors import ConfigError, one_line
+from fusechat_common.errors import RequestError, one_line
 from fusechat_merge.inputs.checkpoint import CheckpointError
 from fusechat_merge.mergekit_bridge.loader import loading
 from fusechat_merge.mergekit_bridge.parameters import idle_filters, weightless
@@ -64,7 +64,7 @@ def plan(
         The plan; what is wrong with the request is listed in its ``problems``.
 
     Raises:
-        ConfigError: the configuration can't be read as one of mergekit's.
+        RequestError: the configuration can't be read as one of mergekit's.
     """
     result = read_config(config, Options(**options))
     name_adapters(result.config)
@@ -122,7 +122,7 @@ def _plan_outputs(planned: Plan) -> None:
                 source = config.tokenizer_source or (config.tokenizer and config.tokenizer.source)
                 named = [*references, *([source] if isinstance(source, ModelReference) else [])]
                 found = _tokenizer_problems(named, planned.options.trust_remote_code)
-                raise ConfigError(found or [one_line(error)]) from error
+                raise RequestError(found or [one_line(error)]) from error
         if config.chat_template:
             holder = SimpleNamespace(chat_template=None)
             _set_chat_template(holder, config, planned.options.trust_remote_code)
@@ -134,7 +134,7 @@ def _plan_outputs(planned: Plan) -> None:
                 planned.tokenizer.tokenizer,
                 pad_to_multiple_of=config.tokenizer and config.tokenizer.pad_to_multiple_of,
             )
-    except ConfigError as error:
+    except RequestError as error:
         planned.problems += error.problems
         return
     except Exception as error:  # what mergekit refuses is refused; its errors have no common base
@@ -250,7 +250,7 @@ def _plan_units(planned: Plan, maker: OutputMaker) -> None:
         # Converted or permuted tensors: only mergekit's tasks can read units that hold such.
         try:
             united = with_units(list(maker.regular.values()))
-        except ConfigError as error:
+        except RequestError as error:
             planned.problems += error.problems
             return
         for name, task in zip(maker.regular, united, strict=True):

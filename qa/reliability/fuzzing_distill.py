@@ -346,7 +346,7 @@ def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, byt
 
 
 def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from fusechat_distill.errors import DistillError
+    from fusechat_common.errors import FusechatError
     from fusechat_distill.storage.shards import scored_samples
 
     shards = scored_store(work / "scores", random.Random(seed))
@@ -369,7 +369,7 @@ def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
                     return "another value", f"of {read.__name__}"
                 if read == shards.read:
                     scored_samples(value)
-            except DistillError as error:
+            except FusechatError as error:
                 same, said = False, str(error)
         return ("the same", "") if same else ("refused", said)
 
@@ -615,7 +615,7 @@ JSON_FRAGMENTS = [
 def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     import datasets
 
-    from fusechat_distill.errors import RequestError
+    from fusechat_common.errors import RequestError
     from fusechat_distill.text.conversations import open_conversations
 
     datasets.disable_progress_bars()
@@ -727,7 +727,7 @@ def conversations_to_render() -> list[Any]:
 
 
 def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from fusechat_distill.errors import RequestError
+    from fusechat_common.errors import RequestError
     from fusechat_distill.text.conversations import Renderer
     from tests.support import chain
 
@@ -931,7 +931,7 @@ def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
 def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     from transformers import PreTrainedTokenizerFast
 
-    from fusechat_distill.errors import RequestError
+    from fusechat_common.errors import RequestError
     from fusechat_distill.text.conversations import Renderer
     from tests.support import chain
 

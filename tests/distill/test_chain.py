@@ -19,9 +19,9 @@ from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fusechat_common.errors import RequestError
 from fusechat_distill.chain import MergeStage, run_problems
 from fusechat_distill.cli import commands
-from fusechat_distill.errors import RequestError
 from fusechat_distill.inputs.merge_yaml import merge_configuration
 from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.recipe.schema import Recipe, load_recipe

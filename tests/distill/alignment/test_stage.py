@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, Qwen3Config
 
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.alignment.positions import EXACT, Responses, align, match_positions
 from fusechat_distill.alignment.stage import (
     AlignedSample,
@@ -23,7 +24,6 @@ from fusechat_distill.alignment.stage import (
     join,
     side_by_side,
 )
-from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Alignment
 from fusechat_distill.storage.shards import (
@@ -253,7 +253,7 @@ def test_the_same_tokenizer_loses_nothing_in_any_vocabulary(inputs, mode):
 def test_scores_that_are_not_complete_are_asked_for(inputs):
     model = inputs.models["other"]
     sorted(inputs.scores_folder(model).glob("*.parquet"))[1].unlink()
-    with pytest.raises(DistillError, match="other: 44 of 300 samples have no scores; run"):
+    with pytest.raises(FusechatError, match="other: 44 of 300 samples have no scores; run"):
         stages(inputs)["other"].run(Alone(), Silent())
     assert stages(inputs)["twin"].run(Alone(), Silent()).complete
 

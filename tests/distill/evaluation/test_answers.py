@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fusechat_common.errors import RequestError
 from fusechat_distill.cli import commands
-from fusechat_distill.errors import RequestError
 from fusechat_distill.evaluation.answers import read_questions
 from tests.support import chain
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.alignment.stage import AlignedSample, align_stages, aligned_samples
-from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.fusion.stage import byte_counts, decisions, fuse_stages, held_out, join_sample
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Fusion
@@ -309,7 +309,7 @@ def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_pat
     assert not any(s.present[0] for s in sample.scores)
     assert len(sample.num_bytes) == 5
     # Scores of other tokens than the conversation's are no scores of it.
-    with pytest.raises(DistillError, match="5 positions where the conversation has 3; delete the"):
+    with pytest.raises(FusechatError, match="5 positions where the conversation has 3; delete the"):
         join_sample(conversation, replace(rendering, responses=rendering.responses[:1]), pivot, [])
 
 
@@ -387,7 +387,7 @@ def test_what_is_not_aligned_is_asked_for(aligned, tmp_path):
     stage.folder = tmp_path / "fused"
     stage._aligned[0].folder = tmp_path / "elsewhere"
     with pytest.raises(
-        DistillError, match="neox: 280 of 280 samples are not aligned; run `fusechat-distill align"
+        FusechatError, match="neox: 280 of 280 samples are not aligned; run `fusechat-distill align"
     ):
         stage.run(Processes("cpu"), Silent())
     assert not stage.folder.exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 from fusechat_distill.recipe.reference import commented_recipe
 from fusechat_distill.recipe.schema import Recipe, Training, load_recipe, read_recipe
 
@@ -83,7 +83,7 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
     path = write(tmp_path, text)
     with pytest.raises(RequestError) as caught:
         load_recipe(path)
-    assert caught.value.exit_status == 2
+    assert caught.value.exit_code == 2
     first, *rest = str(caught.value).splitlines()
     assert first == f"{path} has 14 problems:"
     assert sorted(rest) == [

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, Qwen3Config
 
+from fusechat_common.errors import RequestError
 from fusechat_distill.alignment.stage import aligned_samples
 from fusechat_distill.cli import commands
-from fusechat_distill.errors import RequestError
 from fusechat_distill.fusion.stage import fuse_stages
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Alignment, Fusion

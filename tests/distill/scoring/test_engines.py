@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 from fusechat_distill.scoring.engine import Request, Scores, checked_scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 from fusechat_distill.scoring.transformers_engine import TransformersScorer
@@ -227,7 +227,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
         "out of memory: going on with batch_tokens: 80",
     ]
     limit = 30
-    with pytest.raises(DistillError) as caught:
+    with pytest.raises(FusechatError) as caught:
         list(scorer.score(wanted))
     assert str(caught.value).endswith(
         ": one sample of 40 tokens does not fit into memory; lower max_length, or give the model "
@@ -266,18 +266,18 @@ def test_nan_is_seen_in_its_own_sample_only():
 def test_a_model_whose_logits_are_something_else_is_refused():
     model = build("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out.abs())
-    with pytest.raises(DistillError, match="a llama model's logits are not its output head's"):
+    with pytest.raises(FusechatError, match="a llama model's logits are not its output head's"):
         TransformersScorer(model, TOKENS)
     model = build("llama")
     model.model.norm.weight.data[0] = float("inf")
-    with pytest.raises(DistillError, match="gives NaN or Inf for the simplest input"):
+    with pytest.raises(FusechatError, match="gives NaN or Inf for the simplest input"):
         TransformersScorer(model, TOKENS)
     model = build("llama")
     weight = model.lm_head.weight.to(torch.int8)  # as a quantised head holds it
     model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(DistillError, match="its output head is Linear without a plain weight"):
+    with pytest.raises(FusechatError, match="its output head is Linear without a plain weight"):
         TransformersScorer(model, TOKENS)
-    with pytest.raises(DistillError, match=r"has 2 tokens; set scoring\.top_k to at most that"):
+    with pytest.raises(FusechatError, match=r"has 2 tokens; set scoring\.top_k to at most that"):
         TransformersScorer(build("llama"), [1, 5], top_k=3)
 
 
@@ -409,11 +409,13 @@ def test_prompt_logprobs_are_shifted_filtered_and_sorted():
     assert scores.ids.tolist() == [[1, 3, 2], [8, 4, 2]]
     np.testing.assert_allclose(scores.logprobs, [[-1, -1, -3], [-0.2, -2, -4]], rtol=1e-6)
     np.testing.assert_allclose(scores.gold_logprobs, [-9, -0.2], rtol=1e-6)
-    with pytest.raises(DistillError, match="hold 3 tokens of the tokenizer's, fewer than top_k: 4"):
+    with pytest.raises(
+        FusechatError, match="hold 3 tokens of the tokenizer's, fewer than top_k: 4"
+    ):
         scores_from_prompt_logprobs(
             rows, Request(request.input_ids, np.array([2])), frozenset(range(10)), 4
         )
-    with pytest.raises(DistillError, match="vLLM gave no log-probabilities for token 1"):
+    with pytest.raises(FusechatError, match="vLLM gave no log-probabilities for token 1"):
         scores_from_prompt_logprobs([None, None], request, frozenset(range(10)), 3)
 
 
@@ -444,5 +446,5 @@ def test_what_an_engine_gives_is_checked_before_it_is_kept(scores, problem):
     if problem is None:
         assert checked_scores(Engine(), [request], 3) == scores
     else:
-        with pytest.raises(DistillError, match=f"^Engine: .*{problem}"):
+        with pytest.raises(FusechatError, match=f"^Engine: .*{problem}"):
             checked_scores(Engine(), [request], 3)

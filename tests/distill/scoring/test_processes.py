@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fusechat_distill.errors import DistillError
+from fusechat_common.errors import FusechatError
 from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.scoring.stage import placement, score_stages
 from fusechat_distill.storage.processes import Processes
@@ -113,7 +113,7 @@ def test_where_a_model_is_put(recipe):
     (stage,) = score_stages(inputs)
     assert (stage.status().done, stage.status().total) == (0, 900)
     alone.count = 2
-    with pytest.raises(DistillError, match="vllm spreads a model over devices itself; start it"):
+    with pytest.raises(FusechatError, match="vllm spreads a model over devices itself; start it"):
         stage._scorer(alone)
 
 

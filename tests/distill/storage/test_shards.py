@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fusechat_distill.errors import DistillError, RequestError
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
@@ -183,7 +183,7 @@ def test_a_shard_under_anothers_name_is_not_taken_for_it(tmp_path):
     shards = filled(tmp_path)
     first, second, _ = (shards.path(r) for r in MANIFEST.ranges())
     os.replace(second, first)
-    with pytest.raises(DistillError) as caught:
+    with pytest.raises(FusechatError) as caught:
         shards.read(SampleRange(0, 4))
     assert str(caught.value) == f"{first}: holds samples [4, 8]"
 
@@ -199,7 +199,7 @@ def test_a_changed_fingerprint_is_refused_with_what_changed(tmp_path):
         "top_k was 3, is None; samples was 10, is 11); undo that, or move it away or delete it to "
         "make it anew, or set another `output`"
     )
-    assert caught.value.exit_status == 2
+    assert caught.value.exit_code == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     one, other = (Manifest("fused", 1, {"scores": digit * 64}) for digit in "ab")
     assert one.differences(other) == ["scores was 'aaaaaaaa...', is 'bbbbbbbb...'"]
@@ -210,7 +210,7 @@ def test_a_changed_fingerprint_is_refused_with_what_changed(tmp_path):
 def test_a_torn_manifest_is_set_aside_and_the_shards_kept(tmp_path):
     filled(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1, "ki')
-    with pytest.raises(DistillError, match=r"its manifest\.json can't be read: Unterminated"):
+    with pytest.raises(FusechatError, match=r"its manifest\.json can't be read: Unterminated"):
         Shards.open(tmp_path)
     shards = Shards.create(tmp_path, MANIFEST)
     assert shards.clean() == []
@@ -220,13 +220,13 @@ def test_a_torn_manifest_is_set_aside_and_the_shards_kept(tmp_path):
 
 
 def test_reading_what_is_not_there_says_so(tmp_path):
-    with pytest.raises(DistillError) as caught:
+    with pytest.raises(FusechatError) as caught:
         ScoreStore(tmp_path)
     assert (
         str(caught.value) == f"{tmp_path}: holds no manifest.json; nothing has been written there"
     )
     Shards.create(tmp_path, Manifest("aligned", 1, {}))
-    with pytest.raises(DistillError) as caught:
+    with pytest.raises(FusechatError) as caught:
         ScoreStore(tmp_path)
     assert str(caught.value) == f"{tmp_path}: holds aligned, not scores"
 
@@ -235,7 +235,7 @@ def test_one_run_at_a_time(tmp_path):
     shards = Shards.create(tmp_path, MANIFEST)
     code = (
         "import sys; from fusechat_distill.storage.shards import Shards\n"
-        "from fusechat_distill.errors import RequestError\n"
+        "from fusechat_common.errors import RequestError\n"
         "try:\n    with Shards.open(sys.argv[1]).exclusive(): print('held')\n"
         "except RequestError as error: print(error)\n"
     )
@@ -260,11 +260,11 @@ def test_no_bit_of_a_shard_may_flip(tmp_path):
         flipped = bytearray(raw)
         flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
-        with pytest.raises(DistillError, match=path.name):
+        with pytest.raises(FusechatError, match=path.name):
             shards.read(first)
         try:
             assert shards.summary(first) == summary
-        except DistillError:
+        except FusechatError:
             continue
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 from fusechat_distill.text.conversations import (
     Conversation,
     Conversations,

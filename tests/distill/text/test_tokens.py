@@ -18,7 +18,7 @@ from tokenizers import (
 )
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from fusechat_distill.errors import RequestError
+from fusechat_common.errors import RequestError
 from fusechat_distill.text.tokens import first_tokens, token_bytes, tokenize, vocabulary
 from tests.support import real_tokenizers
 from tests.support.texts import PIECES, texts

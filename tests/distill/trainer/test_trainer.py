@@ -21,7 +21,7 @@ from fusechat_distill.trainer.trainer import (
     DataCollatorForFusion,
     FusionConfig,
     FusionTrainer,
-    TrainingRequestError,
+    RequestError,
 )
 from tests.support import pico_training as pico
 
@@ -544,7 +544,7 @@ def refused(tmp_path: Any, *, net: Any = None, args: Any = None, **changes: Any)
         "processing_class": pico.tokenizer(),
         **{key: changes.pop(key) for key in list(changes) if key in CONSTRUCTOR},
     }
-    with pytest.raises(TrainingRequestError) as caught:
+    with pytest.raises(RequestError) as caught:
         FusionTrainer(
             net or pico.model(),
             args or FusionConfig(**pico.arguments(tmp_path, **changes)),

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.alignment.stage import align_stages
-from fusechat_distill.errors import DistillError, RequestError
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.inputs.trl_settings import determining, fusion_config
 from fusechat_distill.recipe.schema import Training, load_recipe
@@ -297,7 +297,7 @@ def test_as_many_processes_go_on_as_began(make, monkeypatch):
     stopped(stage, 3, monkeypatch)
     several = Processes("cpu")
     several.count = 2
-    with pytest.raises(DistillError, match="was begun by 1 processes, this run has 2; start as"):
+    with pytest.raises(FusechatError, match="was begun by 1 processes, this run has 2; start as"):
         stage.run(several, Silent())
 
 
@@ -310,7 +310,7 @@ def test_a_target_without_weights_is_none(make, monkeypatch):
         "save_model",
         lambda self, folder, _internal_call=False: _internal_call and save(self, folder, True),
     )
-    with pytest.raises(DistillError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
+    with pytest.raises(FusechatError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
         stage.run(Processes("cpu"), Silent())
     assert not stage.folder.exists()
     monkeypatch.undo()
@@ -322,7 +322,7 @@ def test_nothing_is_trained_on_half_a_dataset(make, fused, tmp_path):
     stage.fused.folder = tmp_path / "copy"
     shutil.copytree(fused.recipe.fused_folder / "neox", stage.fused.folder)
     next(stage.fused.folder.glob("*.parquet")).unlink()
-    with pytest.raises(DistillError, match="fused neox: is not complete"):
+    with pytest.raises(FusechatError, match="fused neox: is not complete"):
         stage.run(Processes("cpu"), Silent())
     assert not stage.work.exists()
 

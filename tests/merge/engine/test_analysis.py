@@ -15,11 +15,11 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from fusechat_common.errors import RequestError
 from fusechat_merge.cli import main
 from fusechat_merge.engine.analysis import _NothingWritten, analyze
 from fusechat_merge.engine.merger import Merger
 from fusechat_merge.engine.passes import SourceFiles, divide
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.methods.units import Unit
 from fusechat_merge.planning.planner import plan
 from fusechat_merge.results.report import Report, draw, short_names, tables
@@ -191,7 +191,7 @@ def test_a_method_that_nothing_writes_is_not_taken_for_another(family: list[Path
 
 def test_what_cannot_be_analyzed(tmp_path: Path, family: list[Path]) -> None:
     config = _config(family, granularity="matrix")
-    with pytest.raises(ConfigError, match="granularity"):
+    with pytest.raises(RequestError, match="granularity"):
         analyze(plan(config | {"parameters": {"granularity": "matrices"}}))
     result = _analyze(tmp_path, config, "--memory", "1MiB")
     assert result.exit_code == 2
@@ -207,9 +207,9 @@ def test_what_cannot_be_analyzed(tmp_path: Path, family: list[Path]) -> None:
         ]
         return {"merge_method": "varm", "base_model": str(family[0]), "slices": slices}
 
-    with pytest.raises(ConfigError, match="no tensor is computed from targets here"):
+    with pytest.raises(RequestError, match="no tensor is computed from targets here"):
         analyze(plan(sliced(family[:1], family[:1])))
-    with pytest.raises(ConfigError, match="slices with different targets can't be analyzed"):
+    with pytest.raises(RequestError, match="slices with different targets can't be analyzed"):
         analyze(plan(sliced(family[:2], [family[0], family[2]])))
 
 

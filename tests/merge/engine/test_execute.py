@@ -27,12 +27,12 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.engine import passes, saving
 from fusechat_merge.engine.analysis import analyze
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.tasks import _as_planned
 from fusechat_merge.engine.verify import verify
-from fusechat_merge.errors import ConfigError, TensorError
 from fusechat_merge.mergekit_bridge.loader import CheckpointLoader
 from fusechat_merge.planning import side_files
 from fusechat_merge.planning.planner import plan
@@ -285,7 +285,7 @@ def test_whole_numbers_that_differ(tmp_path: Path, llama_family: Family) -> None
     assert_as_mergekit(configuration(paths), tmp_path)
     different = True
     paths = llama_family(tmp_path / "different", (BF16,) * 3, edit=edit)
-    with pytest.raises(TensorError, match=f"^{name}: .*differs between inputs"):
+    with pytest.raises(FusechatError, match=f"^{name}: .*differs between inputs"):
         merge(configuration(paths), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -298,7 +298,7 @@ def test_weights_that_mergekit_finds_impossible_when_it_merges(
     settings = configuration(paths, "multislerp", parameters=parameters)
     assert plan(settings).problems == []
     with pytest.raises(
-        TensorError, match=r"^[a-z_.]+weight: The weighted sum of the input tensors is"
+        FusechatError, match=r"^[a-z_.]+weight: The weighted sum of the input tensors is"
     ):
         merge(settings, tmp_path / "out")
 
@@ -310,7 +310,7 @@ def test_what_a_method_returns_is_as_planned(tmp_path: Path, paths: list[Path]) 
         (torch.ones(3), r"torch.float32 \[3\]"),
         (torch.ones(output.shape, dtype=F32), "torch.float32"),
     ):
-        with pytest.raises(TensorError, match=f"{output.name}: the method returned {got}"):
+        with pytest.raises(FusechatError, match=f"{output.name}: the method returned {got}"):
             _as_planned(value, output)
     assert _as_planned(
         torch.ones(output.shape, dtype=BF16).T.contiguous().T, output
@@ -588,7 +588,7 @@ def test_nan_is_named(tmp_path: Path, llama_family: Family, method: str) -> None
             tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
 
     paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=edit)
-    with pytest.raises(TensorError) as caught:
+    with pytest.raises(FusechatError) as caught:
         merge(configuration(paths, method), tmp_path / "out")
     assert f"tensor model.layers.1.mlp.up_proj.weight of model {paths[2]}" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -628,13 +628,13 @@ def test_what_is_computed_elsewhere_goes_there_and_comes_back(
 def test_a_device_that_is_not_there(tmp_path: Path, paths: list[Path]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match="--device cuda: PyTorch .* sees no CUDA device"):
+    with pytest.raises(RequestError, match="--device cuda: PyTorch .* sees no CUDA device"):
         merge(configuration(paths), tmp_path / "out", device="cuda")
     out = merge(configuration(paths), tmp_path / "out")
     record = json.loads((out / "fusechat_merge.json").read_text())
     assert record["device"] == "cpu"
     (out / "fusechat_merge.json").write_text(json.dumps(record | {"device": "cuda"}))
-    with pytest.raises(ConfigError, match="was computed on a CUDA device"):
+    with pytest.raises(RequestError, match="was computed on a CUDA device"):
         verify(configuration(paths), out)
 
 
@@ -736,7 +736,7 @@ def test_one_value_of_a_config_changes(text: str, path: list[str], expected: Any
 
 
 def test_too_little_memory(tmp_path: Path, paths: list[Path]) -> None:
-    with pytest.raises(ConfigError, match="--memory: at least 4MiB is needed"):
+    with pytest.raises(RequestError, match="--memory: at least 4MiB is needed"):
         merge(configuration(paths), tmp_path / "out", memory=1 << 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -745,7 +745,7 @@ def test_places_that_are_not_there_yet(tmp_path: Path, paths: list[Path]) -> Non
     out = merge(configuration(paths), tmp_path / "a" / "b" / "out")
     assert verify(configuration(paths), out) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file is a file, no folder"):
+    with pytest.raises(RequestError, match="file is a file, no folder"):
         merge(configuration(paths), tmp_path / "file" / "out")
 
 
@@ -764,5 +764,5 @@ def test_a_folder_that_can_not_be_written_to(
     tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(ConfigError, match="can't be written to"):
+    with pytest.raises(RequestError, match="can't be written to"):
         merge(configuration(paths), tmp_path / "out")

@@ -24,11 +24,11 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.cli import main
 from fusechat_merge.engine import execute, saving
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.engine.verify import verify
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.planning.planner import plan
 
 BF16 = torch.bfloat16
@@ -214,7 +214,7 @@ def test_a_source_that_changes_during_the_merge(
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
     try:
-        with pytest.raises(execute.Broken, match="was changed while it was being merged; the same"):
+        with pytest.raises(FusechatError, match="was changed while it was being merged; the same"):
             execute.merge(config, tmp_path / "out", progress=touch)
     finally:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -233,7 +233,7 @@ def test_what_was_made_from_a_source_that_changed_is_not_kept(
     def rewrite(tensor: str, nbytes: int) -> None:
         file.write_bytes(whole[: len(whole) // 4].ljust(len(whole), b"\0"))
 
-    with pytest.raises(execute.Broken):
+    with pytest.raises(FusechatError):
         execute.merge(config, tmp_path / "out", progress=rewrite, threads=1)
     file.write_bytes(whole)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # from a backup
@@ -245,7 +245,7 @@ def test_a_source_that_vanished(tmp_path: Path, config: dict[str, Any]) -> None:
     file = Path(config["models"][1]["model"]) / "model.safetensors"
     file.rename(file.with_name("elsewhere"))
     try:
-        with pytest.raises(execute.Broken, match=r"No such file.*the same command goes on"):
+        with pytest.raises(FusechatError, match=r"No such file.*the same command goes on"):
             execute.carry_out(planned, tmp_path / "out")
     finally:
         file.with_name("elsewhere").rename(file)
@@ -258,7 +258,7 @@ def test_ctrl_c(tmp_path: Path, config: dict[str, Any]) -> None:
         if nbytes:
             raise KeyboardInterrupt
 
-    with pytest.raises(execute.Broken, match="interrupted; what was done is kept"):
+    with pytest.raises(KeyboardInterrupt):
         execute.merge(config, tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
     execute.merge(config, tmp_path / "out")
@@ -343,7 +343,7 @@ def test_a_journal_cut_short_is_believed_up_to_there(tmp_path: Path) -> None:
     assert (journal.done.elements, journal.done.weights) == ({"x": 5}, {"x": [0.1]})
     with open(path, "ab") as file:  # blocks that the system had reserved, but not written
         file.write(bytes(7) + b"\n" + b'{"elements":{"x":7}}\n')
-    with pytest.raises(ConfigError, match="another fusechat-merge"):
+    with pytest.raises(RequestError, match="another fusechat-merge"):
         Journal(path)
     journal.close()
     journal = Journal(path)
@@ -414,7 +414,7 @@ def test_a_disk_that_fails_when_it_is_to_be_sure(
         patch.setattr(saving, "SAVE_EVERY", 1)
         failed = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
         patch.setattr(saving.ShardFiles, "sync", failed)
-        with pytest.raises(execute.Broken, match="Input/output error; what was done is kept"):
+        with pytest.raises(FusechatError, match="Input/output error; what was done is kept"):
             execute.merge(config, tmp_path / "out")
     assert failed.call_count == 1  # what it lost, a second one would not tell
     assert not (tmp_path / "out").exists()
@@ -485,7 +485,7 @@ def stopped_at(
     with monkeypatch.context() as patched:
         patched.setattr(saving, "SAVE_EVERY", 20_000)
         patched.setattr(saving.Saver, "note", note)
-        with pytest.raises(execute.Broken):
+        with pytest.raises(FusechatError):
             execute.merge(*arguments, **options)
 
 
@@ -507,7 +507,7 @@ def test_a_lost_shard_is_made_again(
         with monkeypatch.context() as patched:
             no_room = OSError(errno.ENOSPC, "No space left on device")
             patched.setattr(saving, "_reserve", Mock(side_effect=no_room))
-            with pytest.raises(execute.Broken, match="no room left"):
+            with pytest.raises(FusechatError, match="no room left"):
                 execute.merge(config, tmp_path / "out", **options)
     assert content(execute.merge(config, tmp_path / "out", **options)) == expected
 
@@ -552,7 +552,7 @@ def test_an_adapter_scaled_otherwise_is_another_merge(tmp_path: Path, llama_fami
     out = execute.merge(config, tmp_path / "out")
     execute.merge(config, out)  # finished
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 400}))
-    with pytest.raises(ConfigError, match="in use by something other"):
+    with pytest.raises(RequestError, match="in use by something other"):
         execute.merge(config, out)
 
 
@@ -569,7 +569,7 @@ def test_another_merge_that_finished_in_the_meantime_is_kept(
         return plain(path)
 
     monkeypatch.setattr(execute, "Journal", late)
-    with pytest.raises(ConfigError, match="in use by something other than this merge"):
+    with pytest.raises(RequestError, match="in use by something other than this merge"):
         execute.merge({**config, "dtype": "float32"}, out)
     assert not work_of(out).exists()
     out.rename(tmp_path / "other")
@@ -587,7 +587,7 @@ def test_what_came_into_out_during_the_merge_is_kept(
         out.mkdir(exist_ok=True)
         (out / "precious").touch()
 
-    with pytest.raises(execute.Broken, match="not empty.*what was done is kept"):
+    with pytest.raises(FusechatError, match="not empty.*what was done is kept"):
         execute.merge(config, out, progress=someone_else)
     assert [p.name for p in out.iterdir()] == ["precious"]
 

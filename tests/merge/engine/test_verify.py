@@ -16,10 +16,10 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
+from fusechat_common.errors import RequestError
 from fusechat_merge.cli import main
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.verify import verify
-from fusechat_merge.errors import ConfigError
 from fusechat_merge.inputs.checkpoint import Folder, read_checkpoint
 
 BF16 = torch.bfloat16
@@ -149,8 +149,8 @@ def test_side_files_that_are_missing_or_damaged(tmp_path: Path, paths: list[Path
 
 def test_what_cannot_be_verified(tmp_path: Path, paths: list[Path]) -> None:
     config = configuration(paths, "varm")
-    with pytest.raises(ConfigError, match=r"out: can't be read \(.*No such file"):
+    with pytest.raises(RequestError, match=r"out: can't be read \(.*No such file"):
         verify(config, tmp_path / "out")
     out = merge(config, tmp_path / "out")
-    with pytest.raises(ConfigError, match="--memory: at least 4MiB is needed"):
+    with pytest.raises(RequestError, match="--memory: at least 4MiB is needed"):
         verify(config, out, memory=1 << 20)

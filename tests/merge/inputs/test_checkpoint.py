@@ -27,7 +27,7 @@ def read(folder: Path):
 def problems(folder: Path) -> list[str]:
     with pytest.raises(CheckpointError) as caught:
         read(folder)
-    return caught.value.problems
+    return list(caught.value.problems)
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", pad: int = 0) -> None:

@@ -11,7 +11,7 @@ from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-from fusechat_merge.errors import ConfigError
+from fusechat_common.errors import RequestError
 from fusechat_merge.mergekit_bridge.parameters import PER_TARGET, SHARED, parameter_problems
 
 
@@ -252,8 +252,8 @@ def test_mergekit_pytorchs_configuration() -> None:
 
 
 def test_the_error_lists_every_problem() -> None:
-    assert str(ConfigError(["one thing"])) == "one thing"
-    both = ConfigError(["one thing", "another"])
+    assert str(RequestError(["one thing"])) == "one thing"
+    both = RequestError(["one thing", "another"])
     assert str(both) == "2 problems:\n  one thing\n  another"
     assert both.exit_code == 2
     assert both.problems == ("one thing", "another")

@@ -29,7 +29,7 @@ from mergekit.scripts import merge_raw_pytorch, run_yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusechat_merge.errors import ConfigError, TensorError
+from fusechat_common.errors import FusechatError, RequestError
 
 F64 = torch.float64
 Family = Callable[..., list[Path]]
@@ -415,7 +415,7 @@ def test_a_unit_of_nothing_but_a_missing_tensor_is_the_bases(
 def test_nan_in_an_optional_tensor(llama_family: Family, tmp_path: Path, granularity: str) -> None:
     edit = with_bias("base", "t0", "t2", value=lambda i: math.nan if i == 2 else 1.0)
     paths = llama_family(tmp_path / "in", changes=GRANITE, edit=edit)
-    with pytest.raises(TensorError) as caught:
+    with pytest.raises(FusechatError) as caught:
         merge(configuration(paths, parameters={"granularity": granularity}), tmp_path / "out")
     assert str(caught.value) == (
         f"tensor {BIAS} of model {paths[3]} holds NaN or Inf: that checkpoint is broken, replace it"
@@ -603,7 +603,7 @@ def test_nan_is_named(llama_family: Family, tmp_path: Path, broken: str, method:
         " is broken, replace it"
     )
     models = {path.name: read(path) for path in paths}
-    with pytest.raises(TensorError) as caught:
+    with pytest.raises(FusechatError) as caught:
         merge_state_dicts(models, method, base="base", parameters=parameters)
     assert str(caught.value) == (
         f"tensor {name} of model {broken} holds NaN or Inf: that checkpoint is broken, replace it"
@@ -613,7 +613,7 @@ def test_nan_is_named(llama_family: Family, tmp_path: Path, broken: str, method:
 def test_nan_in_a_nameless_tensor() -> None:
     tensors = [torch.zeros(2), torch.tensor([1.0, math.inf])]
     for method in ("varm", "fusechat_sce"):
-        with pytest.raises(TensorError) as caught:
+        with pytest.raises(FusechatError) as caught:
             merge_tensors(tensors, method, base_index=0)
         assert str(caught.value) == (
             "a tensor of model 1 holds NaN or Inf: that checkpoint is broken, replace it"
@@ -679,7 +679,7 @@ def test_refused(
     assert result.output[result.output.index("Error: ") :] == f"Error: {message}\n"
     assert not out.exists()
     assert not reads
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RequestError) as caught:
         merge({**configuration(family), **changes}, out)
     assert str(caught.value) == message
 
@@ -755,7 +755,7 @@ def test_merge_tensors(family: list[Path]) -> None:
     for bad in ({"weight": -1.0}, {"granularity": "block"}, {"lambda": math.inf}):
         with pytest.raises(ValueError, match="validation error"):
             merge_tensors(tensors, "varm", base_index=0, parameters=bad)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RequestError) as caught:
         merge_tensors(tensors, "varm", base_index=0, name=name, parameters={"weight": 0})
     assert str(caught.value) == (
         f"weight: every target's is 0 for {name or 'the tensor'}; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's"

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fusechat_common.system import NO_FOLLOW
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -41,7 +43,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def no_link(path: str, flags: int) -> int:
     """For `open`: a file of this very folder, never what a link in a brought folder points to."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,3 +53,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists: where it would be made."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def can_be_made(folder: Path) -> bool:
+    """Whether files can be written there, the folders that are missing made first."""
+    there = existing(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat_distill.storage.files import replacing, write_json, write_text
+from fusechat_common.files import can_be_made, existing, replacing, write_json, write_text
 
 
 def test_what_fails_on_the_way_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -29,3 +29,11 @@ def test_a_link_in_the_way_is_not_written_through(tmp_path: Path) -> None:
     assert other.read_text() == "another's"
     assert not path.is_symlink()
     assert json.loads(path.read_text("utf-8")) == {"ä": 1}
+
+
+def test_where_a_folder_would_be_made(tmp_path):
+    assert existing(tmp_path / "a" / "b") == tmp_path.resolve()
+    assert existing(tmp_path) == tmp_path.resolve()
+    assert can_be_made(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    assert not can_be_made(tmp_path / "file" / "a")

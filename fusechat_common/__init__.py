@@ -1,0 +1,1 @@
+"""What both programs share: errors, the command line's manners, files, and system calls."""
