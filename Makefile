@@ -24,7 +24,7 @@ help:
 venv: $(STAMP)
 
 # A .venv that is there but broken or half installed has no stamp, and is installed again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py fusechat_autoload.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fusechat needs Python >= 3.11 (TRL does): make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'

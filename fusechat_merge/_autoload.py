@@ -1,8 +1,7 @@
 """Make mergekit know our methods: a hook that costs nothing until mergekit is imported.
 
-PyTorch calls ``install`` at the end of ``import torch`` (entry point group ``torch.backends``), and
-``import fusechat_merge`` calls it too. Standard library only, and nothing may escape from here: an
-exception would break every ``import torch``.
+`import fusechat_merge` calls `install`, also at the end of `import torch` (`fusechat_autoload`).
+Standard library only, and nothing may escape from here: it would end every `import torch`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ _AFTER = {
     "mergekit.scripts.merge_raw_pytorch": "extend_raw_planner",
     "mergekit.evo.genome": "extend_genome",
 }
+_PLUGIN = "fusechat_merge.mergekit_bridge.plugin"
 
 
 def install() -> None:
@@ -39,10 +39,10 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds nothing itself: has the modules in ``_AFTER`` watched."""
+    """Finds nothing itself: has the plugin and the modules in `_AFTER` watched."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in _AFTER:
+        if name not in _AFTER and name != _PLUGIN:
             return None
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
@@ -64,7 +64,7 @@ class _WatchedSpec(ModuleSpec):
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
             if self.name in sys.modules:  # else the import failed
-                _extend(self.name)
+                install() if self.name == _PLUGIN else _extend(self.name)
 
 
 def _extend(name: str) -> None:
@@ -73,9 +73,9 @@ def _extend(name: str) -> None:
     try:
         from importlib import import_module
 
-        plugin = import_module("fusechat_merge.mergekit_bridge.plugin")
-        # The plugin's own first import of mergekit brings us here before its functions exist; it
-        # calls install() at its end.
+        plugin = import_module(_PLUGIN)
+        # The plugin's own first import of mergekit brings us here before its functions exist: they
+        # are called when it has run.
         extend = getattr(plugin, _AFTER[name], None)
         if extend is not None:
             extend()

@@ -83,7 +83,7 @@ def build(folder: Path) -> str:
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    listed = ["git", "-C", str(ROOT), "ls-files", "fusechat_merge", "fusechat_distill"]
+    listed = ["git", "-C", str(ROOT), "ls-files", "fusechat_*"]
     tracked = set(subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split())
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -91,7 +91,9 @@ def build(folder: Path) -> str:
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-        assert tracked | {"pyproject.toml", "README.md", "LICENSE"} <= packed, tracked - packed
+        assert tracked | {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= packed, (
+            tracked - packed
+        )
     print(f"built {sdist.name} and {wheel.name}, {len(tracked)} files of the packages")
     return str(wheel)
 

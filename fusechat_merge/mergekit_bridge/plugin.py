@@ -14,7 +14,6 @@ from mergekit.graph import Task
 from mergekit.merge_methods import registry
 
 from fusechat_common.errors import RequestError
-from fusechat_merge import _autoload
 from fusechat_merge.mergekit_bridge.methods import SceMethod, VarmMethod
 from fusechat_merge.mergekit_bridge.parameters import parameter_problems
 from fusechat_merge.methods.granularity import SHARED
@@ -128,6 +127,3 @@ def _mean(settings: Sequence[Any]) -> Any:
     if hasattr(first, "filter"):
         return first.model_copy(update={"value": _mean([item.value for item in settings])})
     return min(max(sum(settings) / len(settings), 0.0), 1.0)
-
-
-_autoload.install()

@@ -65,6 +65,7 @@ ORDERS: dict[str, tuple[str, dict[str, str]]] = {
     "genomes first": ("import mergekit.evo.genome", {}),
     "we first": ("import fusechat_merge", {}),
     "off, we first": ("import fusechat_merge", OFF),
+    "off, the plugin first": ("import fusechat_merge.mergekit_bridge.plugin", OFF),
     "off, we last": (
         "import mergekit.plan, mergekit.scripts.merge_raw_pytorch, mergekit.evo.genome\n"
         "from mergekit.merge_methods import registered_methods\n"
@@ -149,13 +150,14 @@ def test_the_stub_imports_the_standard_library_only() -> None:
     program = """
     import sys
     before = set(sys.modules)
-    from fusechat_merge._autoload import install
+    from fusechat_autoload import install
     install()
     import fusechat_merge
     install()
     own = {n for n in sys.modules if n.partition(".")[0] == "fusechat_merge"}
     assert own == {"fusechat_merge", "fusechat_merge._autoload"}, own
-    others = {n.partition(".")[0] for n in set(sys.modules) - before} - {"fusechat_merge"}
+    own = {"fusechat_autoload", "fusechat_merge"}
+    others = {n.partition(".")[0] for n in set(sys.modules) - before} - own
     assert others <= sys.stdlib_module_names, others
     hooks = [f for f in sys.meta_path if type(f).__module__.startswith("fusechat_merge")]
     assert len(hooks) == 1, hooks
@@ -174,7 +176,7 @@ def test_torch_imports_nothing_more_of_us() -> None:
         """
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "['fusechat_merge', 'fusechat_merge._autoload']\n"
+    assert result.stdout == "['fusechat_autoload', 'fusechat_merge', 'fusechat_merge._autoload']\n"
     assert result.stderr == ""
 
 
