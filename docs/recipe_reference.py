@@ -18,16 +18,16 @@ Written by `python docs/recipe_reference.py` from `fusechat_distill/recipe/schem
 by hand. [distilling.md](distilling.md) says how to choose. `fusechat-distill init` writes a recipe
 with every key, its default and its meaning.
 
-What is left out has its default. An unknown key, a key written twice, and a value of the wrong type
-are errors; `fusechat-distill validate` names each with what would be right. `5e-6` is a number.
+Omitted keys have their defaults. An unknown key, a duplicate key, and a value of the wrong type are
+errors; `fusechat-distill validate` lists each with the expected values. `5e-6` is a number.
 
-In an editor, a JSON schema completes, explains and checks the keys. Make it once, beside your
+With a JSON schema, an editor completes, explains and checks the keys. Write it once, beside your
 recipe:
 
     fusechat-distill schema > recipe.schema.json
 
-Then begin the recipe with the line that the YAML language server reads, which is what Visual Studio
-Code's YAML extension and other editors' run:
+Then begin the recipe with this line for the YAML language server, which Visual Studio Code's YAML
+extension and other editors use:
 
 ```yaml
 # yaml-language-server: $schema=recipe.schema.json
@@ -37,8 +37,8 @@ sources: [NousResearch/Nous-Hermes-2-SOLAR-10.7B]
 dataset: FuseAI/FuseChat-Mixture
 ```
 
-The same schema lies here: [recipe.schema.json](recipe.schema.json). It has every key of this page.
-Fields of TRL's `SFTConfig` and PEFT's `LoraConfig` depend on the versions installed; only
+The same schema is in [recipe.schema.json](recipe.schema.json). It has every key of this page. The
+fields of TRL's `SFTConfig` and PEFT's `LoraConfig` depend on the installed versions; only
 `validate` checks them.
 
 """

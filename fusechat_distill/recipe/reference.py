@@ -1,5 +1,5 @@
-"""The recipe's keys for people and editors, all from the models of `recipe`: the commented recipe
-that `init` writes, the JSON schema, the reference page."""
+"""Documentation generated from the models in `schema`: the commented recipe that `init` writes, the
+JSON schema for editors, and the reference page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import yaml
 from fusechat_distill.recipe.schema import OWN_TRAINING_KEYS, Recipe
 
 TEXT_WILL_DO = ("pivot", "sources", "dataset")
-"""Keys whose mapping may be its first key's value alone."""
+"""Keys that take a mapping, or only the value of its first key."""
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema (draft 7, which editors know) of a recipe, as far as each key alone tells.
+    """JSON schema (draft 7, which editors support) of a recipe; it checks each key separately.
 
-    The fields of `training` and `training.lora` are TRL's and PEFT's, and left to `validate`.
+    The fields of `training` and `training.lora` are TRL's and PEFT's; only `validate` checks them.
     """
     made: dict[str, Any] = Recipe.model_json_schema(by_alias=True)
     definitions = made["$defs"]
@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
         if name == "sources":
             holder, key = holder[name], "items"
         mapping = holder[key]
-        # Beside a `$ref` draft 7 ignores everything.
+        # Draft 7 ignores all keywords beside a `$ref`.
         said = {"description": mapping.pop("description")} if "description" in mapping else {}
         holder[key] = said | {"anyOf": [{"type": "string", "minLength": 1}, mapping]}
     definitions["Training"]["propertyNames"] = {
@@ -38,7 +38,7 @@ def schema() -> dict[str, Any]:
         for field in part["properties"].values():
             field.pop("title", None)
             if "$ref" in field:
-                field.pop("default", None)  # what a section leaves out has the keys' own defaults
+                field.pop("default", None)  # the defaults are those of the section's keys
         for described in (part, *part["properties"].values()):
             if "description" in described:
                 described["description"] = "\n\n".join(_paragraphs(described["description"]))
@@ -47,14 +47,14 @@ def schema() -> dict[str, Any]:
 
 
 def commented_recipe() -> str:
-    """A recipe that shows every key with its meaning and its default."""
+    """A recipe that shows every key with its documentation and its default."""
     made = schema()
     lines = [
-        "# What to fuse, from what, and how. Every key is shown with its default, unless its",
-        "# comment says that it has none; what is left out has its default, and an unknown key is",
-        "# an error. An editor with YAML support completes and checks the keys after",
+        "# Which models to fuse, on which dataset, and how. Every key is shown with its default,",
+        "# unless its comment says that it has none. Keys may be omitted; unknown keys are errors.",
+        "# An editor with YAML support completes and checks the keys after",
         "#   fusechat-distill schema > recipe.schema.json",
-        "# when the first line of this file is",
+        "# if the first line of this file is",
         "#   # yaml-language-server: $schema=recipe.schema.json",
     ]
     for name, field in made["properties"].items():
@@ -90,14 +90,14 @@ def _lines(fields: dict[str, Any], section: dict[str, Any]) -> Iterator[str]:
 
 
 def _own(made: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a source that the pivot doesn't have."""
+    """The keys that a source has and the pivot has not."""
     pivot = made["$defs"]["Model"]["properties"]
     source = made["$defs"]["Source"]["properties"]
     return {key: field for key, field in source.items() if key not in pivot}
 
 
 def _section(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
-    """The mapping that a key of the recipe takes, empty where it takes none."""
+    """The schema of the mapping that a key takes; empty if it takes none."""
     places = (field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ()))
     for place in places:
         if "$ref" in place:
@@ -107,7 +107,7 @@ def _section(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comment(key: str, field: dict[str, Any], section: dict[str, Any]) -> list[str]:
-    """The first paragraph of what is said of a key of the section, and its values."""
+    """The first paragraph of a key's documentation, and its values."""
     said = field["description"].partition("\n\n")[0]
     if values := _values(field):
         said += f" ({values})"
@@ -136,7 +136,7 @@ def _table(
 
 
 def _values(field: dict[str, Any]) -> str:
-    """The values that a key may have, where these are few, or their limits."""
+    """The possible values of a key if there are few, or their limits."""
     for choice in (field, *field.get("anyOf", ())):
         if "enum" in choice:
             return ", ".join(choice["enum"])

@@ -25,12 +25,15 @@ from fusechat_common.errors import RequestError
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 PIVOT = "pivot"
-"""The name that the pivot's store has, and that no source may take."""
+"""The name of the pivot's store; no source may have it."""
 
 
 class Section(BaseModel):
-    """Docstrings are the only account of what a key means: `reference` makes the recipe that
-    `init` writes, the JSON schema and the page about recipes from them."""
+    """A section of the recipe; the docstrings of its fields are their documentation.
+
+    `reference` generates the recipe that `init` writes, the JSON schema and the reference page
+    from them.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -75,36 +78,35 @@ def _folder_name(value: str) -> str:
 
 
 class Model(Section):
-    """A model that is read: a hub name or a folder, and how to load it. A plain string is the
-    `model` alone."""
+    """A model: a hub name or a folder, and how to load it. A plain string stands for `model`."""
 
     model: Annotated[str, Field(min_length=1, examples=["Qwen/Qwen2.5-0.5B-Instruct"])]
-    """Hub name (`org/model`), or a folder with a model that `save_pretrained` wrote."""
+    """Hub name (`org/model`), or a folder with a model written by `save_pretrained`."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; null: the hub's main."""
+    """Branch, tag or commit on the hub; null: the branch `main`."""
     dtype: Dtype | None = None
-    """Of the weights while it is scored; null: `scoring.dtype`.
+    """Dtype of the weights while the model is scored; null: `scoring.dtype`.
 
-    Training has its own: float32 weights, see `training`."""
+    Training has its own setting: float32 weights, see `training`."""
     template: Literal["native", "pivot"] = "native"
-    """The chat template that it sees conversations under: its own, or the pivot's."""
+    """The chat template that conversations are rendered with: the model's own, or the pivot's."""
     load: Annotated[dict[str, Any], AfterValidator(_load_keys)] = {}
-    """Passed to the engine that loads it as it is: `device_map`, `quantization_config`, ...
+    """Passed unchanged to the engine that loads the model: `device_map`, `quantization_config`, ...
 
-    transformers: arguments of `from_pretrained`; vLLM: of `vllm.LLM`. Where a model lies
-    (`device_map`, `max_memory`, `offload_folder`, `offload_state_dict`) is no part of what
-    identifies its scores; everything else is."""
+    transformers: arguments of `from_pretrained`; vLLM: of `vllm.LLM`. All of them are part of the
+    identity of the scores, except where the model is placed (`device_map`, `max_memory`,
+    `offload_folder`, `offload_state_dict`)."""
 
 
 class Source(Model):
-    """A model that the pivot learns from: the keys of `pivot`, and two more. A plain string is the
-    `model` alone."""
+    """A model that the pivot learns from: the keys of `pivot`, and two more. A plain string stands
+    for `model`."""
 
     name: Annotated[str, AfterValidator(_folder_name)] | None = None
-    """Of its folders, and of its target; null: the last part of `model`.
+    """Name of its folders and of its target; null: the last part of `model`.
 
-    A letter or digit, then letters, digits and `. _ + -`; different from every other source's,
-    whatever the case, and from `pivot`."""
+    A letter or digit, then letters, digits and `. _ + -`; different from every other source's
+    name, ignoring case, and from `pivot`."""
     vocabulary: Literal["ms", "mined", "em", "bytes"] | None = None
     """This source's map to the pivot's vocabulary; null: `alignment.vocabulary`."""
 
@@ -119,79 +121,78 @@ def _as_model(value: Any) -> Any:
 
 
 class Dataset(Section):
-    """Chats: `messages`, ShareGPT `conversations`, or `prompt` and `completion`. A plain string is
-    the `path` alone."""
+    """Chats: `messages`, ShareGPT `conversations`, or `prompt` and `completion`. A plain string
+    stands for `path`."""
 
     path: Annotated[str, Field(min_length=1, examples=["trl-lib/Capybara"])]
-    """Hub name; JSON, JSONL, CSV, Parquet or Arrow file; folder of such, or of `save_to_disk`.
+    """Hub name; JSON, JSONL, CSV, Parquet or Arrow file; folder of such files or of `save_to_disk`.
 
     JSON, JSONL and CSV may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
     """Configuration of a hub dataset that has several."""
     split: str = "train"
-    """Which split is read; everything else, rows to evaluate on included, comes out of it."""
+    """The split that is read; the held-out conversations are taken from it too."""
     column: str | None = None
-    """The column that holds the messages; null: found by its name."""
+    """The column that contains the messages; null: recognised by its name."""
     max_samples: Annotated[int, Field(ge=1)] | None = None
-    """Only the first so many usable rows; null: all."""
+    """Use only the first so many usable rows; null: all."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of the conversations that is kept from training, for `evaluate`.
+    """Share of the conversations that is held out from training, for `evaluate`.
 
-    Which ones is decided by a hash of each conversation, so rows that come or go change nothing for
-    the others."""
+    A hash of each conversation decides, so adding or removing rows does not affect the others."""
 
 
 class Scoring(Section):
-    """What is kept of every model's next-token distributions, and how they are computed."""
+    """What is stored of every model's next-token distributions, and how they are computed."""
 
     top_k: Annotated[int, Field(ge=1, le=1024)] = 10
-    """Most probable tokens kept at each position; each takes about 3 bytes a token in every store.
+    """Number of most probable tokens stored per position; each takes about 3 bytes in every store.
 
-    At most as many as the smallest vocabulary has tokens."""
+    At most the size of the smallest vocabulary."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Runs the models."""
+    """The library that runs the models."""
     dtype: Dtype = "bfloat16"
-    """Of the weights of models that name none of their own; auto: as saved."""
+    """Dtype of the weights, for models without their own `dtype`; auto: as saved."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Tokens in one forward, padding included; halved where memory runs out. vLLM: not used."""
+    """Tokens in one forward pass, padding included; halved if memory runs out. vLLM: not used."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d+)?)$")] = "auto"
-    """auto, cpu, cuda, cuda:1, mps, xpu or npu; auto takes an accelerator if there is one.
+    """auto, cpu, cuda, cuda:1, mps, xpu or npu; auto uses an accelerator if there is one.
 
-    One process with several CUDA devices spreads each model over all of them."""
+    One process with several CUDA devices distributes each model over all of them."""
 
 
 class Alignment(Section):
     """How a source's distributions become distributions over the pivot's tokens."""
 
     positions: Literal["bytes", "dtw"] = "bytes"
-    """Which positions match: those that have consumed the same bytes, or the papers' alignment."""
+    """How positions are matched: by the bytes consumed, or by the papers' dynamic time warping."""
     vocabulary: Literal["ms", "mined", "em", "bytes"] = "ms"
-    """Which pivot token a source token becomes: the one that begins where it begins most often
-    (ms), the nearest by edit distance (mined), one of the same bytes or none (em), the first token
-    of its bytes (bytes)."""
+    """The pivot token that a source token is mapped to: the one that most often begins at the same
+    byte (ms), the nearest by edit distance (mined), the one with the same bytes or none (em), the
+    first token of its bytes (bytes)."""
     unmatched: Literal["one_hot", "pivot"] = "one_hot"
-    """What stands where no position of the source matches: the label, or the pivot's own
+    """The distribution where no position of the source matches: the label, or the pivot's own
     distribution."""
 
 
 class Fusion(Section):
-    """Whose distributions the targets learn from."""
+    """Which distributions the targets are trained on."""
 
     strategy: Literal["pairwise", "multi", "sft"] = "pairwise"
-    """One target for each source, one for all sources together, or the baseline without any."""
+    """One target for each source, one for all sources together, or the baseline without sources."""
     function: Literal["min_ce", "avg_ce"] = "min_ce"
-    """The model with the least cross-entropy takes all, or every model by softmax(-cross-entropy).
+    """The model with the lowest cross-entropy, or all models weighted by softmax(-cross-entropy).
 
-    With avg_ce a row has `top_k` entries for each model, and the dataset grows with that."""
+    With avg_ce a row has `top_k` entries for each model, so the dataset is larger."""
     level: Literal["sequence", "token"] = "sequence"
-    """Decided once a conversation, or between every two positions that all models match."""
+    """Decided per conversation, or per segment between two positions that all models match."""
     cross_entropy: Literal["byte", "token"] = "byte"
-    """In nats per byte, which compares across tokenizers, or per token of the model's own, as in
+    """Nats per byte, comparable across tokenizers, or per token of each model's tokenizer, as in
     the papers."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Divides log-probabilities before they are fused; above 1 flatter."""
+    """Divides log-probabilities before they are fused; above 1 the distributions become flatter."""
     tail: Literal["renormalize", "gold"] = "renormalize"
-    """What becomes of the probability outside the top k: spread over them, or left to the label."""
+    """Where the probability outside the top k goes: to these in proportion, or to the label."""
 
 
 OWN_TRAINING_KEYS = {
@@ -202,19 +203,18 @@ OWN_TRAINING_KEYS = {
     "chat_template_path": "the pivot's own chat template is used",
     "eos_token": "the pivot's own tokenizer is used",
     "clm_weight": "the recipe calls it `lambda`",
-    "trust_remote_code": "the option --trust-remote-code says so",
+    "trust_remote_code": "use the option --trust-remote-code",
     "push_to_hub": "upload the finished target, with its card, instead",
-    "resume_from_checkpoint": "a run that was stopped goes on by itself",
-    "save_only_model": "a run that was stopped could not go on",
+    "resume_from_checkpoint": "an interrupted run resumes by itself",
+    "save_only_model": "an interrupted run could not be resumed",
 }
 
 
 class Training(BaseModel):
     """How a target is trained; any field of TRL's `SFTConfig` is a key here as well.
 
-    Where the recipe says nothing TRL's defaults hold, except: weights are float32, under autocast
-    to bfloat16 where the hardware has it (`pivot.dtype` is for scoring), and one checkpoint is
-    kept."""
+    The defaults are TRL's, with two exceptions: weights are float32, under autocast to bfloat16
+    where the hardware supports it (`pivot.dtype` is for scoring), and one checkpoint is kept."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -225,48 +225,47 @@ class Training(BaseModel):
     )
 
     clm_weight: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.9
-    """Weight of the language-modelling loss; the loss against the fused distributions has the rest.
+    """Weight of the language-modelling loss; 1 - lambda is the weight of the fusion loss.
 
-    The baseline (`fusion.strategy: sft`) has 1 whatever stands here."""
+    For the baseline (`fusion.strategy: sft`) it is always 1."""
     lora: dict[str, Any] | None = None
-    """null: all weights are trained; else fields of PEFT's `LoraConfig`: {r: 16, lora_alpha: 32}.
-    """
+    """Fields of PEFT's `LoraConfig`: {r: 16, lora_alpha: 32}; null: all weights are trained."""
 
     @property
     def sft(self) -> dict[str, Any]:
         """The SFTConfig fields that the recipe sets."""
         given = self.model_extra or {}
-        # In YAML an unquoted `no`, which is what TRL calls it, is false.
+        # In YAML an unquoted `no`, which is a value of these fields, is false.
         return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
 
 
 class Merge(Section):
-    """What goes into `merge.yml`, which is written when all targets are there."""
+    """The content of `merge.yml`, which is written when all targets are complete."""
 
     merge_method: Annotated[str, Field(min_length=1)] = "varm"
-    """varm, fusechat_sce, or any method of mergekit."""
+    """varm, fusechat_sce, or any merge method of mergekit."""
     parameters: dict[str, Any] = {}
-    """The method's own: {granularity: layer}."""
+    """Parameters of the method, such as {granularity: layer}."""
     dtype: str = "bfloat16"
-    """Of the merged weights: bfloat16, float16, float32 or float64."""
+    """Dtype of the merged weights: bfloat16, float16, float32 or float64."""
 
 
 class Recipe(Section):
-    """What to fuse, from what, and how."""
+    """Which models to fuse, on which dataset, and how."""
 
     output: Annotated[str, Field(min_length=1, examples=["runs/fusechat"])]
-    """Folder below which everything is written; a relative one is below where the command runs."""
+    """The folder that everything is written to; relative to the folder where the command runs."""
     pivot: Annotated[Model, BeforeValidator(_as_model)]
-    """The model that is trained, and whose tokens all distributions end up in."""
+    """The model that is trained; all distributions are mapped to its vocabulary."""
     sources: tuple[Annotated[Source, BeforeValidator(_as_model)], ...] = Field(
         default=(), strict=False, examples=[["HuggingFaceTB/SmolLM2-1.7B-Instruct"]]
     )
-    """The models that it learns from, each once; none only with `fusion.strategy: sft`."""
+    """The models that the pivot learns from; an empty list only with `fusion.strategy: sft`."""
     dataset: Annotated[Dataset, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
-    """The chats; every model scores their answers."""
+    """The chats whose answers every model scores."""
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """Tokens of the pivot's that a conversation may have; a longer one is cut there, for every
-    model."""
+    """Maximum length of a conversation in tokens of the pivot; a longer one is cut, for all models
+    at the same place."""
     scoring: Scoring = Scoring()
     alignment: Alignment = Alignment()
     fusion: Fusion = Fusion()
@@ -275,7 +274,7 @@ class Recipe(Section):
 
     @property
     def models(self) -> dict[str, Model]:
-        """Every model that is scored, by the name of its folder; the pivot first."""
+        """Every model that is scored, by the name of its folder; the pivot comes first."""
         return {PIVOT: self.pivot} | {source.title: source for source in self.sources}
 
     @property
@@ -296,7 +295,7 @@ class Recipe(Section):
 
     @property
     def training_folder(self) -> Path:
-        """Checkpoints of targets that are not finished yet."""
+        """Checkpoints of targets that are still being trained."""
         return self.output_folder / "training"
 
     @property
@@ -307,8 +306,11 @@ class Recipe(Section):
 def load_recipe(path: str | Path) -> Recipe:
     """Read the recipe at `path`.
 
+    Args:
+        path: a YAML file.
+
     Raises:
-        RequestError: with every problem found in it.
+        RequestError: the recipe can't be used; it lists every problem.
     """
     recipe, problems = read_recipe(path)
     if problems or recipe is None:
@@ -319,8 +321,8 @@ def load_recipe(path: str | Path) -> Recipe:
 def read_recipe(path: str | Path) -> tuple[Recipe | None, list[str]]:
     """The recipe at `path` and every problem found in it.
 
-    Where the problems leave enough to go on with (a wrong value stands for its default), the
-    recipe comes as well, so that a caller can look for further problems in what it names.
+    If only some values are wrong, they are replaced by their defaults and the recipe is returned
+    too, so that the caller can check what it names and report those problems as well.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -333,10 +335,10 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[str]]:
     except yaml.YAMLError as error:
         return None, [f"is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(raw, dict):
-        return None, ["holds no mapping; `fusechat-distill init` writes a recipe"]
+        return None, ["is not a mapping; `fusechat-distill init` writes a recipe"]
     recipe, problems = _parse(raw)
     if recipe is not None:
-        # Sources that couldn't be read are not none.
+        # Unreadable sources are not the same as no sources.
         no_list = any(problem.startswith("sources:") for problem in problems)
         problems += _contradictions(recipe, no_list)
         unknown = _training_problems(recipe.training)
@@ -349,9 +351,9 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[str]]:
 
 
 def _training_problems(training: Training) -> dict[tuple[str, ...], str]:
-    """What is wrong with the keys of `training:` and `training.lora:`, by where they are.
+    """The problems of the keys in `training:` and `training.lora:`, by the key's path.
 
-    TRL and PEFT say which keys there are; they are imported only when a recipe sets any.
+    TRL and PEFT define the keys; they are imported only if the recipe sets any.
     """
     problems: dict[tuple[str, ...], str] = {}
     others = []
@@ -389,10 +391,10 @@ def _contradictions(recipe: Recipe, no_list: bool) -> list[str]:
     try:
         os.lstat(recipe.output_folder / "manifest.json")
     except ValueError as error:
-        problems.append(f"output: can't be a folder's name ({error}); set another")
+        problems.append(f"output: can't be the name of a folder ({error}); set another")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            problems.append("output: is too long for a folder's name; set another")
+            problems.append("output: is too long for the name of a folder; set another")
     if not (recipe.sources or no_list) and recipe.fusion.strategy != "sft":
         problems.append(
             "sources: is empty; name at least one model, or set fusion.strategy: sft for the "
@@ -407,8 +409,8 @@ def _contradictions(recipe: Recipe, no_list: bool) -> list[str]:
             )
         elif source.title.lower() in seen:
             problems.append(
-                f"sources[{index}].name: {source.title!r} is {seen[source.title.lower()]} name "
-                "already; give this source another `name`"
+                f"sources[{index}].name: {source.title!r} is already {seen[source.title.lower()]} "
+                "name; give this source another `name`"
             )
         else:
             seen[source.title.lower()] = f"sources[{index}]'s"
@@ -416,21 +418,21 @@ def _contradictions(recipe: Recipe, no_list: bool) -> list[str]:
 
 
 def _parse(raw: dict[Any, Any]) -> tuple[Recipe | None, list[str]]:
-    """The recipe, with what is wrong left out where that leaves a recipe; and what is wrong."""
+    """The recipe without its invalid values, None if that is not possible; and the problems."""
     problems: list[str] = []
-    left_out: set[tuple[str | int, ...]] = set()
+    removed: set[tuple[str | int, ...]] = set()
     while True:
         try:
             return Recipe.model_validate(raw), problems
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            problems += [_problem(e) for e in errors if e["loc"] not in left_out]
-            # A key that is no text can't be found again by its place, nor left out.
-            stuck = left_out >= {e["loc"] for e in errors}
+            problems += [_problem(e) for e in errors if e["loc"] not in removed]
+            # A key that is not text can't be located by its path, so it can't be removed either.
+            stuck = removed >= {e["loc"] for e in errors}
             if stuck or any(e["type"] == "missing" for e in errors):
                 return None, problems
-            left_out |= {e["loc"] for e in errors}
-            raw = _without(raw, left_out)
+            removed |= {e["loc"] for e in errors}
+            raw = _without(raw, removed)
 
 
 def _problem(error: Any) -> str:
@@ -442,14 +444,14 @@ def _problem(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name}: is missing"
     if error["type"] == "invalid_key":
-        return f"{name}: the key {error['input']!r} is no text, as every key here is"
+        return f"{name}: the key {error['input']!r} is not text; every key has to be"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     return f"{name}: {unexpected([error], error['input'])}"
 
 
-def unexpected(errors: Sequence[Any], found: Any) -> str:
-    """What pydantic would have taken in the place of `found`, of one type or several."""
+def unexpected(errors: Sequence[Any], value: Any) -> str:
+    """`should be …, found …`: what pydantic expected (one type or several) instead of `value`."""
     wanted = []
     for error in errors:
         message = error["msg"].removeprefix("Input should ").removeprefix("be ")
@@ -461,23 +463,24 @@ def unexpected(errors: Sequence[Any], found: Any) -> str:
         elif error["type"] == "string_pattern_mismatch":
             message = f"text that matches {error['ctx']['pattern']}"
         wanted.append(message)
-    if isinstance(found, (dict, list)):
-        shown = "a mapping" if isinstance(found, dict) else "a list"
+    if isinstance(value, (dict, list)):
+        shown = "a mapping" if isinstance(value, dict) else "a list"
     else:
-        shown = repr(found)
+        shown = repr(value)
     return f"should be {' or '.join(dict.fromkeys(wanted))}, found {shown}"
 
 
 def unknown_key(key: str, known: Iterable[str], what: str) -> str:
+    """`is not WHAT`, with the nearest known key, or all of them where they are few."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     if near:
         return f"is not {what}; did you mean `{near[0]}`?"
     listed = sorted(known)
-    return f"is not {what}" + (f"; there are {', '.join(listed)}" if len(listed) <= 12 else "")
+    return f"is not {what}" + (f"; use one of {', '.join(listed)}" if len(listed) <= 12 else "")
 
 
 def _keys_at(loc: Sequence[str | int]) -> set[str]:
-    """The keys that the section at `loc` knows."""
+    """The keys of the section at the path `loc`."""
     section: type[BaseModel] = Recipe
     for part in loc:
         if isinstance(part, int):
@@ -494,7 +497,7 @@ def _section(key: str) -> type[BaseModel]:
 
 
 def _without(raw: Any, locs: Iterable[Sequence[str | int]]) -> Any:
-    """A copy of `raw` without the values at `locs`."""
+    """A copy of `raw` without the values at the paths `locs`."""
     cut: dict[Any, list[Sequence[str | int]]] = {}
     for loc in locs:
         cut.setdefault(loc[0], []).append(loc[1:])
@@ -514,14 +517,14 @@ def _without(raw: Any, locs: Iterable[Sequence[str | int]]) -> Any:
 
 DEPTH = 50
 NODES = 100_000
-"""Values in a recipe, each counted as often as an alias repeats it."""
+"""Limit of the values in a recipe, each counted as often as an alias repeats it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `5e-6` is a number, as everyone who writes one means it, and no key twice.
+    """YAML 1.1, except that `5e-6` is a number, and that duplicate keys are errors.
 
-    Nothing is nested deeper than `DEPTH`; aliases may not lead back to themselves, nor stand for
-    more than `NODES` values in all.
+    Errors too: nesting deeper than `DEPTH`, an alias inside the value that it stands for, and
+    aliases that expand to more than `NODES` values in total.
     """
 
     depth = 0
@@ -539,19 +542,19 @@ class _Loader(yaml.SafeLoader):
         node: yaml.Node | None = super().get_single_node()
         if node is not None and _expanded(node, {}) > NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"its aliases stand for more than {NODES:,} values", node.start_mark
+                None, None, f"its aliases expand to more than {NODES:,} values", node.start_mark
             )
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            # All at once, so that an alias inside of what it stands for is an error.
+            # Deep, so that an alias inside the value that it stands for is an error.
             return super().construct_object(node, deep=True)
         except (ValueError, TypeError) as error:  # no such day; a list as a mapping's key
             message = " ".join(str(error).split())
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
         except (LookupError, AttributeError) as error:  # `!!bool x`, `!!int ''`, `!!timestamp x`
-            message = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            message = f"{node.value!r} is not a valid {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -562,14 +565,14 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is there twice", key_node.start_mark
+                    None, None, f"duplicate key `{key}`", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for once its aliases are followed."""
+    """How many values a node has once its aliases are expanded."""
     if node not in known:
         known[node] = 1
         if isinstance(node, yaml.MappingNode):

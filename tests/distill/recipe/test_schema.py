@@ -93,8 +93,8 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
         "  scoring.dtype: should be 'auto', 'bfloat16', 'float16' or 'float32', found 'int8'",
         "  scoring.top_k: should be a valid integer, found 'ten'",
         "  scoring.topk: is not a key here; did you mean `top_k`?",
-        "  sources[1].name: 'a' is sources[0]'s name already; give this source another `name`",
-        "  sources[2].name: 'Pivot' is the pivot's name already; give this source another `name`",
+        "  sources[1].name: 'a' is already sources[0]'s name; give this source another `name`",
+        "  sources[2].name: 'Pivot' is already the pivot's name; give this source another `name`",
         "  sources[3].load: `revision` can't be set here; use the model's `revision`",
         "  training.dataset_num_proc: remove it, the pipeline prepares the dataset",
         "  training.lambda: should be less than or equal to 1, found 1.5",
@@ -108,8 +108,8 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "holds no mapping; `fusechat-distill init` writes a recipe"),
-        ("- a", "holds no mapping; `fusechat-distill init` writes a recipe"),
+        ("", "is not a mapping; `fusechat-distill init` writes a recipe"),
+        ("- a", "is not a mapping; `fusechat-distill init` writes a recipe"),
         (MINIMAL.replace("pivot: org/pivot\n", ""), "pivot: is missing"),
         (
             MINIMAL.replace("org/pivot", "3"),
@@ -147,7 +147,7 @@ training: {lambda: 1.5, learning_rat: 1, max_length: 3, dataset_num_proc: 2, lor
         ),
         (
             MINIMAL + "pivot: org/other\n",
-            'is not YAML: the key `pivot` is there twice in "<unicode string>", line 5, column 1: '
+            'is not YAML: duplicate key `pivot` in "<unicode string>", line 5, column 1: '
             "pivot: org/other ^",
         ),
     ],
@@ -219,16 +219,22 @@ EXPLOSION = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a]\n: b\n", "is not YAML: unhashable type: 'list'"),
         ("output: 2024-99-99\n", "is not YAML: month must be in 1..12"),
         ("max_length: !!int seven\n", "is not YAML: invalid literal for int()"),
-        ("max_length: !!bool x\n", "is not YAML: 'x' is no bool in"),
-        ("max_length: !!int ''\n", "is not YAML: '' is no int in"),
-        ("output: !!timestamp x\n", "is not YAML: 'x' is no timestamp in"),
+        ("max_length: !!bool x\n", "is not YAML: 'x' is not a valid bool in"),
+        ("max_length: !!int ''\n", "is not YAML: '' is not a valid int in"),
+        ("output: !!timestamp x\n", "is not YAML: 'x' is not a valid timestamp in"),
         ("max_length: " + "9" * 9999, "is not YAML: Exceeds the limit (4300 digits)"),
         ("merge: " + "[" * 10_000, "is not YAML: nested deeper than 50"),
         ("merge: &a {parameters: *a}\n", "is not YAML: found unconstructable recursive node"),
-        (EXPLOSION, "is not YAML: its aliases stand for more than 100,000 values"),
-        (MINIMAL + "null: x\n", "None: the key None is no text"),
-        (MINIMAL.replace("out\n", '"a\\0b"\n'), "output: can't be a folder's name (embedded null"),
-        (MINIMAL.replace("out\n", "o" * 999 + "\n"), "output: is too long for a folder's name"),
+        (EXPLOSION, "is not YAML: its aliases expand to more than 100,000 values"),
+        (MINIMAL + "null: x\n", "None: the key None is not text"),
+        (
+            MINIMAL.replace("out\n", '"a\\0b"\n'),
+            "output: can't be the name of a folder (embedded null",
+        ),
+        (
+            MINIMAL.replace("out\n", "o" * 999 + "\n"),
+            "output: is too long for the name of a folder",
+        ),
         (MINIMAL.replace("source]", f"{'o' * 999}]"), "sources[0].name: 'ooo"),
     ],
 )

@@ -214,7 +214,7 @@ def test_of_two_processes_one_says_what_is_wrong(recipe):
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert errors == [
-        f"Error: {path}: seed: is not a key here; there are alignment, dataset, fusion, "
+        f"Error: {path}: seed: is not a key here; use one of alignment, dataset, fusion, "
         "max_length, merge, output, pivot, scoring, sources, training"
     ]
     assert not path.with_suffix("").exists()
