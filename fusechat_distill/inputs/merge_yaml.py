@@ -1,4 +1,4 @@
-"""merge.yml: what `fusechat-merge run` and `mergekit-yaml` make of the targets."""
+"""merge.yml: the configuration with which the targets are merged."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HEADING = """\
 def merge_configuration(recipe: Recipe, targets: Sequence[str]) -> dict[str, Any]:
     """mergekit's configuration: the pivot as base, the targets (or pivot + adapter) as models.
 
-    Where the method has no base (`linear`), mergekit would merge the pivot in as one more model, so
-    it is left out; the targets have its configuration and tokenizer.
+    A method without a base (`linear`) would merge the pivot as one more model, so the pivot is
+    omitted then; the targets have its configuration and tokenizer.
     """
     base = _reference(recipe.pivot.model, recipe.pivot.revision)
     models = []
@@ -62,7 +62,7 @@ def _reference(model: str, revision: str | None = None) -> dict[str, str]:
 
 
 def _joined(model: dict[str, str], adapter: dict[str, str] | None = None) -> Any:
-    """`model@revision+adapter`, as mergekit reads it; its long form for what has a + or @ in it."""
+    """`model@revision+adapter`, as mergekit reads it; its long form if a name contains + or @."""
     parts = [model] + ([adapter] if adapter else [])
     if any("+" in value or "@" in value for part in parts for value in part.values()):
         return {"model": model} | ({"lora": adapter} if adapter else {})
@@ -87,7 +87,7 @@ def _digest(body: str) -> str:
 
 
 def merge_problems(recipe: Recipe) -> list[str]:
-    """What mergekit will not take of `merge:`, before there is anything to merge."""
+    """What mergekit would refuse in `merge:`, before there is anything to merge."""
     from mergekit.common import dtype_from_name
     from mergekit.config import MergeConfiguration
     from mergekit.merge_methods import registry
@@ -98,7 +98,7 @@ def merge_problems(recipe: Recipe) -> list[str]:
         dtype_from_name(section.dtype)
     except RuntimeError:
         problems.append(
-            f"merge.dtype: {section.dtype!r} is none of bfloat16, float16, float32, float64"
+            f"merge.dtype: {section.dtype!r} is not one of bfloat16, float16, float32, float64"
         )
     methods = {method.spec.name: method.spec for method in registry.registered_methods()}
     method = methods.get(section.merge_method)
@@ -131,7 +131,7 @@ def merge_problems(recipe: Recipe) -> list[str]:
 
 
 def _values(setting: Any) -> Iterator[Any]:
-    """The scalars in a parameter's setting: plain, a gradient, or filtered."""
+    """The scalars in a parameter's setting: a single value, a gradient, or values with filters."""
     if isinstance(setting, list):
         for item in setting:
             yield from _values(item)

@@ -1,4 +1,4 @@
-"""What a model is before its weights are read: configuration, tokenizer, files, identity."""
+"""What is known of a model without its weights: configuration, tokenizer, files, identity."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from fusechat_common.errors import RequestError, one_line
 from fusechat_distill.recipe.schema import Model
 
 PLACEMENT = frozenset({"device_map", "max_memory", "offload_folder", "offload_state_dict"})
-"""Keys of `load` that say where a model lies, not what it computes."""
+"""Keys of `load` that say where a model is placed, not what it computes."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-"""Of these a tokenizer has at least one."""
+"""Files of which a tokenizer has at least one."""
 
-NO_TOKENIZER = "holds no tokenizer; copy the tokenizer's files of its base model there"
+NO_TOKENIZER = "has no tokenizer; copy the tokenizer files of its base model there"
 
 
 @dataclass(eq=False)
 class ModelFiles:
-    """A model that a recipe names; `config` and `tokenizer` are transformers' own."""
+    """A model that a recipe names; `config` and `tokenizer` are transformers' objects."""
 
     spec: Model
     config: Any
     tokenizer: Any
     base: ModelFiles | None = None
-    """What an adapter was trained on."""
+    """The base model of an adapter."""
     weights: bool = True
     """Whether its weights can be loaded."""
 
     @cached_property
     def token_ids(self) -> list[int]:
-        """The ids that the tokenizer has, ascending."""
+        """The ids of the tokenizer, ascending."""
         return sorted(set(self.tokenizer.get_vocab().values()))
 
     def identity(self, digests: Digests) -> dict[str, Any]:
-        """What tells this model from any other: a hub name and commit, or a hash of its files."""
+        """What identifies this model: a hub name and commit, or a hash of its files."""
         folder = Path(self.spec.model)
         if folder.is_dir():
             config = ADAPTER_CONFIG if self.base else "config.json"
@@ -56,9 +56,9 @@ class ModelFiles:
 
     @cached_property
     def commit(self) -> str | None:
-        """The hub's commit that the configuration was read from: the cache's folder names it.
+        """The hub commit that the configuration was read from, according to the cache.
 
-        None for a local folder. Weights are to be read from the same, whatever a branch has become.
+        None for a local folder. Weights are read from the same commit, wherever the branch is.
         """
         from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -72,13 +72,15 @@ class ModelFiles:
 def open_model(
     spec: Model, *, trust_remote_code: bool = False, need_weights: bool = True
 ) -> ModelFiles:
-    """Read what there is beside the weights.
+    """Read everything of a model except its weights.
 
     Args:
-        need_weights: whether a model without weights is a problem.
+        spec: the model as the recipe names it.
+        trust_remote_code: whether the model's own code may run.
+        need_weights: whether missing weights are a problem.
 
     Raises:
-        RequestError: with every reason why the model can't be scored.
+        RequestError: the model can't be scored; it lists every reason.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -102,7 +104,7 @@ def open_model(
             tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
+        except BaseException as error:  # a panic of the tokenizers library is not an Exception
             problems.append(f"its tokenizer can't be read: {one_line(error)}")
     if problems:
         raise RequestError(problems, spec.model)
@@ -112,7 +114,10 @@ def open_model(
 def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
     """The model that a configuration describes, without memory for its weights.
 
-    `load`: of what `from_pretrained` takes, that which needs no weights.
+    Args:
+        config: transformers' configuration.
+        trust_remote_code: whether the model's own code may run.
+        load: arguments of `from_pretrained` that apply without weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -122,10 +127,10 @@ def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) ->
 
 
 def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
-    """Read what there is beside the weights of a model, or of an adapter, in a local folder.
+    """Read everything except the weights of a model, or of an adapter, in a local folder.
 
     Raises:
-        RequestError: with every reason why it can't be used.
+        RequestError: it can't be used; the error lists every reason.
     """
     from transformers import AutoTokenizer
 
@@ -183,7 +188,7 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
 
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        yield f"is a {config.model_type} model, which is no causal language model"
+        yield f"is a {config.model_type} model, which is not a causal language model"
     folder = Path(spec.model)
     index = folder / "model.safetensors.index.json"
     if folder.is_dir() and index.is_file():
@@ -195,11 +200,12 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
             outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
             absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
             if outside:
-                yield f"{index.name} lists {', '.join(outside)}, not plain names in the same folder"
+                names = ", ".join(outside)
+                yield f"{index.name} lists {names}, which are not file names in the same folder"
             elif absent:
                 yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
             else:
-                yield from _torn(folder / shard for shard in sorted(shards))
+                yield from _damaged(folder / shard for shard in sorted(shards))
         return
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
@@ -213,11 +219,11 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
             "weights are never loaded"
         )
     elif (folder / "model.safetensors").is_file():
-        yield from _torn([folder / "model.safetensors"])
+        yield from _damaged([folder / "model.safetensors"])
 
 
-def _torn(paths: Iterable[Path]) -> Iterable[str]:
-    """Files that are not whole, by their headers alone."""
+def _damaged(paths: Iterable[Path]) -> Iterable[str]:
+    """Files that are truncated or invalid, according to their headers."""
     from safetensors import SafetensorError, safe_open
 
     for path in paths:
@@ -225,7 +231,10 @@ def _torn(paths: Iterable[Path]) -> Iterable[str]:
             with safe_open(path, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            yield f"{path.name} is torn or no safetensors file ({one_line(error)}); copy it again"
+            yield (
+                f"{path.name} is truncated or not a safetensors file ({one_line(error)}); copy it "
+                "again"
+            )
 
 
 class Digests:

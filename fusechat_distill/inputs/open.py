@@ -1,4 +1,4 @@
-"""What a recipe names, opened and checked: everything that can be known without weights."""
+"""Open and check everything that a recipe names, as far as possible without weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from fusechat_distill.text.conversations import Conversation, Conversations, Renderer, Rendering
 
 PROBED = 64
-"""Conversations that are rendered to see that a template works and how long its text is."""
+"""Conversations that are rendered to check a template and to estimate lengths."""
 
 
 @dataclass(eq=False)
 class OpenModel:
-    """A model of the recipe, ready to be scored with once its weights are loaded."""
+    """A model of the recipe, checked; only its weights are not loaded yet."""
 
     name: str
     files: ModelFiles
@@ -38,7 +38,7 @@ class OpenModel:
 
 @dataclass(eq=False)
 class Inputs:
-    """A checked recipe and what it names."""
+    """A checked recipe, its dataset and its models."""
 
     recipe: Recipe
     conversations: Conversations
@@ -52,7 +52,7 @@ class Inputs:
     def rendered(
         self, model: OpenModel, conversations: Sequence[Conversation]
     ) -> list[tuple[Rendering, bool]]:
-        """The conversations as `model` sees them, and whether `max_length` cut them."""
+        """The conversations rendered for `model`, and whether `max_length` cut each."""
         cuts = [r.cut_to(self.recipe.max_length) for r in self.pivot.renderer(conversations)]
         if model is self.pivot:
             return [(rendering, cut is not None) for rendering, cut in cuts]
@@ -65,7 +65,7 @@ class Inputs:
         return self.recipe.scores_folder / model.name
 
     def scores_manifest(self, model: OpenModel) -> Manifest:
-        """What determines the model's scores."""
+        """The manifest of the model's scores: everything that determines them."""
         scoring = self.recipe.scoring
         load = {k: v for k, v in model.spec.load.items() if k not in PLACEMENT}
         return Manifest(
@@ -86,7 +86,7 @@ class Inputs:
         )
 
     def _identity(self, model: OpenModel) -> dict[str, Any]:
-        """A folder without weights is the model that its scores name, as far as can be told."""
+        """The model's identity; without weights, the one in its scores if the rest agrees."""
         own = model.files.identity(self.digests)
         if model.files.weights or "weights" not in own:
             return own
@@ -107,19 +107,21 @@ def open_inputs(
     """Open everything that the recipe at `path` names, except weights.
 
     Args:
-        only: the models that are asked for; of the others the pivot alone is opened, for its
-            tokenizer. None: all of them.
-        further: looks for more problems once all of it is open.
+        path: the recipe.
+        only: names of the models to open; the pivot is always opened, for its tokenizer. None: all
+            models.
+        trust_remote_code: whether the models' own code may run.
+        further: called with the opened inputs; returns problems of the command itself.
 
     Raises:
-        RequestError: with every problem found, of whatever kind.
+        RequestError: something is wrong; it lists every problem found.
     """
     recipe, problems = read_recipe(path)
     if recipe is None:
         raise RequestError(problems, path)
     conversations = _open_conversations(recipe, problems)
     asked = set(recipe.models if only is None else only)
-    # Where keys are wrong, a value that isn't there may be the one that was meant.
+    # If a key is misspelt, it may be `max_length`: then its default is not what the user meant.
     limited = not problems or "max_length" in recipe.model_fields_set
     models = _open_models(recipe, asked, problems, trust_remote_code, limited)
     problems += _output_problems(recipe) + _device_problems(recipe)
@@ -167,7 +169,7 @@ def _open_models(
     for name, spec in recipe.models.items():
         if name != PIVOT and name not in asked:
             continue
-        # A source's weights are there to be scored with, the pivot's to be trained as well.
+        # A source with complete scores needs no weights; the pivot does, for training.
         scored = None if name == PIVOT else _shards_here(recipe.scores_folder / name)
         try:
             files = open_model(
@@ -178,13 +180,13 @@ def _open_models(
         except RequestError as error:
             problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
             if scored:
-                problems.append(f"{name} ({spec.model}): {_what_scores_spare(*scored)}")
+                problems.append(f"{name} ({spec.model}): {_without_weights(*scored)}")
             continue
         if limited:
             problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
         borrows = spec.template == "pivot" and name != PIVOT
         if borrows and pivot_template is None:
-            continue  # what is wrong with the pivot is in the list already
+            continue  # the pivot's problem is in the list already
         try:
             template = pivot_template if borrows else None
             renderer = Renderer(files.tokenizer, template, name=spec.model)
@@ -198,7 +200,7 @@ def _open_models(
 
 
 def _shards_here(folder: Path) -> tuple[int, int] | None:
-    """How many shards of a model's scores are there, and of how many; None without a store."""
+    """The number of existing shards of a model's scores, and of all; None without a store."""
     try:
         shards = Shards.open(folder)
     except FusechatError:
@@ -206,17 +208,17 @@ def _shards_here(folder: Path) -> tuple[int, int] | None:
     return len(shards.present()), len(shards.manifest.ranges())
 
 
-def _what_scores_spare(here: int, shards: int) -> str:
+def _without_weights(here: int, shards: int) -> str:
     if here < shards:
         return f"{here} of its {shards} shards of scores are here; with all it needs no weights"
     return (
-        "its scores are all here, so that it needs no weights, but its config.json, tokenizer and "
-        "chat template; copy these, and name their folder as its `model`"
+        "its scores are complete, so it needs no weights, only its config.json, tokenizer and chat "
+        "template; copy these, and set `model` to their folder"
     )
 
 
 def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
-    """What the recipe asks of a model that its configuration doesn't give."""
+    """Settings of the recipe that exceed the model's limits."""
     config = files.config.get_text_config()
     problems = []
     longest = getattr(config, "max_position_embeddings", None)
@@ -250,14 +252,16 @@ def _device_problems(recipe: Recipe) -> list[str]:
     backend: Any = getattr(torch, kind, None)
     count = backend.device_count() if backend is not None and backend.is_available() else 0
     if int(number or 0) >= count:
-        return [f"scoring.device: {device} is not there ({count} {kind} devices); set it to auto"]
+        return [
+            f"scoring.device: {device} is not available ({count} {kind} devices); set it to auto"
+        ]
     return []  # pragma: no cover (an accelerator)
 
 
 def _section_problems(
     recipe: Recipe, pivot: OpenModel | None, trust_remote_code: bool
 ) -> list[str]:
-    """What TRL, PEFT and mergekit say; they are imported only where a recipe sets something."""
+    """The problems that TRL, PEFT and mergekit find, imported only if the recipe sets something."""
     problems = []
     if recipe.training.sft or recipe.training.lora is not None:
         from fusechat_distill.inputs.trl_settings import settings_problems
@@ -278,18 +282,18 @@ def _output_problems(recipe: Recipe) -> list[str]:
         inside = Path(model.model)
         if inside.is_dir() and recipe.output_folder.resolve().is_relative_to(inside.resolve()):
             return [
-                f"output: lies inside the model {name} ({inside}); set `output` to another folder"
+                f"output: is inside the model {name} ({inside}); set `output` to another folder"
             ]
     folder = existing(recipe.output_folder)
     if not folder.is_dir():
         return [f"output: {folder} is a file; set `output` to a folder"]
     if not can_be_made(folder):
-        return [f"output: {folder} can't be written to; set `output` to a folder of yours"]
+        return [f"output: {folder} is not writable; set `output` to another folder"]
     return []
 
 
 def rendering_problems(inputs: Inputs) -> list[str]:
-    """What is wrong with what the models see of the first conversations."""
+    """The problems in rendering the first conversations for every model."""
     problems = []
     part = inputs.conversations[: min(PROBED, len(inputs.conversations))]
     for name, model in inputs.models.items():
@@ -317,7 +321,7 @@ def rendering_problems(inputs: Inputs) -> list[str]:
 
 
 def expected_bytes(inputs: Inputs, model: OpenModel) -> int:
-    """About how many bytes the model's scores will take."""
+    """Approximate size of the model's scores, in bytes."""
     tokens = sum(len(response.ends) for r in model.probed for response in r.responses)
     per_token = score_bytes(inputs.recipe.scoring.top_k)
     return int(tokens * per_token * len(inputs.conversations) / max(1, len(model.probed)))
@@ -332,7 +336,7 @@ def _store_problems(inputs: Inputs, asked: Collection[str]) -> list[str]:
         folder = inputs.scores_folder(model)
         there = sum(path.stat().st_size for path in folder.glob("*.parquet"))
         needed += max(0, expected_bytes(inputs, model) - there)
-        # The manifest hashes a local model's weights: only where there is one to compare with.
+        # The manifest hashes a local model's weights: only if there is one to compare with.
         if (folder / "manifest.json").exists():
             problem = stale(folder, inputs.scores_manifest(model))
             if problem:

@@ -1,4 +1,4 @@
-"""TRL's and PEFT's settings as a recipe means them, and what is wrong with them."""
+"""The settings of TRL and PEFT that follow from a recipe, and their problems."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = (
     "save_",
     "trackio_",
 )
-"""Beginnings of the SFTConfig fields that don't change what is learnt."""
+"""Prefixes of the SFTConfig fields that do not change the trained weights."""
 
 ABOVE_ZERO = (
     "gradient_accumulation_steps",
@@ -40,19 +40,19 @@ ABOVE_ZERO = (
     "per_device_eval_batch_size",
     "per_device_train_batch_size",
 )
-"""SFTConfig fields that a training is nothing without."""
+"""SFTConfig fields that have to be greater than 0."""
 
 
 def clm_weight(recipe: Recipe) -> float:
-    """λ; the baseline without sources has the language-modelling term alone."""
+    """λ; 1 for the baseline without sources, whose loss is the language-modelling term only."""
     return 1.0 if recipe.fusion.strategy == "sft" else recipe.training.clm_weight
 
 
 def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = False) -> FusionConfig:
-    """TRL's settings: the recipe's, and where it says nothing TRL's own defaults.
+    """TRL's settings: those of the recipe, otherwise TRL's own defaults.
 
-    What differs from these: weights are float32 (`pivot.dtype` is for scoring), under autocast to
-    bfloat16 where the hardware has it; one checkpoint is kept.
+    Two defaults differ: weights are float32 (`pivot.dtype` is for scoring), under autocast to
+    bfloat16 where the hardware supports it; one checkpoint is kept.
     """
     from transformers.utils import is_torch_bf16_gpu_available
 
@@ -64,7 +64,7 @@ def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = Fal
     if not given.get("fp16"):
         fields["bf16"] = not cpu and is_torch_bf16_gpu_available()
     load = {"dtype": "float32", "use_safetensors": True, "revision": recipe.pivot.revision}
-    # Rows are cut to the pivot's `max_length` already; TRL's own cut is not for padding-free.
+    # Rows are already cut to the pivot's `max_length`; TRL can't cut padding-free rows.
     uncut = given.get("padding_free") and not given.get("packing")
     return FusionConfig(
         **fields
@@ -80,7 +80,7 @@ def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = Fal
 
 
 def lora_config(recipe: Recipe) -> LoraConfig | None:
-    """PEFT's settings, or None where all weights are trained."""
+    """PEFT's settings, or None if all weights are trained."""
     if recipe.training.lora is None:
         return None
     from peft import LoraConfig
@@ -90,7 +90,7 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
 
 
 def determining(recipe: Recipe) -> dict[str, Any]:
-    """What of `training:` decides which weights come out."""
+    """The settings in `training:` that affect the trained weights."""
     given = recipe.training.sft
     if not given.get("load_best_model_at_end"):
         given = {k: v for k, v in given.items() if not k.startswith(WITHOUT_EFFECT)}
@@ -98,7 +98,7 @@ def determining(recipe: Recipe) -> dict[str, Any]:
 
 
 def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = False) -> int:
-    """About how much disk one target takes while it is trained; 0 for an adapter."""
+    """Approximate disk usage in bytes of one target while it is trained; 0 for an adapter."""
     if recipe.training.lora is not None:
         return 0
     model = empty_model(config, trust_remote_code=trust_remote_code)
@@ -106,9 +106,9 @@ def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = F
 
 
 def stored_bytes(recipe: Recipe, parameters: int) -> int:
-    """Disk for a target that has, or an adapter that trains, so many parameters.
+    """Disk usage in bytes of a target, or of an adapter, with that many trained parameters.
 
-    Weights in float32, once for the target and once for each checkpoint, and what AdamW keeps.
+    Float32 weights, once for the target and once for each checkpoint, and AdamW's moments.
     """
     given = recipe.training.sft
     # The new checkpoint is written before the oldest one is removed.
@@ -117,9 +117,9 @@ def stored_bytes(recipe: Recipe, parameters: int) -> int:
 
 
 def moments(recipe: Recipe) -> int:
-    """Float32 numbers that the optimizer keeps of each parameter.
+    """Float32 numbers that the optimizer keeps for each parameter.
 
-    An optimizer other than AdamW may keep fewer, so none is counted for it.
+    Other optimizers than AdamW may keep fewer, so none is counted for them.
     """
     optimizer = str(recipe.training.sft.get("optim", "adamw_torch"))
     return 2 if optimizer.startswith("adamw_torch") else 0
@@ -132,9 +132,12 @@ def _saves(given: dict[str, Any]) -> bool:
 def settings_problems(
     recipe: Recipe, config: Any = None, *, trust_remote_code: bool = False
 ) -> list[str]:
-    """What TRL, PEFT and `FusionTrainer` will not take, as far as it is known without weights.
+    """What TRL, PEFT and `FusionTrainer` would refuse, as far as it is known without weights.
 
-    `config` is the pivot's configuration; with it LoRA is tried on a model without memory.
+    Args:
+        recipe: the recipe with the settings.
+        config: the pivot's configuration; with it LoRA is tried on a model without memory.
+        trust_remote_code: whether the model's own code may run.
     """
     problems = [f"training.{problem}" for problem in _value_problems(recipe.training.sft)]
     arguments = lora = None
@@ -153,18 +156,18 @@ def settings_problems(
         from fusechat_distill.trainer.trainer import argument_problems
 
         problems += [f"training: {problem}" for problem in argument_problems(arguments)]
-        found = _trainer_problems(arguments, config, trust_remote_code)
-        problems += [f"training.{problem}" for problem in found]
+        own = _trainer_problems(arguments, config, trust_remote_code)
+        problems += [f"training.{problem}" for problem in own]
     if lora is not None and config is not None:
-        found = _lora_problems(lora, config, trust_remote_code)
-        problems += [f"training.lora: {problem}" for problem in found]
+        own = _lora_problems(lora, config, trust_remote_code)
+        problems += [f"training.lora: {problem}" for problem in own]
     return problems
 
 
 def _value_problems(given: dict[str, Any]) -> Iterator[str]:
-    """Values of SFTConfig fields that are of another type, or that no training can begin with.
+    """Values of SFTConfig fields that have the wrong type or are out of range.
 
-    SFTConfig takes whatever it is given; the trainer would stumble over it hours later.
+    SFTConfig does not check them, so the trainer would fail hours later.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -172,7 +175,7 @@ def _value_problems(given: dict[str, Any]) -> Iterator[str]:
 
     hints = get_type_hints(FusionConfig)
     for key, value in given.items():
-        if key == "fsdp":  # takes more than its annotation says
+        if key == "fsdp":  # accepts more types than its annotation says
             continue
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
@@ -188,21 +191,21 @@ def _value_problems(given: dict[str, Any]) -> Iterator[str]:
 def _trainer_problems(
     arguments: FusionConfig, config: Any, trust_remote_code: bool
 ) -> Iterator[str]:
-    """Packages that the trainer would miss, and ways to load the pivot that there are not."""
+    """Missing packages, and settings with which the pivot can't be loaded or optimised."""
     from transformers import Trainer
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
-    except Exception as error:  # each integration says in its own way what to install
+    except Exception as error:  # each integration raises its own class
         yield f"report_to: {_reason(error)}"
     if config is None:
         return
     load = arguments.model_init_kwargs or {}
     tried = {key: load[key] for key in ("dtype", "attn_implementation") if key in load}
     try:
-        # `from_config` writes what it is given into the configuration.
+        # `from_config` changes the configuration that it is given.
         own = copy.deepcopy(config)
         model = empty_model(own, trust_remote_code=trust_remote_code, **tried)
     except Exception as error:
@@ -223,17 +226,17 @@ def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> It
     model = empty_model(config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         try:
-            found = list(adapter_problems(model, lora))
-            if not found:
+            problems = list(adapter_problems(model, lora))
+            if not problems:
                 get_peft_model(model, lora)
         except Exception as error:  # PEFT's own, and those of a pattern or of a wrong type
-            found = [_reason(error)]
-    yield from found
+            problems = [_reason(error)]
+    yield from problems
     yield from _unmatched_names(model, lora)
 
 
 def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
-    """Names in a list that no module of the model ends in; PEFT passes over them in silence."""
+    """Listed names that match the end of no module's name; PEFT ignores them silently."""
     modules = [name for name, _ in model.named_modules()]
     for key in ("target_modules", "modules_to_save"):
         names = getattr(lora, key)
@@ -242,7 +245,7 @@ def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
         unmatched = sorted(
             str(name) for name in names if not any(_ends_in(m, str(name)) for m in modules)
         )
-        # Of target modules, PEFT itself says that none at all was found.
+        # If no target module matches at all, PEFT itself reports it.
         if unmatched and (key == "modules_to_save" or len(unmatched) < len(names)):
             yield f"{key}: no module of the model is called {', '.join(unmatched)}"
 

@@ -1,4 +1,4 @@
-"""Dataset rows to conversations, conversations to token ids with the bytes of every answer."""
+"""From dataset rows to conversations, and to token ids with the byte offsets of every answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Stop = Literal["special", "text", "none"]
 """What ends a response: a special token, a token of plain text, or nothing (cut, or no token)."""
 
 TEMPLATE_DATE = datetime.datetime(2025, 1, 1)
-"""What `strftime_now` says in a chat template, so that a rendering doesn't depend on the day."""
+"""The date that `strftime_now` returns in a chat template, so that renderings are reproducible."""
 
 
 class Message(NamedTuple):
@@ -52,16 +52,16 @@ class Conversation:
 
 
 class Rejected(NamedTuple):
-    """A row that is left out, and why."""
+    """A row that is skipped, and the reason."""
 
     row: int
     reason: str
 
 
 class Conversations(Sequence[Conversation]):
-    """The usable rows of a dataset, in its order; a row is read when it is asked for.
+    """The usable rows of a dataset, in its order; a row is read when it is accessed.
 
-    `rejected` lists the rows left out; `layout` says which columns were read (`messages`,
+    `rejected` lists the skipped rows; `layout` says which columns were read (`messages`,
     `conversations`, `prompt/completion`); `fingerprint` is a hash of all keys in order.
     """
 
@@ -100,9 +100,9 @@ class Conversations(Sequence[Conversation]):
         return Conversation(self.keys[index], row, self._read(row))
 
     def labels(self, column: str) -> list[str] | None:
-        """A column of text or integers, each usable row's; `(none)` for a row without a value.
+        """The values of a column of text or integers, of all usable rows; `(none)` where missing.
 
-        None where the dataset has no such column.
+        None if the dataset has no such column.
         """
         feature = self._all.features.get(column)
         kind = getattr(feature, "dtype", "")
@@ -124,11 +124,19 @@ def open_conversations(
     column: str | None = None,
     max_samples: int | None = None,
 ) -> Conversations:
-    """Open a dataset: hub name, local file (JSON, JSONL, CSV, Parquet, Arrow) or folder, or saved.
+    """Open a dataset from the hub, a file (JSON, JSONL, CSV, Parquet, Arrow) or a folder.
 
-    `column` names the column that holds the messages; without it `messages`, ShareGPT's
-    `conversations` and prompt/completion are looked for. Raises `RequestError` where the dataset
-    can't be opened, has no split of that name, no known layout, or not one usable row.
+    Args:
+        path: hub name, file, folder of files, or folder of `save_to_disk`.
+        name: configuration of a hub dataset.
+        split: the split to read.
+        column: the column with the messages; None: `messages`, ShareGPT's `conversations`, or
+            `prompt` and `completion`, whichever there is.
+        max_samples: the maximum number of usable rows.
+
+    Raises:
+        RequestError: the dataset can't be opened, or has no such split, no known layout, or no
+            usable row.
     """
     where = f"dataset {path}"
     try:
@@ -137,7 +145,7 @@ def open_conversations(
         raise RequestError([f"can't be opened: {_reason(Path(path), error)}"], where) from error
     try:
         conversations = Conversations(dataset, column, max_samples)
-    except UnicodeError as error:  # of a file that pyarrow takes bytes of without looking
+    except UnicodeError as error:  # pyarrow does not check all text for valid UTF-8
         raise RequestError([f"can't be read: {_reason(Path(path), error)}"], where) from error
     except ValueError as error:
         raise RequestError([str(error)], where) from error
@@ -158,7 +166,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 def _builder(path: Path) -> str | None:
-    """Which of `datasets`' builders reads a file of that name; it unpacks by itself."""
+    """The builder of `datasets` for a file of that name; it decompresses by itself."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -166,7 +174,7 @@ def _builder(path: Path) -> str | None:
 
 
 def _reason(path: Path, error: BaseException) -> str:
-    """What keeps a dataset from being opened: the line of the file, or else the first cause."""
+    """Why a dataset can't be opened: the invalid line of the file, or the first cause."""
     if path.is_file() and _builder(path) == "json":
         problem = _json_problem(path)
         if problem:
@@ -177,14 +185,14 @@ def _reason(path: Path, error: BaseException) -> str:
 
 
 def _json_problem(path: Path) -> str | None:
-    """Where a file of JSON stops being rows, or None where that is not what is wrong with it."""
+    """The first invalid line of a JSON file, or None if no line is invalid by itself."""
     import fsspec  # type: ignore[import-untyped]
 
     rows = 0
     try:
         with fsspec.open(str(path), "rb", compression="infer") as file:
             if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                return None  # one array; the parser's own words name the place
+                return None  # a single array; the parser's own message names the place
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -196,7 +204,7 @@ def _json_problem(path: Path) -> str | None:
                 except UnicodeDecodeError:
                     return f"line {number} is not UTF-8 text; save it as UTF-8"
                 except UnicodeEncodeError:
-                    return f"line {number} has half of a surrogate pair (\\ud800 to \\udfff)"
+                    return f"line {number} has an unpaired surrogate (\\ud800 to \\udfff)"
                 except json.JSONDecodeError as error:
                     return f"line {number} is not JSON ({error.msg} at column {error.colno})"
                 if not isinstance(row, dict):
@@ -228,16 +236,16 @@ def _load(path: str, name: str | None, split: str) -> Any:
             )
         return datasets.load_dataset(kind, data_files=path, split=split)
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
-        # Else the hub would be asked for it, again and again.
+        # Otherwise it would be requested from the hub, repeatedly.
         raise ValueError(f"there is no such file or folder here ({Path.cwd()})")
     if (local / "config.json").is_file():
-        # Else its JSON files would be taken for rows.
+        # Otherwise its JSON files would be read as rows.
         raise ValueError("is a model's folder; name a dataset")
     return datasets.load_dataset(path, name, split=split)  # pragma: no cover (the hub)
 
 
 class _UnusableError(Exception):
-    """Why a row is left out."""
+    """The reason why a row or an answer is skipped."""
 
 
 _ROLES = {
@@ -251,7 +259,7 @@ _ROLES = {
 
 
 def _layout(columns: list[str], column: str | None) -> tuple[str, list[str]]:
-    """The layout's name and the columns that hold the messages."""
+    """The layout's name and the columns with the messages."""
     if column is not None and column not in columns:
         raise ValueError(f"no column {column!r}; it has {', '.join(map(repr, columns))}")
     for known in ("messages", "conversations") if column is None else (column,):
@@ -311,9 +319,9 @@ def _key(messages: tuple[Message, ...]) -> str:
 
 
 class Cut(NamedTuple):
-    """Where `max_length` ends a conversation: message `turn`, `byte` of its content.
+    """Where `max_length` cuts a conversation: at `byte` of the content of message `turn`.
 
-    Byte 0 of a turn keeps all turns before it whole, with their stops.
+    Byte 0 of a turn leaves all turns before it complete, with their stop tokens.
     """
 
     turn: int
@@ -327,35 +335,35 @@ class Response:
     Token i is `input_ids[first + i]`; the state that predicts it is the one after
     `input_ids[first + i - 1]`, `first` >= 1. Offsets are in the UTF-8 bytes of the dataset's own
     answer `messages[turn].content`. The n tokens are: those that hold a byte of the response, then
-    (where there is a stop) those of the template up to and including the stop.
+    (if there is a stop) those of the template up to and including the stop.
     """
 
     turn: int
     """Index into the conversation's messages."""
     begin: int
     end: int
-    """The bytes of the answer that the template rendered: a template that trims starts or ends
-    inside it."""
+    """The byte range of the answer that the template rendered; smaller than the answer if the
+    template trims it."""
     first: int
     ends: NDArray[np.int32]
-    """[n], the answer's byte where each token ends. -1: not a byte offset of the answer, or not
-    known: it runs over the response's end, lies after it, or a normaliser changed its text.
-    State i, the one that predicts token i, is at `begin` for i = 0 and at `ends[i - 1]` after."""
+    """[n], the byte of the answer where each token ends; -1 for a token that ends after the
+    response, or whose text a normaliser changed. State i, which predicts token i, is at `begin` for
+    i = 0 and at `ends[i - 1]` otherwise."""
     pending: bytes
-    """Text between the state at `begin` and the response's first byte, that token 0 begins with."""
+    """The text before the response's first byte with which token 0 begins."""
     stop: Stop
-    """Whether token n - 1 is the stop, and of which kind."""
+    """The kind of stop that token n - 1 is, if it is one."""
 
     def tokens(self) -> slice:
         """The response's tokens in `input_ids`: `gold = input_ids[response.tokens()]`."""
         return slice(self.first, self.first + len(self.ends))
 
     def states(self) -> slice:
-        """The tokens after which the scored states are: logits[states()] predict the gold."""
+        """The tokens before the response's: `logits[response.states()]` predict the gold tokens."""
         return slice(self.first - 1, self.first - 1 + len(self.ends))
 
     def _upto(self, byte: int, tokens: int) -> Response | None:
-        """The tokens that end at or before a byte, of the first so many; without the stop."""
+        """Of the first `tokens` tokens those that end at or before `byte`, without the stop."""
         ends = self.ends[:tokens]
         kept = np.flatnonzero((ends >= 0) & (ends <= byte))
         if not len(kept):
@@ -364,7 +372,7 @@ class Response:
 
 
 class Skipped(NamedTuple):
-    """An assistant turn that is context only for this model, and why."""
+    """An assistant turn that is only context for this model, and the reason."""
 
     turn: int
     reason: str
@@ -375,17 +383,17 @@ class Rendering:
     """A conversation as one model sees it."""
 
     input_ids: NDArray[np.int64]
-    """[length], ends with the last scored token: what follows it is not kept."""
+    """[length], up to the last scored token."""
     responses: tuple[Response, ...]
-    """In order; empty where nothing can be scored."""
+    """In order; empty if nothing can be scored."""
     skipped: tuple[Skipped, ...] = ()
     system_folded: bool = False
-    """The template takes no system prompt; its text went before the first user message."""
+    """The template has no system prompt; its text was put before the first user message."""
     problem: str | None = None
-    """Why the whole conversation is left out for this model (the template refuses it)."""
+    """Why the whole conversation is skipped for this model (the template rejects it)."""
 
     def cut_to(self, max_length: int) -> tuple[Rendering, Cut | None]:
-        """Keep at most `max_length` tokens (the pivot's rendering); None if all of it fits."""
+        """Keep at most `max_length` tokens (the pivot's rendering); the cut is None if all fit."""
         if len(self.input_ids) <= max_length:
             return self, None
         kept = [r for r in self.responses if r.tokens().stop <= max_length]
@@ -412,9 +420,15 @@ class Rendering:
 class Renderer:
     """Renders conversations for one tokenizer under one chat template.
 
-    `template`: the pivot's template text for `template: pivot`; None for the tokenizer's own.
-    Raises `RequestError` where there is no template or the tokenizer's bytes can't be told.
     `fingerprint` is a hash of everything that a rendering depends on: tokenizer, template, date.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        template: the text of a chat template, None for the tokenizer's own.
+        name: the model's name in error messages.
+
+    Raises:
+        RequestError: there is no valid template, or the bytes of tokens can't be determined.
     """
 
     def __init__(
@@ -437,7 +451,7 @@ class Renderer:
                 ) from error
         try:
             self._compiled = _compile_jinja_template(template)
-        except Exception as error:  # Jinja's, and Python's for what it makes of the template
+        except Exception as error:  # Jinja's, or Python's in the compiled template
             message = " ".join(str(error).split())
             raise RequestError(
                 [f"its chat template is not valid Jinja: {message}"], where
@@ -464,7 +478,7 @@ class Renderer:
     def roles(self) -> dict[str, int]:
         """Special token ids by role: `end_of_turn` (from a rendered probe), `bos`, `eos`, `pad`.
 
-        A role that the tokenizer or the template doesn't have is missing.
+        Without the roles that the tokenizer or the template does not have.
         """
         roles = {
             role: token_id
@@ -484,7 +498,7 @@ class Renderer:
     def after_answer(self) -> str:
         """The text that the template puts between an answer and the next user turn.
 
-        Empty where it can't be told, is white space, or begins with a special token.
+        Empty if it can't be determined, is white space, or begins with a special token.
         """
         marks = "\ue000", "\ue001"
         chat = (("user", "Hello."), ("assistant", marks[0]), ("user", marks[1]))
@@ -508,11 +522,11 @@ class Renderer:
         }
         try:
             return self._compiled.render(**values)
-        except Exception as error:  # a template is a program, and may break in any way
-            raise _UnusableError(f"the chat template refuses it: {error}") from error
+        except Exception as error:  # a template is a program that may raise anything
+            raise _UnusableError(f"the chat template rejects it: {error}") from error
 
     def _text(self, messages: tuple[Message, ...]) -> _Text | str:
-        """The rendered text and where each message lies in it, or why there is none."""
+        """The rendered text with the place of each message in it, or why there is none."""
         text, refusal, folded = None, "", False
         try:
             text = self._render(messages)
@@ -541,7 +555,7 @@ class Renderer:
         return bool(messages[0].content.strip()) and self._span(messages, 0, text) is None
 
     def _span(self, messages: tuple[Message, ...], i: int, text: str) -> tuple[int, int] | None:
-        """The characters that come from message i: those that differ when it alone is replaced."""
+        """The characters that come from message i: those that change if only it is replaced."""
         mark = _mark(text, *(message.content for message in messages))
         try:
             probe = self._render(
@@ -583,14 +597,17 @@ class Renderer:
         if lead is None:
             raise _UnusableError("the chat template rewrites the answer")
         following = [span[0] for later, span in text.spans.items() if later > turn]
+        # Bytes of the rendered text: the response, and where the next message begins.
         start, stop, limit = text.at[begin], text.at[end], text.at[min(following, default=-1)]
         ends, special = tokens.ends, tokens.special
+        # The response's first token is the one after the last that ends before the response.
         before = np.flatnonzero((ends >= 0) & (ends <= start))
         if not len(before):
             raise _UnusableError("no token stands before the answer")
         first = int(before[-1]) + 1
         # The last token that holds a byte of the response, and the stop after it.
         last = first + int(np.argmax(ends[first:] >= stop))
+        # Special tokens inside the response, which are refused; one that begins after it is not.
         inside = first + np.flatnonzero(special[first : last + 1])
         if len(inside) and tokens.starts[inside[-1]] >= stop:
             inside = inside[:-1]
@@ -599,6 +616,7 @@ class Renderer:
         if any(tokens.ids[i] != unknown for i in inside):
             spelt = self.tokenizer.convert_ids_to_tokens(int(tokens.ids[inside[0]]))
             raise _UnusableError(f"the answer spells the special token {spelt}")
+        # The stop: the next special token before the next message, or else a token of text.
         stops = np.flatnonzero(
             special[last + 1 :]
             & (tokens.starts[last + 1 :] < limit)
@@ -611,6 +629,7 @@ class Renderer:
             kind, after = "text", last + 2
         else:
             kind, after = "none", last + 1
+        # From offsets in the rendered text to offsets in the dataset's answer.
         offset = len(answer[:lead].encode())
         inside_answer = (ends[first:after] >= 0) & (ends[first:after] <= stop)
         inside_answer[last + 1 - first :] = False
@@ -627,7 +646,7 @@ class Renderer:
 
 
 def _mark(*texts: str) -> str:
-    """Text of characters that none of these has."""
+    """A string of characters that occur in none of these texts."""
     used = set().union(*texts)
     private = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
     first, second = next(private), next(private)
@@ -636,7 +655,7 @@ def _mark(*texts: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """A rendered conversation and the characters in it that are a message's content."""
+    """A rendered conversation, and the range of characters of each message's content."""
 
     text: str
     spans: dict[int, tuple[int, int]]
@@ -652,7 +671,7 @@ class _Text:
 
 
 def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The system prompt put before the first user message."""
+    """The messages with the system prompt put before the first user message."""
     system, *others = messages
     for i, message in enumerate(others):
         if message.role == "user":
@@ -664,7 +683,7 @@ def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def _lead(answer: str, rendered: str) -> int | None:
-    """Characters trimmed from the answer's start; None where more than white space was changed."""
+    """Number of characters trimmed from the answer's start; None if other text was changed."""
     core = rendered.strip()
     if not core or core != answer.strip():
         return None

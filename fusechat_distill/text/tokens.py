@@ -1,4 +1,4 @@
-"""The bytes that a tokenizer's tokens stand for, and where they end in a text."""
+"""The bytes that a tokenizer's tokens stand for, and where tokens end in a text."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Vocabulary:
     """The bytes of every token id of a tokenizer.
 
     `tokens[id]` is the UTF-8 that the token adds to a text, `b""` for special tokens and for ids
-    without a token; `text[id]` (bool) says that it is neither. `fallback`: ids of single bytes that
-    the tokenizer writes only where no other token has them (SentencePiece's byte fallback).
-    `fingerprint` is a hash of tokens and text.
+    without a token; `text[id]` (bool) is false for these two. `fallback`: ids of single bytes that
+    the tokenizer uses only where no other token fits (SentencePiece's byte fallback). `fingerprint`
+    is a hash of `tokens` and `text`.
     """
 
     tokens: tuple[bytes, ...]
@@ -49,7 +49,7 @@ class Vocabulary:
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """Bytes to token id: of several with the same bytes the lowest that is no fallback."""
+        """Bytes to token id; of several with the same bytes the lowest, fallback tokens last."""
         ids: dict[bytes, int] = {}
         text = np.flatnonzero(self.text).tolist()
         for token_id in sorted(text, key=lambda i: (i in self.fallback, i)):
@@ -57,7 +57,7 @@ class Vocabulary:
         return ids
 
     def longest_prefix(self, text: bytes) -> int:
-        """The longest token that the text begins with, -1 where there is none."""
+        """The longest token that the text begins with, or -1."""
         for length in range(min(len(text), self._longest), 0, -1):
             if (token := self.by_bytes.get(text[:length])) is not None:
                 return token
@@ -68,10 +68,10 @@ class Vocabulary:
         return sorted((self.tokens[i], i) for i in np.flatnonzero(self.text).tolist())
 
     def beginning_with(self, text: bytes) -> NDArray[np.int64]:
-        """Ids of the tokens whose bytes begin with these, ascending."""
+        """Ids of the tokens whose bytes begin with `text`, ascending."""
         tokens = self._in_order
         start = bisect.bisect_left(tokens, (text, -1))
-        # No UTF-8 has a byte 0xff; a byte-level token may be that byte alone.
+        # UTF-8 never contains the byte 0xff; a byte-level token may be that single byte.
         stop = bisect.bisect_right(tokens, (text + b"\xff" * (self._longest + 1), -1), start)
         return np.sort(np.array([i for _, i in tokens[start:stop]], dtype=np.int64))
 
@@ -89,10 +89,10 @@ class Tokenization:
 
     ids: NDArray[np.int64]
     ends: NDArray[np.int64]
-    """[n], offset in the text's UTF-8 after each token; -1 where a normaliser changed the text and
-    the offset can't be told."""
+    """[n], offset in the text's UTF-8 after each token; -1 if a normaliser changed the text so that
+    the offset is unknown."""
     dummy: NDArray[np.bool_]
-    """[n], the token begins with a space that the tokenizer put there and the text doesn't have."""
+    """[n], the token begins with a space that the tokenizer added and the text does not have."""
     special: NDArray[np.bool_]
     """[n], the token is special: it stands for no text."""
     starts: NDArray[np.int64]
@@ -102,18 +102,22 @@ class Tokenization:
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The bytes of all tokens, read from the tokenizer's decoder, pre-tokenizer and normaliser.
 
-    Raises `RequestError` for a tokenizer whose tokens don't stand for bytes of the text (WordPiece,
-    end-of-word suffixes) or that isn't backed by the `tokenizers` library.
+    Raises:
+        RequestError: the tokens do not stand for bytes of the text (WordPiece, end-of-word
+            suffixes), or the tokenizer is not backed by the `tokenizers` library.
     """
     return _reading(tokenizer).vocabulary
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
-    """The exact bytes each token stands for.
+    """The exact bytes that each token stands for.
 
-    Special tokens stand for none, added tokens that aren't special for their own text. Joined,
-    they are the text that the tokenizer saw: a SentencePiece tokenizer's dummy prefix is a space.
-    A token's bytes need not be valid UTF-8. Raises `ValueError` for an id without a token.
+    Special tokens stand for none, other added tokens for their own text. Joined, the bytes are the
+    text that the tokenizer saw; a SentencePiece tokenizer's dummy prefix is a space. The bytes of a
+    token need not be valid UTF-8.
+
+    Raises:
+        ValueError: an id without a token.
     """
     reading = _reading(tokenizer)
     tokens = reading.vocabulary.tokens
@@ -127,7 +131,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokenization]:
-    """Tokenise texts without added specials; special tokens spelt in a text are parsed."""
+    """Tokenise texts without adding special tokens; those spelt in a text are parsed."""
     if not texts:
         return []
     reading = _reading(tokenizer)
@@ -152,16 +156,16 @@ def _encode(
     )
 
 
-# What stands before a text so that it is tokenised as in mid-text: no dummy prefix, no token that
-# reaches over the boundary. The first one that keeps to itself is taken.
+# Prefixes with which a text is tokenised as in the middle of a text: without a dummy prefix, and
+# without a token across the boundary. The first prefix that is not merged with the text is used.
 _ANCHORS = ("\n", "a", ".", "0", "。", "\x00")
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> NDArray[np.int64]:
-    """The first token of each text, tokenised as in mid-text; [len(texts)].
+    """The first token of each text, int64 [len(texts)], tokenised as in the middle of a text.
 
-    For bytes that aren't UTF-8, or that the tokenizer joins to everything before them, the longest
-    token that is a prefix of the bytes; -1 where there is none.
+    For bytes that are not UTF-8, or that the tokenizer merges with every prefix, it is the longest
+    token that the bytes begin with, or -1.
     """
     reading = _reading(tokenizer)
     first = np.full(len(texts), -1, dtype=np.int64)
@@ -187,11 +191,11 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[bytes]) -> 
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that tokenising depends on; 64 hex digits."""
+    """A hash of everything that tokenising depends on, 64 hex digits."""
     reading = _reading(tokenizer)
     if reading.fingerprint is None:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        for key in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        for key in ("truncation", "padding"):  # settings of the last call, not of the tokenizer
             del content[key]
         content["specials"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
         text = json.dumps(content, sort_keys=True)
@@ -200,7 +204,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _components(component: Any) -> Iterator[Mapping[str, Any]]:
-    """A normaliser, pre-tokenizer or decoder as its parts in order, sequences opened."""
+    """The parts of a normaliser, pre-tokenizer or decoder in order, sequences flattened."""
     if component is None:
         return
     parts = [json.loads(component.__getstate__())]
@@ -214,8 +218,10 @@ def _components(component: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character to byte of the byte-level alphabet: printable bytes are their own Latin-1
-    character, the others follow in order from U+0100."""
+    """Character to byte of the byte-level alphabet.
+
+    Printable bytes are their own Latin-1 characters, the others follow in order from U+0100.
+    """
     from tokenizers import pre_tokenizers
 
     own = set(pre_tokenizers.ByteLevel.alphabet())
@@ -272,14 +278,14 @@ class _Reading:
                 problem = f"its decoder has a {kind} step"
         marks = {marker for marker, _ in self.markers} | {" "}
         if any(_space_mark(part) not in marks for part in splits + normalizer):
-            problem = "it marks spaces in a way that its decoder doesn't turn back"
+            problem = "it replaces spaces in a way that its decoder does not reverse"
         if not decoder and piece_bytes == self._sentence_piece and backend.pre_tokenizer:
             problem = "it has a pre-tokenizer but no decoder"
         if problem:
             raise RequestError(
                 [
-                    f"the bytes of its tokens can't be told: {problem}; supported are byte-level "
-                    "BPE and SentencePiece-style BPE and Unigram"
+                    f"the bytes of its tokens can't be determined: {problem}; supported are "
+                    "byte-level BPE and SentencePiece-style BPE and Unigram"
                 ],
                 f"tokenizer {name}",
             )
@@ -299,8 +305,8 @@ class _Reading:
             known[i] = True
             if i in specials:
                 continue
-            # An added token stands for its own text, except one that is also a piece with the
-            # marker for a space in it (Gemma's runs of spaces): that is what it decodes to.
+            # An added token stands for its own text, unless it contains the marker for a space
+            # (Gemma's runs of spaces): then it stands for what it decodes to.
             own = i in added and not any(marker in piece for marker, _ in self.markers)
             tokens[i] = piece.encode() if own else self.piece_bytes(piece)
             text[i] = bool(tokens[i])
@@ -319,7 +325,7 @@ class _Reading:
     def _byte_level(self, piece: str) -> bytes:
         try:
             return bytes(map(self.alphabet.__getitem__, piece))
-        except KeyError:  # not written in the alphabet, so it stands for itself
+        except KeyError:  # not in the alphabet, so it stands for itself
             return piece.encode()
 
     def _sentence_piece(self, piece: str) -> bytes:
@@ -330,7 +336,7 @@ class _Reading:
         return piece.encode()
 
     def token_at(self, offset: int, ids: Sequence[int], text: bytes) -> int:
-        """The token that starts at this byte of the text whose tokens these are, or -1."""
+        """The token of `ids` that starts at byte `offset` of the text, or -1."""
         pieces = [self.vocabulary.tokens[i] for i in ids]
         seen = b"".join(pieces)
         extra = len(seen) - len(text)
@@ -344,7 +350,7 @@ class _Reading:
         return -1
 
     def seen(self, text: str) -> bytes:
-        """The bytes that the tokenizer's tokens of a piece of text would have."""
+        """The bytes of a piece of text as the tokenizer sees it, normalised."""
         if self.normalizer is not None:
             text = self.normalizer.normalize_str(text)
         return self.piece_bytes(text) if self.normalizes_to_bytes else self._marked(text)
@@ -357,8 +363,11 @@ class _Reading:
     def locate(
         self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]
     ) -> Tokenization:
-        """Where each token ends: tokens between two specials tile the text between them, after a
-        dummy prefix or not; where they don't, character offsets say which tokens share text."""
+        """Find where each token ends.
+
+        Tokens between two special tokens tile the text between them, with or without a dummy
+        prefix. Where they do not, character offsets say which tokens belong to which text.
+        """
         n = len(ids)
         token_ids = np.asarray(ids, dtype=np.int64)
         special = self.special[token_ids]
@@ -398,11 +407,13 @@ class _Reading:
             return
         for group, (start, stop) in _overlapping(spans, first, last):
             after = spans[group[1]][0] if group[1] < last else end
-            # Characters that no token claims were merged into the token before them.
+            # Characters in no token's span were merged into the token before them.
             if group[0] == first:
                 start = begin
             for upto in (stop, after):
                 piece = text[start:upto]
+                # The tokens are the text, maybe after a dummy prefix; are exactly the text; or are
+                # the normalised text, of which only the end is known.
                 if group[0] == first and self._tile(
                     piece.encode(), ids, *group, int(at[start]), ends, dummy
                 ):
@@ -430,7 +441,7 @@ class _Reading:
         ends: NDArray[np.int64],
         dummy: NDArray[np.bool_],
     ) -> bool:
-        """Tokens first..last are exactly the text, or a dummy prefix and the text."""
+        """Set `ends` if tokens first..last are the text, or a dummy prefix and the text."""
         seen = self._join(ids, first, last)
         extra = len(seen) - len(text)
         if seen != (b" " + text if extra == 1 else text):
@@ -444,7 +455,7 @@ class _Reading:
 def _overlapping(
     spans: Sequence[tuple[int, int]], first: int, last: int
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Runs of tokens whose character spans overlap: (first, last), (begin, end)."""
+    """Groups of tokens whose character spans overlap: (first, last), (begin, end)."""
     begin, end, start = spans[first][0], spans[first][1], first
     for i in range(first + 1, last):
         a, b = spans[i]
@@ -465,9 +476,9 @@ def byte_offsets(text: str) -> NDArray[np.int64]:
 
 
 def _removes(pre_tokenizer: Mapping[str, Any]) -> bool:
-    """Whether text is lost between the pieces that a pre-tokenizer makes."""
+    """Whether a pre-tokenizer removes text between its pieces."""
     if pre_tokenizer.get("behavior") == "Removed":
-        return not pre_tokenizer.get("invert")  # else the pattern says what is kept: everything
+        return not pre_tokenizer.get("invert")  # inverted, the pattern matches what is kept
     return pre_tokenizer["type"] in (
         "Whitespace",
         "WhitespaceSplit",
@@ -477,7 +488,7 @@ def _removes(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _space_mark(part: Mapping[str, Any]) -> str:
-    """What a pre-tokenizer or normaliser puts for a space; a space where it leaves them alone."""
+    """What a pre-tokenizer or normaliser replaces a space with; a space if it does not."""
     if part["type"] == "Metaspace":
         return str(part["replacement"])
     if part["type"] == "Replace" and part["pattern"].get("String") == " ":

@@ -243,7 +243,7 @@ def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_pat
     spelt = [4, "the answer spells the special token <|end_of_turn|>"]
     cut = [7, "no answer within max_length"]
     assert pivot["left_out"] == [spelt, cut]
-    assert other["left_out"] == [spelt, [6, "the chat template refuses it: No poems."], cut]
+    assert other["left_out"] == [spelt, [6, "the chat template rejects it: No poems."], cut]
 
 
 def test_validate_says_what_will_be_done(recipe, tmp_path, llama):
@@ -323,12 +323,11 @@ def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
         f"missing ({missing}): there is no such folder",
         f"split ({split}): lacks model-2.safetensors, which model.safetensors.index.json names; "
         "copy them again",
-        f"torn ({torn}): model.safetensors is torn or no safetensors file (Error while "
+        f"torn ({torn}): model.safetensors is truncated or not a safetensors file (Error while "
         "deserializing header: invalid header length); copy it again",
-        f"silent ({silent}): holds no tokenizer; copy the tokenizer's files of its base model "
-        "there",
+        f"silent ({silent}): has no tokenizer; copy the tokenizer files of its base model there",
         f"output: {tmp_path / 'file'} is a file; set `output` to a folder",
-        f"scoring.device: cuda:77 is not there ({torch.cuda.device_count()} cuda devices); set it "
+        f"scoring.device: cuda:77 is not available ({torch.cuda.device_count()} cuda devices); set it "
         "to auto",
     ]
     assert heading == f"Error: {recipe} has {len(problems)} problems:"
@@ -387,13 +386,13 @@ def test_nothing_is_written_where_it_can_not_or_among_a_models_files(
     change(recipe, (f"output: {tmp_path / 'out'}", f"output: {llama / 'out'}"))
     result = run("score", recipe)
     assert result.exit_code == 2
-    assert f"output: lies inside the model pivot ({llama}); set" in result.stderr
+    assert f"output: is inside the model pivot ({llama}); set" in result.stderr
     change(recipe, (f"output: {llama / 'out'}", "output: ~/out"))
     assert "would be a folder called ~; write the path in full" in run("score", recipe).stderr
     change(recipe, ("output: ~/out", f"output: {tmp_path / 'out'}"))
     # Root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
-    assert f"output: {tmp_path} can't be written to; set" in run("score", recipe).stderr
+    assert f"output: {tmp_path} is not writable; set" in run("score", recipe).stderr
 
 
 def test_an_error_is_not_among_what_libraries_say(recipe, tmp_path):
@@ -644,14 +643,14 @@ CUSTOM = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
         (
             "config.json",
             json.dumps(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1).to_dict()),
-            "is a t5 model, which is no causal language model",
+            "is a t5 model, which is not a causal language model",
         ),
         ("model.safetensors.index.json", "{}", "model.safetensors.index.json can't be read: "),
         ("model.safetensors.index.json", '{"weight_map": []}', "json can't be read: 'list'"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "tokenizer.json", "b": "model.safetensors"}}',
-            "tokenizer.json is torn or no safetensors file",
+            "tokenizer.json is truncated or not a safetensors file",
         ),
     ],
 )
@@ -704,5 +703,5 @@ def test_an_index_points_nowhere_else(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
     index = tmp_path / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": f"../{llama.name}/model.safetensors"}}))
-    with pytest.raises(RequestError, match="not plain names in the same folder"):
+    with pytest.raises(RequestError, match="which are not file names in the same folder"):
         open_model(Model(model=str(index.parent)))

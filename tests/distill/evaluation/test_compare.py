@@ -304,7 +304,7 @@ def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe, monk
     (target / "tokenizer_config.json").unlink()
     result = run(recipe)
     assert result.exit_code == 2
-    assert "target neox: holds no tokenizer; copy the tokenizer's files" in result.stderr
+    assert "target neox: has no tokenizer; copy the tokenizer files" in result.stderr
     content = yaml.safe_load(recipe.read_text("utf-8"))
     content["training"]["lambda"] = 0.25
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -432,11 +432,11 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
         ("some/where", "should be NAME=PATH"),
         ("pivot=", "the recipe has a model pivot already"),
         ("neox=", "the recipe has a model neox already"),
-        ("bare=", "holds no tokenizer"),
+        ("bare=", "has no tokenizer"),
         ("pickled=", "has no weights in safetensors"),
         ("seen=", "was trained with eval_fraction 0.01"),
         ("y=", "is the same folder as --model x="),
-        ("torn=", "holds no tokenizer"),
+        ("torn=", "has no tokenizer"),
         ("torn=", "has adapter_config.json, but no adapter_model.safetensors"),
         ("torn=", "its adapter_config.json can't be read: "),
         ("orphan=", "its base model ./nowhere: there is no such folder"),

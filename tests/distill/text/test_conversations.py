@@ -132,7 +132,7 @@ def test_the_key_depends_on_the_messages_alone():
             "a.jsonl",
             ROW * 5 + ROW.replace("y", r"\ud83d"),
             {},
-            "line 6 has half of a surrogate pair",
+            "line 6 has an unpaired surrogate",
         ),
         ("a.jsonl", (ROW + ROW).encode("utf-16"), {}, "line 1 is not UTF-8 text; save it as UTF-8"),
         (
@@ -349,10 +349,10 @@ def test_the_stop_is_no_part_of_an_answer_whose_end_the_tokenizer_drops():
 def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):
     strict = "{{ raise_exception('No users.') if messages[0].role == 'user' }}" + CHATML
     (rendering,) = Renderer(mistral, strict)([conversation("Hi", "Yes")])
-    assert rendering.problem == "the chat template refuses it: No users."
+    assert rendering.problem == "the chat template rejects it: No users."
     assert (len(rendering.input_ids), rendering.responses) == (0, ())
     (rendering,) = Renderer(mistral, "{{ messages[0].content + 1 }}")([conversation("Hi", "Yes")])
-    assert rendering.problem.startswith("the chat template refuses it: can only concatenate str")
+    assert rendering.problem.startswith("the chat template rejects it: can only concatenate str")
 
 
 def test_no_template_is_an_error_that_names_the_remedy(qwen):
@@ -479,7 +479,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(path, monkeypatch):
 )
 def test_a_template_that_breaks_is_a_reason(qwen, template):
     (rendering,) = Renderer(qwen, template)([conversation("Hi", "Yes")])
-    assert rendering.problem.startswith("the chat template refuses it: ")
+    assert rendering.problem.startswith("the chat template rejects it: ")
     with pytest.raises(RequestError, match="not valid Jinja"):
         Renderer(qwen, "{{ " + "(" * 500 + "1" + ")" * 500 + " }}")
 

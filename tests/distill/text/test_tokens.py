@@ -278,7 +278,7 @@ def test_marked_spaces_have_to_be_turned_back(decoder):
     if isinstance(decoder, decoders.Metaspace):
         assert b"".join(token_bytes(made, made("a cat")["input_ids"])) == b"a cat"
     else:
-        with pytest.raises(RequestError, match="marks spaces in a way that its decoder"):
+        with pytest.raises(RequestError, match="replaces spaces in a way that its decoder"):
             vocabulary(made)
 
 
