@@ -184,16 +184,24 @@ def _reason(path: Path, error: BaseException) -> str:
     return one_line(error)
 
 
+def _json_start(path: Path) -> bytes:
+    """The first bytes of a file of JSON that are not blank."""
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        start: bytes = file.read(256)
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")
+
+
 def _json_problem(path: Path) -> str | None:
     """The first invalid line of a JSON file, or None if no line is invalid by itself."""
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     rows = 0
     try:
+        if _json_start(path).startswith(b"["):
+            return None  # a single array; the parser's own message names the place
         with fsspec.open(str(path), "rb", compression="infer") as file:
-            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                return None  # a single array; the parser's own message names the place
-            file.seek(0)
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -234,6 +242,9 @@ def _load(path: str, name: str | None, split: str) -> Any:
                 f"unknown file type {local.suffix!r}; known are {known}, also compressed "
                 f"({', '.join(_COMPRESSED)})"
             )
+        if kind == "json" and _json_start(local)[:1] not in (b"{", b"[", b""):
+            # Never handed to the reader: pyarrow 26's ends the process on some such files.
+            raise ValueError("does not begin with an object or an array")
         return datasets.load_dataset(kind, data_files=path, split=split)
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
         # Otherwise it would be requested from the hub, repeatedly.

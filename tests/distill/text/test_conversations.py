@@ -125,6 +125,8 @@ def test_the_key_depends_on_the_messages_alone():
         ("a.jsonl", '{"messages": [}\n', {}, "line 1 is not JSON .Expecting value at column 15"),
         ("missing/a.jsonl", None, {}, "can't be opened"),
         ("a.jsonl", "", {}, "can't be opened: it has no rows"),
+        ("a.jsonl", '"text"\n{}\n', {}, "can't be opened: line 1 is not an object"),
+        ("a.jsonl", "\n 3{}\n", {}, "can't be opened: line 2 is not JSON .Extra data"),
         ("a.jsonl", "\n\n", {}, "can't be opened: it has no rows"),
         ("a.jsonl", f'{ROW}{ROW}{{"messages": [{{\n{ROW}', {}, "line 3 is not JSON .* column 16"),
         ("a.jsonl", f"\n{ROW}[1, 2]\n{ROW}", {}, "line 3 is not an object"),
