@@ -35,23 +35,13 @@ assert all(torch.equal(one[name], other[name]) for name in one)
 print(len(one), "tensors, the same bits")
 """
 DISTILL = [
-    "init new",
-    "schema",
-    "validate recipe.yaml",
-    "validate recipe.yaml --estimate",
-    "score recipe.yaml",
-    "align recipe.yaml",
-    "train recipe.yaml",
-    "run recipe.yaml",
-    "status recipe.yaml",
-    "report recipe.yaml",
-    "evaluate recipe.yaml --model merged=merged",
+    *("init new", "schema", "validate recipe.yaml", "validate recipe.yaml --estimate"),
+    *("score recipe.yaml", "align recipe.yaml", "train recipe.yaml", "run recipe.yaml"),
+    *("status recipe.yaml", "report recipe.yaml", "evaluate recipe.yaml --model merged=merged"),
 ]
 MERGE = [
-    "plan out/merge.yml",
-    "analyze out/merge.yml --out analysis",
-    "run out/merge.yml merged",
-    "verify out/merge.yml merged",
+    *("plan out/merge.yml", "analyze out/merge.yml --out analysis"),
+    *("run out/merge.yml merged", "verify out/merge.yml merged"),
 ]
 
 

@@ -2,15 +2,19 @@
 
     python -m qa.docs_check [PAGE ...]
 
-Each page has a fresh folder that looks like a clone, with tiny models and data under the names that
-the pages use (``docs_hub``). What a block means is told by its language:
+Each page is run in a folder of its own that looks like a clone, with tiny models and data under the
+names that the pages use (`docs_hub`). A block's language says what is checked:
 
-- shell (indented, or ``sh``): run line by line, exit status 0 unless the line ends in
-  ``# exit status N``; ``cd`` and ``export`` hold until the end of the block;
-- ``python``: run in order in one namespace a page, or written where the text before names a file;
-- ``yaml``, ``json``, ``jsonl``, ``toml``: parsed, and written where the text before names a file;
-- ``text`` or ``json`` right after one of the first two: lines, or keys, of its output, in order;
-  ``…`` stands for anything.
+- shell (indented, or `sh`): run line by line; the exit status is 0 unless the line ends in
+  `# exit status N`; `cd` and `export` hold until the end of the block;
+- `python`: run in order, with the page's earlier blocks' names, or written to a file where the
+  paragraph before names one;
+- `yaml`, `json`, `jsonl`, `toml`: parsed, and written to a file where the paragraph before names one;
+- `text` or `json` directly after one of the first two: lines, or keys, of its output, in order;
+  `…` stands for anything.
+
+A comment `<!-- hidden: COMMAND -->` runs a command that readers don't see, `<!-- not run: REASON -->`
+leaves out the next block. What a page's commands need and this machine lacks is in `NOT_RUN`.
 """
 
 from __future__ import annotations
@@ -25,15 +29,18 @@ import tempfile
 import threading
 import time
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/**/*.md")
@@ -47,7 +54,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"accelerate launch", "several processes or devices; tests/distill runs two processes"),
     (r"\bvllm\b", "needs vLLM and a GPU"),
     (r"--device cuda|CUDA_VISIBLE_DEVICES", "needs a GPU"),
-    (r"^lm-eval", "a program of others"),
+    (r"^lm-eval", "another project's program"),
     (r"ladder\.py|examples/quickstart/demo\.py", "takes ten minutes or more; tested when reduced"),
     (r"^python benchmarks/", "measures, with gigabytes"),
     (r"^python tests/", "takes long; the tests run the quickest of it"),
@@ -56,7 +63,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
 """(what a command contains, why it is not run); its program, target and options are checked."""
 
 GENERATED = "docs/*.py"
-"""Scripts that write pages; with ``--check`` they fail where a page is not what they would write."""
+"""Scripts that write pages; with `--check` they fail where a page is not what they would write."""
 
 _WRITTEN = {"yaml": "ya?ml", "json": "json", "jsonl": "jsonl", "toml": "toml", "python": "py"}
 """{language of what may be written to a file: how the file's name ends}."""
@@ -71,7 +78,7 @@ class Block:
 
     Attributes:
         line: of its first line of code in the page, from 1.
-        language: ``sh`` for indented blocks; ``hidden`` for a command that readers don't see.
+        language: `sh` for indented blocks; `hidden` for a command that readers don't see.
         lines: the code.
         file: named in the paragraph before, where it is to be written.
         reason: why it is not run, where the page says so.
@@ -106,62 +113,40 @@ class Findings:
 def blocks(text: str) -> list[Block]:
     """The code blocks of a page, each output joined to what makes it."""
     found: list[Block] = []
-    paragraph: list[str] = []
-    lines = text.splitlines()
-    reason = None
-    adjacent = False  # only blank lines since the last block
-    number = 0
-    while number < len(lines):
-        line = lines[number]
-        fence = re.match(r"```(\w*)\s*$", line)
-        after_blank = number == 0 or not lines[number - 1].strip()
-        if fence or (line.startswith("    ") and after_blank):
-            first = number + 1 if fence else number
-            number = first
-            code = []
-            while number < len(lines) and not (fence and lines[number].startswith("```")):
-                if not fence and lines[number].strip() and not lines[number].startswith("    "):
-                    break
-                code.append(lines[number] if fence else lines[number][4:])
-                number += 1
-            while not fence and code and not code[-1].strip():
-                code.pop()
-            language = fence[1] if fence else "sh"
+    paragraph, reason = "", None
+    adjacent = False  # no text since the last block
+    for token in MarkdownIt().parse(text):
+        if token.type == "inline":
+            paragraph, adjacent = token.content, False
+        elif token.type == "html_block":
+            comment = re.match(r"<!-- (hidden|not run): (.*) -->$", token.content.strip())
+            if comment and comment[1] == "hidden":
+                found.append(Block(token.map[0] + 1, "hidden", [comment[2]]))
+            elif comment:
+                reason = comment[2]
+        elif token.type in ("fence", "code_block"):
+            fenced = token.type == "fence"
+            language = token.info.strip() if fenced else "sh"
             ending = _WRITTEN.get(language)
-            names = re.findall(rf"`([\w./-]+\.{ending})`", " ".join(paragraph)) if ending else []
-            block = Block(first + 1, language, code, names[-1] if names else None, reason)
-            last = found[-1] if found else None
-            if adjacent and language in _OUTPUT and last and last.language in ("sh", "python"):
-                last.output = block
+            names = re.findall(rf"`([\w./-]+\.{ending})`", paragraph) if ending else []
+            lines = token.content.splitlines()
+            file = names[-1] if names else None
+            block = Block(token.map[0] + 1 + fenced, language, lines, file, reason)
+            if adjacent and language in _OUTPUT and found[-1].language in ("sh", "python"):
+                found[-1].output = block
             else:
                 found.append(block)
-            paragraph, reason, adjacent = [], None, True
-            number += bool(fence)
-            continue
-        comment = re.match(r"<!-- (hidden|not run): (.*) -->$", line)
-        if comment and comment[1] == "hidden":
-            found.append(Block(number + 1, "hidden", [comment[2]]))
-        elif comment:
-            reason = comment[2]
-        elif line.strip():
-            paragraph.append(line)
-            adjacent = False
-        elif not adjacent and not (number + 1 < len(lines) and lines[number + 1][:3] == "```"):
-            paragraph = (
-                [] if not (lines[number + 1 :] and lines[number + 1][:4] == "    ") else paragraph
-            )
-        number += 1
+            paragraph, reason, adjacent = "", None, True
     return found
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines outside of fenced blocks."""
-    fenced = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("```"):
-            fenced = not fenced
-        elif not fenced and not line.startswith("    "):
-            yield number, line
+    """(number, text) of the lines outside of code blocks."""
+    code = [t.map for t in MarkdownIt().parse(text) if t.type in ("fence", "code_block")]
+    inside = {number for first, end in code for number in range(first, end)}
+    for number, line in enumerate(text.splitlines()):
+        if number not in inside:
+            yield number + 1, line
 
 
 def commands(block: Block) -> Iterator[tuple[int, str]]:
@@ -215,7 +200,7 @@ def not_run(command: str) -> str | None:
 
 
 def unknown_in(command: str) -> str | None:
-    """What a command that is not run names and nobody knows: a make target, a file, an option."""
+    """The first make target, file or option in a command that doesn't exist."""
     with suppress(ValueError):
         words = shlex.split(command, comments=True)
         while words and "=" in words[0]:
@@ -297,60 +282,37 @@ def anchors(text: str) -> set[str]:
     }
 
 
-class Python:
-    """A process that runs a page's Python blocks, one after the other."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self._options = {"cwd": folder, "env": environment, "text": True}
-        self._process: subprocess.Popen[str] | None = None
-
-    def run(self, code: str, name: str) -> tuple[int, str]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, "--python"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                **self._options,
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([code, name]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            return 1, "the process ended"
-        status, output = json.loads(answer)
-        return status, output
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.communicate()
+_NAMES: dict[str, Any] = {"__name__": "__main__"}
+"""What a page's Python blocks have defined, in the process that runs them."""
 
 
-def serve_python() -> None:
-    """The other side of ``Python``: a JSON line in, a JSON line out."""
-    import traceback
+def python(folder: Path, environment: dict[str, str]) -> ProcessPoolExecutor:
+    """A process that runs a page's Python blocks, one after the other; see `run_python`."""
+    return ProcessPoolExecutor(1, get_context("spawn"), _enter, (folder, environment))
 
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+
+def _enter(folder: Path, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.path.insert(0, "")
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for request in sys.stdin:
-        code, name = json.loads(request)
-        with tempfile.TemporaryFile() as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            status = 0
-            try:
-                exec(compile(code, name, "exec"), names)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            output.seek(0)
-            shown = output.read().decode("utf-8", "replace")
-        answers.write(json.dumps([status, shown]) + "\n")
-        answers.flush()
+
+
+def run_python(code: str, page: str) -> tuple[int, str]:
+    """Run a block: its exit status and its output."""
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        status = 0
+        try:
+            exec(compile(code, page, "exec"), _NAMES)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        output.seek(0)
+        return status, output.read().decode("utf-8", "replace")
 
 
 class PageRun:
@@ -358,7 +320,7 @@ class PageRun:
 
     def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
         self._path, self._folder, self._environment = path, folder, environment
-        self._python = Python(folder, environment)
+        self._python = python(folder, environment)
         self.findings = Findings(
             str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
         )
@@ -370,7 +332,7 @@ class PageRun:
             for block in blocks(text):
                 self._block(block)
         finally:
-            self._python.close()
+            self._python.shutdown()
         return self.findings
 
     def _block(self, block: Block) -> None:
@@ -393,7 +355,11 @@ class PageRun:
             elif block.language == "python":
                 self.findings.run += 1
                 code = "\n" * (block.line - 1) + block.text
-                status, output = self._python.run(code, self.findings.page)
+                try:
+                    running = self._python.submit(run_python, code, self.findings.page)
+                    status, output = running.result(_LIMIT)
+                except (BrokenExecutor, TimeoutError) as error:
+                    status, output = 1, repr(error)
                 if status:
                     add(block.line, f"Python fails\n{_tail(output)}")
         elif block.language in ("sh", "hidden"):
@@ -477,7 +443,7 @@ def _tail(output: str) -> str:
 
 
 class EmptyHub(BaseHTTPRequestHandler):
-    """A hub that has nothing: what isn't in the page's folder is not to be had."""
+    """A hub without any repository: a page finds only what is in its folder."""
 
     def do_GET(self) -> None:
         self.send_response(404)
@@ -523,7 +489,7 @@ def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     env = environment(scratch, f"http://127.0.0.1:{hub.server_port}")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "docs_hub.py", scratch / "models"],
+        [sys.executable, "-m", "qa.docs_hub", scratch / "models"],
         env=env,
         check=True,
         stderr=subprocess.DEVNULL,
@@ -568,7 +534,4 @@ def main(names: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--python"]:
-        serve_python()
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tests.support import chain
 
@@ -41,45 +36,33 @@ def chats() -> list[dict[str, Any]]:
     """Conversations in ShareGPT's layout."""
     roles = {"user": "human", "assistant": "gpt"}
     return [
-        {
-            "conversations": [
-                {"from": roles[m["role"]], "value": m["content"]} for m in row["messages"]
-            ]
-        }
+        {"conversations": [{"from": roles[m["role"]], "value": m["content"]} for m in row["messages"]]}
         for row in chain.rows(CHATS.stop)[CHATS]
-    ]
+    ]  # fmt: skip
 
 
-def _model(family: str, size: int) -> PreTrainedModel:
-    shape = {
-        "vocab_size": size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 4096,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
+def _model(family: str, size: int) -> Model:
+    shape: dict[str, Any] = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 48}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 4096}
+    shape |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     if family == "neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
     shape |= {"num_key_value_heads": 1, "tie_word_embeddings": False}
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def _tokenizer(family: str) -> PreTrainedTokenizerBase:
+def _tokenizer(family: str) -> Tokenizer:
     if family == "llama":
         return chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], CHATML)
     return chain.tokenizer(340, ["</s>", "<s>"], PLAIN)
 
 
 def prepare(folder: Path) -> None:
-    """Save all models of ``MODELS`` and the dataset below ``folder`` under their names.
+    """Save all models of `MODELS` and the dataset below `folder` under their names.
 
-    Where a folder of a name is there, mergekit, transformers and datasets take it for the name.
+    mergekit, transformers and datasets prefer a folder of that name to the hub's repository.
     """
-    pivots: dict[str, PreTrainedModel] = {}
+    pivots: dict[str, Model] = {}
     for number, (name, family) in enumerate(MODELS.items()):
         torch.manual_seed(number)
         tuned = pivots.get(family)
@@ -95,11 +78,10 @@ def prepare(folder: Path) -> None:
     chain.write_rows(folder / "chats.jsonl", chats())
 
 
-def _moved(pivot: PreTrainedModel, by: float) -> PreTrainedModel:
+def _moved(pivot: Model, by: float) -> Model:
     model = type(pivot)(pivot.config)
-    for (name, value), old in zip(
-        model.named_parameters(), pivot.state_dict().values(), strict=True
-    ):
+    olds = pivot.state_dict().values()
+    for (name, value), old in zip(model.named_parameters(), olds, strict=True):
         # Attention and MLP move differently, so that granularities differ.
         scale = by * (2.0 if "self_attn" in name else 1.0)
         value.data.copy_(old.float() + scale * torch.randn(old.shape))
