@@ -15,7 +15,7 @@ help:
 	@echo "make docs-check   run every command and code block of the README and docs/"
 	@echo "make dist-check   build wheel and sdist, install them elsewhere, run every command"
 	@echo "make coverage     run the tests, list the lines and branches that none of them reaches"
-	@echo "make mutation     break the arithmetic in every way, list what no test notices"
+	@echo "make mutation     change the arithmetic one place at a time, list what no test detects"
 	@echo "make reliability  crashes, bad inputs, races, memory: writes docs/reliability.md"
 	@echo "make ladder       measure the papers' claims in the small, about an hour"
 	@echo "make bench        measure speed and memory, as ratios"

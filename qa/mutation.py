@@ -1,12 +1,13 @@
-"""Mutation run: changes the mathematics one place at a time and asks the tests to notice.
+"""Mutation run: changes the arithmetic one place at a time; for each change a test should fail.
 
-    python -m qa.mutation [PATTERN ...] [--jobs N]
+    python -m qa.mutation [PATTERN ...] [--jobs N] [--write]
 
-PATTERN is part of ``module.py:function``. The changes are mutmut's. Its own runner passes over
+PATTERN is part of `module.py:function`. The changes are mutmut's. Its own runner passes over
 whatever is decorated, here the compiled loops and every property; this one imports the tests once
 and forks a process for each mutant, in which the mutant's functions take the original's place. A
-test is run where it reaches the changed function, the quickest first. Survivors are printed; one
-that docs/mutation.md does not explain makes the exit status 1.
+test is run where it reaches the changed function, the quickest first. Survivors are printed. The
+exit status is 1 if a module has more of them than the table of docs/mutation.md says; otherwise a
+run of everything brings the table up to date. With --write it does so in any case.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -310,24 +312,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pattern", nargs="*", help="part of module.py:function; default: all")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write the table, whatever survived")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    explained = PAGE.read_text() if PAGE.exists() else ""
-    open_ = []
-    wanted: defaultdict[str, list[Mutant]] = defaultdict(list)
-    for path in TESTS:
-        for mutant in mutants(path, arguments.pattern or [""]):
-            wanted[path.split("/")[0]].append(mutant)
-    for package in wanted:
-        runner = Runner(wanted[package], arguments.jobs)
-        files = dict.fromkeys(file for m in wanted[package] for file in TESTS[m.path])
-        options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        pytest.main([*options, *(f"tests/{file}" for file in files)], plugins=[runner])
-        open_ += [m for m in runner.survivors if m.change not in explained]
-    if open_:
-        sys.exit(f"{len(open_)} survivors are not explained in {PAGE.relative_to(ROOT)}")
+    wanted = {path: list(mutants(path, arguments.pattern or [""])) for path in TESTS}
+    runners = []
+    for package in dict.fromkeys(path.split("/")[0] for path in TESTS):
+        runner = Runner(
+            [m for path in TESTS if path.startswith(package) for m in wanted[path]], arguments.jobs
+        )
+        if runner.wanted:
+            files = dict.fromkeys(file for m in runner.wanted for file in TESTS[m.path])
+            options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            pytest.main([*options, *(f"tests/{file}" for file in files)], plugins=[runner])
+        runners.append(runner)
+    survived = Counter(mutant.path for runner in runners for mutant in runner.survivors)
+    counts = {path: (len(wanted[path]), survived[path]) for path in TESTS if wanted[path]}
+    page = PAGE.read_text(encoding="utf-8")
+    worse = more_survive(page, counts)
+    if arguments.write or not (worse or arguments.pattern):
+        PAGE.write_text(with_table(page, counts), encoding="utf-8")
+    sys.exit("\n".join(worse) or None)
+
+
+_ROW = re.compile(r"^\| `([\w/.]+)` \| (\d+) \| (\d+) \| (\d+) \|\n", re.MULTILINE)
+
+
+def more_survive(page: str, counts: dict[str, tuple[int, int]]) -> list[str]:
+    """A line for each module of which more mutants survive than the page's table says.
+
+    Args:
+        counts: {module's path: (mutants, survivors)}.
+    """
+    known = {path: int(survived) for path, _, _, survived in _ROW.findall(page)}
+    return [
+        f"{path}: {survived} survive, {known.get(path, 0)} in {PAGE.relative_to(ROOT)}"
+        for path, (_, survived) in counts.items()
+        if survived > known.get(path, 0)
+    ]
+
+
+def with_table(page: str, counts: dict[str, tuple[int, int]]) -> str:
+    """The page with these counts, {module's path: (mutants, survivors)}, in its table."""
+    rows = {path: (int(all_), int(left)) for path, all_, _, left in _ROW.findall(page)} | counts
+    rows = {path: rows[path] for path in TESTS if path in rows}
+    total = tuple(map(sum, zip(*rows.values(), strict=True)))
+    lines = [f"| `{path}` | {n} | {n - left} | {left} |\n" for path, (n, left) in rows.items()]
+    lines.append(f"| together | {total[0]} | {total[0] - total[1]} | {total[1]} |\n")
+    head, _, rest = page.partition("|---|---|---|---|\n")
+    rest = re.sub(r"\A(\|.*\n)*", "", rest)
+    return f"{head}|---|---|---|---|\n{''.join(lines)}{rest}"
 
 
 if __name__ == "__main__":

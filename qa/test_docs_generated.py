@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fusechat_distill.cli import commands
 from fusechat_distill.recipe.reference import commented_recipe
 from fusechat_distill.recipe.schema import Recipe
+from qa import mutation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -215,3 +216,17 @@ def test_the_drawn_example_is_what_the_tokenizers_do() -> None:
     ]
     assert written == [[0, *ends[:-1].tolist()] for _, ends, _ in sides]
     assert [pending for _, _, pending in sides] == [b" ", b""]
+
+
+def test_the_table_of_mutants() -> None:
+    page = mutation.PAGE.read_text(encoding="utf-8")
+    path = "fusechat_distill/trainer/loss.py"
+    ((mutants, survivors),) = re.findall(rf"`{path}` \| (\d+) \| \d+ \| (\d+) \|", page)
+    counts = {path: (int(mutants), int(survivors))}
+    assert mutation.more_survive(page, counts) == []
+    assert mutation.with_table(page, counts) == page
+    assert all(f"| `{module}` |" in page for module in mutation.TESTS)
+    worse = {path: (int(mutants), int(survivors) + 1)}
+    (problem,) = mutation.more_survive(page, worse)
+    assert problem.startswith(f"{path}: {int(survivors) + 1} survive, {survivors} in docs")
+    assert mutation.more_survive(mutation.with_table(page, worse), worse) == []
