@@ -1,4 +1,4 @@
-"""Distillations under fire: crashes, races, determinism, security."""
+"""Crashes, races, determinism and security of distillations."""
 
 import atexit
 import contextlib
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qa.reliability.figure import Figure, Section, Tally, times
+from qa.reliability.cases import Figure, Section, exit_status, forked, scaled
 
 CRASHES = "Crashes of a distillation"
 RACES = "Races of distillations"
@@ -34,9 +34,6 @@ STAGES = ("score", "align", "train", "evaluate")
 NAMES = ("pivot", "neox")
 TIMED = ("trainer_state.json", "log.jsonl", "digests.json")
 """Files that say how long something took, or when a file was changed."""
-
-
-def nothing() -> None: ...
 
 
 @dataclass
@@ -77,40 +74,35 @@ class World:
         shutil.copytree(before, self.out)
 
     def run(
-        self, *arguments: str, before: Callable[[], object] = nothing, recipe: Path | None = None
+        self, *arguments: str, before: Callable[[], object] = int, recipe: Path | None = None
     ) -> tuple[int, str]:
         """A command in a process of its own: its status (or minus the signal), and what it said."""
         return self.wait(*self.start(*arguments, before=before, recipe=recipe))
 
     def start(
-        self, *arguments: str, before: Callable[[], object] = nothing, recipe: Path | None = None
+        self, *arguments: str, before: Callable[[], object] = int, recipe: Path | None = None
     ) -> tuple[int, Path]:
         import torch
 
         from fusechat_distill.cli import commands
 
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".log")
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.dup2(handle, 1)
-                os.dup2(handle, 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                torch.set_num_threads(1)
-                before()
-                with contextlib.redirect_stderr(sys.stderr):
-                    commands.main([*arguments, str(recipe or self.recipe)])
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else 1
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
+
+        def work() -> None:
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            torch.set_num_threads(1)
+            before()
+            with contextlib.redirect_stderr(sys.stderr):
+                commands.main([*arguments, str(recipe or self.recipe)])
+
+        pid = forked(work)
         os.close(handle)
         return pid, Path(name)
 
     def wait(self, pid: int, said: Path) -> tuple[int, str]:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = exit_status(pid)
         text = said.read_text("utf-8", "replace")
         said.unlink()
         return status, text
@@ -150,10 +142,7 @@ def world() -> World:
 def some(cases: Iterable[T], scale: float) -> list[T]:
     """All of them, or, far below scale 0.1, the first ones."""
     listed = list(cases)
-    return listed[: times(len(listed), min(1.0, 10 * scale))]
-
-
-# ---------------------------------------------------------------------------------------- crashes
+    return listed[: scaled(len(listed), min(1.0, 10 * scale))]
 
 
 def at_disk_calls(out: Path, do: Callable[[int, str], object]) -> Callable[[], None]:
@@ -221,19 +210,10 @@ def partial_files(found: dict[str, bytes], expected: dict[str, bytes]) -> list[s
     return [name for name in found if found[name] != expected.get(name)]
 
 
-def whole_target(made: World) -> str | None:
-    """A target that is there must load, and be the one that is trained undisturbed."""
-    from transformers import AutoModelForCausalLM
-
-    target = made.out / "targets" / "neox"
-    if target.exists():
-        AutoModelForCausalLM.from_pretrained(target)
-    return None
-
-
 def crashed(made: World, stage: str, arm: Callable[[], None], *, dies: bool) -> str | None:
     """What went wrong in a stage that was disturbed and then run again; None if nothing."""
     from click.testing import CliRunner
+    from transformers import AutoModelForCausalLM
 
     from fusechat_distill.cli import commands
 
@@ -250,7 +230,9 @@ def crashed(made: World, stage: str, arm: Callable[[], None], *, dies: bool) -> 
     expected = made.after(stage)
     if torn := partial_files(files(made.out), expected):
         return f"partial under its final name: {torn}"
-    whole_target(made)
+    target = made.out / "targets" / "neox"
+    if target.exists():
+        AutoModelForCausalLM.from_pretrained(target)
     status, said = made.run(stage)
     if status != 0:
         return f"again: status {status}: {said[-300:]}"
@@ -281,47 +263,37 @@ CASES = {"score": 10, "align": 10, "train": 8, "evaluate": 4}
 """Of each kind of crash."""
 
 
-KINDS = {
-    "kill -9 at a call that changes the disk": lambda made, calls, seconds, chance: at_disk_calls(
-        made.out, kill_at(chance.randint(1, calls))
-    ),
-    "kill at any moment": lambda made, calls, seconds, chance: after_seconds(
-        chance.uniform(0.01, seconds)
-    ),
-    "no space left from a call on": lambda made, calls, seconds, chance: at_disk_calls(
-        made.out, full_from(chance.randint(1, calls))
-    ),
-    "no file larger than a limit": lambda made, calls, seconds, chance: file_limit(
-        chance.randrange(1, 70_000)
-    ),
-}
+def disturbances(out: Path, calls: int, seconds: float, chance: random.Random) -> dict[str, Any]:
+    """What is done to a stage of so many calls and seconds, by name; applied in its process."""
+    call = chance.randint(1, calls)
+    return {
+        "kill -9 at a call that changes the disk": at_disk_calls(out, kill_at(call)),
+        "kill at any moment": after_seconds(chance.uniform(0.01, seconds)),
+        "no space left from a call on": at_disk_calls(out, full_from(call)),
+        "no file larger than a limit": file_limit(chance.randrange(1, 70_000)),
+    }
+
+
+KINDS = list(disturbances(Path(), 1, 1.0, random.Random()))
 
 
 def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
     measured = functools.cache(functools.partial(undisturbed, made))
     for stage, kind in some(itertools.product(STAGES, KINDS), scale):
-        tally = Tally(CRASHES, f"`{stage}`: {kind}")
-        for case in range(times(CASES[stage], scale)):
+        figure = Figure(CRASHES, f"`{stage}`: {kind}")
+        for case in range(scaled(CASES[stage], scale)):
             chance = random.Random(f"{seed}/{stage}/{kind}/{case}")
-            problem = crashed(
-                made, stage, KINDS[kind](made, *measured(stage), chance), dies="kill" in kind
-            )
-            tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-        yield tally.figure("nothing partial looks whole; the same command again: the same bytes")
+            arm = disturbances(made.out, *measured(stage), chance)[kind]
+            problem = crashed(made, stage, arm, dies="kill" in kind)
+            figure.count(problem is None, f"seed {seed}, case {case}: {problem}")
+        yield figure.noted("nothing partial looks whole; the same command again: the same bytes")
 
-
-# ------------------------------------------------------------------------------------------ races
 
 PAIRS = [
-    ("run", "run", "score"),
-    ("score", "score", "score"),
-    ("score", "align", "score"),
-    ("score", "status", "score"),
-    ("align", "align", "align"),
-    ("train", "train", "train"),
-    ("train", "evaluate", "train"),
-    ("evaluate", "evaluate", "evaluate"),
+    *(("run", "run", "score"), ("score", "score", "score"), ("score", "align", "score")),
+    *(("score", "status", "score"), ("align", "align", "align"), ("train", "train", "train")),
+    *(("train", "evaluate", "train"), ("evaluate", "evaluate", "evaluate")),
 ]
 """Two commands, and the stage that the output is at when both start."""
 
@@ -358,17 +330,14 @@ def raced(made: World, pair: tuple[str, str], stage: str, apart: float) -> tuple
 def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
     for *pair, stage in some(PAIRS, scale):
-        tally = Tally(RACES, f"`{pair[0]}` beside `{pair[1]}` in one output folder")
+        figure = Figure(RACES, f"`{pair[0]}` beside `{pair[1]}` in one output folder")
         refused = 0
-        for case in range(times(3, scale)):
+        for case in range(scaled(3, scale)):
             apart = random.Random(f"{seed}/{pair}/{case}").choice((0.0, 0.0, 0.2, 0.6))
             errors, problem = raced(made, (pair[0], pair[1]), stage, apart)
             refused += errors
-            tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-        yield tally.figure(f"{refused} refused by a line; the result is the undisturbed one's")
-
-
-# ------------------------------------------------------------------------------------ determinism
+            figure.count(problem is None, f"seed {seed}, case {case}: {problem}")
+        yield figure.noted(f"{refused} refused by a line; the result is the undisturbed one's")
 
 
 def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
@@ -377,8 +346,8 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
     made = world()
     chance = random.Random(seed)
-    tally = Tally(SAME, "`align`, `fuse` with 2 to 4 threads")
-    for case in range(times(3, scale)):
+    figure = Figure(SAME, "`align`, `fuse` with 2 to 4 threads")
+    for case in range(scaled(3, scale)):
         made.restore("align")
         threads = functools.partial(torch.set_num_threads, chance.choice((2, 3, 4)))
         status, said = made.run("align", before=threads)
@@ -387,15 +356,15 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         found, expected = files(made.out), made.after("train")
         ours = [name for name in expected if name.startswith(("aligned/", "fused/"))]
         differing = [name for name in ours if found.get(name) != expected[name]]
-        tally.count(not differing, f"seed {seed}, case {case}: {differing}")
-    yield tally.figure("the same bytes")
+        figure.count(not differing, f"seed {seed}, case {case}: {differing}")
+    yield figure.noted("the same bytes")
 
     if not some([True, False], scale)[1:]:
         return
-    tally = Tally(SAME, "`score` with other `batch_tokens`, 1 to 4 threads")
+    figure = Figure(SAME, "`score` with other `batch_tokens`, 1 to 4 threads")
     content = yaml.safe_load(made.recipe.read_text("utf-8"))
     identical, widest = 0, 0.0
-    for case in range(times(10, scale)):
+    for case in range(scaled(10, scale)):
         made.restore("score")
         content["scoring"]["batch_tokens"] = chance.choice((1, 50, 64, 200, 500, 1000, 4096))
         recipe = made.folder / "batches.yaml"
@@ -407,8 +376,8 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         identical += found == expected
         far = max(distance(made, name) for name in NAMES)
         widest = max(widest, far)
-        tally.count(far < 1e-3, f"seed {seed}, case {case}: {far} apart")
-    yield tally.figure(
+        figure.count(far < 1e-3, f"seed {seed}, case {case}: {far} apart")
+    yield figure.noted(
         f"{identical} the same bytes; log-probabilities at most {widest:.1e} apart, since a matrix "
         "product's sums depend on its shape"
     )
@@ -433,8 +402,6 @@ def distance(made: World, name: str) -> float:
             far = max(far, float(np.where(apart <= steps, 0.0, apart).max(initial=0)))
     return far
 
-
-# --------------------------------------------------------------------------------------- security
 
 HARM = "import pathlib; pathlib.Path({marker!r}).touch()\n"
 MODELING = """
@@ -485,7 +452,7 @@ def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         (work / name / "evil.py").write_text(evil)
         return work / name
 
-    tally = Tally(SECURITY, "code that a model's or dataset's folder brings along")
+    figure = Figure(SECURITY, "code that a model's or dataset's folder brings along")
     own = model("own-kind")
     edit(own / "config.json", model_type="evil", architectures=["EvilModel"], auto_map=auto)
     known = model("known-kind")
@@ -510,9 +477,9 @@ def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             fine = clean_end(status, said) and not marker.exists()
             if "its own" in name:
                 fine = fine and status == 2 and "--trust-remote-code" in said
-            tally.count(fine, f"{name}, {command}: status {status}: {said[-300:]}")
+            figure.count(fine, f"{name}, {command}: status {status}: {said[-300:]}")
             marker.unlink(missing_ok=True)
-    yield tally.figure("not run without --trust-remote-code")
+    yield figure.noted("not run without --trust-remote-code")
     yield pickles(made, work, marker, scale)
 
 
@@ -521,11 +488,11 @@ def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
     import torch
 
     models = made.folder / "models"
-    tally = Tally(SECURITY, "pickles that run code, where weights, states and caches are read")
+    figure = Figure(SECURITY, "pickles that run code, where weights, states and caches are read")
 
     def count(what: str, status: int, said: str, expected: tuple[int, ...]) -> None:
         fine = clean_end(status, said) and status in expected and not marker.exists()
-        tally.count(fine, f"{what}: status {status}: {said[-400:]}")
+        figure.count(fine, f"{what}: status {status}: {said[-400:]}")
         marker.unlink(missing_ok=True)
 
     only, beside = work / "only-pickle", work / "beside"
@@ -543,7 +510,7 @@ def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
         count(what, *ended, expected)
 
     if scale < 0.1:
-        return tally.figure("never unpickled")
+        return figure.noted("never unpickled")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         made.restore("train")
 
@@ -568,13 +535,13 @@ def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
     (work / "data.jsonl").write_bytes(pickle.dumps(Harm(marker)))
     ended = made.run("validate", recipe=recipe_with(made, work, dataset=str(work / "data.jsonl")))
     count("a dataset", *ended, (2,))
-    return tally.figure("never unpickled: safetensors only, and torch.load with weights_only")
+    return figure.noted("never unpickled: safetensors only, and torch.load with weights_only")
 
 
 def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """Where files are written, through which links, and who may read them."""
     made = world()
-    tally = Tally(
+    figure = Figure(
         SECURITY, "links in a brought output folder, to a file and a folder of the user's"
     )
     victim, precious = work / "victim", work / "precious"
@@ -599,8 +566,8 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         ended = [made.run(command) for command in commands]
         fine = victim.read_text() == "mine" and (precious / "file").read_text() == "mine"
         fine = fine and all(clean_end(*one) for one in ended)
-        tally.count(fine, f"{link}: {victim.read_text()[:60]!r} {ended}")
-    yield tally.figure("what they point to stays as it is")
+        figure.count(fine, f"{link}: {victim.read_text()[:60]!r} {ended}")
+    yield figure.noted("what they point to stays as it is")
 
     if scale < 0.1:
         return
@@ -620,26 +587,26 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         for command in ("validate", "run", "evaluate", "report", "status"):
             status, said = made.run(command, before=lambda: sys.addaudithook(note))
             assert status == 0, said
-    tally = Tally(SECURITY, "files written in a whole run, with evaluation and report")
+    figure = Figure(SECURITY, "files written in a whole run, with evaluation and report")
     cached = 0
     for path in sorted({os.fsdecode(name) for name in kept.read_bytes().split(b"\0") if name}):
         cached += path.startswith(f"{made.folder}/cache")
         fine = path.startswith((f"{made.out}", f"{made.folder}/cache", "/dev/"))
-        tally.count(fine, path)
-    yield tally.figure(
+        figure.count(fine, path)
+    yield figure.noted(
         f"below `output`, but for {cached} in the datasets library's own cache (HF_DATASETS_CACHE)"
     )
 
-    tally = Tally(SECURITY, "files of a run under umask 077")
+    figure = Figure(SECURITY, "files of a run under umask 077")
     made.restore("score")
     for command in ("run", "evaluate"):
         assert made.run(command, before=lambda: os.umask(0o077))[0] == 0
     for path in made.out.rglob("*"):
         mode = path.stat().st_mode & 0o777
-        tally.count(not mode & 0o077, f"{path.relative_to(made.out)} {mode:o}")
-    yield tally.figure("for the user alone")
+        figure.count(not mode & 0o077, f"{path.relative_to(made.out)} {mode:o}")
+    yield figure.noted("for the user alone")
 
-    tally = Tally(SECURITY, "`output` that is a model's folder, or lies in one")
+    figure = Figure(SECURITY, "`output` that is a model's folder, or lies in one")
     for output in ("twin", "twin/out", "twin/targets"):
         shutil.rmtree(work / "twin", ignore_errors=True)
         shutil.copytree(made.folder / "models" / "twin", work / "twin")
@@ -648,14 +615,14 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         status, said = made.run("run", recipe=path)
         after = files(work / "twin")
         changed = [name for name in before if after.get(name) != before[name]]
-        tally.count(clean_end(status, said) and not changed, f"{output}: {changed} {said[-300:]}")
-    yield tally.figure("the model's own files stay as they are")
+        figure.count(clean_end(status, said) and not changed, f"{output}: {changed} {said[-300:]}")
+    yield figure.noted("the model's own files stay as they are")
 
 
-SECTIONS: list[tuple[str, Section]] = [
-    ("crashes-distill", crashes),
-    ("races-distill", races),
-    ("determinism-distill", determinism),
-    ("code-distill", code),
-    ("places-distill", places),
-]
+SECTIONS: dict[str, Section] = {
+    "crashes-distill": crashes,
+    "races-distill": races,
+    "determinism-distill": determinism,
+    "code-distill": code,
+    "places-distill": places,
+}

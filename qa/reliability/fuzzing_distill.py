@@ -5,18 +5,17 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qa.reliability.figure import Figure, Section, Tally, times
+from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
+from tests.support import damage
 
 ROOT = Path(__file__).parents[2]
 TITLE = "Bad inputs of a distillation"
 SLOWEST = 1.0
-"""Seconds of CPU that a recipe, however odd, may take to be refused."""
+"""Seconds of CPU time that a recipe, however odd, may take to be refused."""
 
 JUNK: list[Any] = [
     *(None, True, False, 0, -1, 1, 7, 2**31, 2**64, 10**30, -0.0, 0.5, 1.5, 1e308),
@@ -26,108 +25,14 @@ JUNK: list[Any] = [
 ]
 
 
-def forked(work: Callable[[], Any]) -> Any:
-    """What `work` gives (JSON) in a process of its own, or a text that says how that died."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(read)
-            answer = json.dumps(work(), default=str)
-        except BaseException as error:
-            answer = json.dumps(f"raised {type(error).__name__}: {error}")
-        with os.fdopen(write, "w") as pipe:
-            pipe.write(answer)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        answer = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return json.loads(answer) if answer else f"died with {status}"
+def invoked(*arguments: str) -> Any:
+    """How a command ended: its exit code, stdout and stderr."""
+    from click.testing import CliRunner
 
+    from fusechat_distill.cli import commands
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where anything lies in nested lists and mappings."""
-    if path:
-        yield path
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, part in items:
-        yield from places(part, (*path, key))
+    return CliRunner().invoke(commands, list(arguments))
 
-
-def mutated(value: Any, chance: random.Random, junk: list[Any]) -> Any:
-    """A copy with a few places changed, removed, renamed, doubled or swapped."""
-    import copy
-
-    value = copy.deepcopy(value)
-    for _ in range(chance.randint(1, 3)):
-        found = list(places(value))
-        if not found:
-            return chance.choice(junk)
-        path = chance.choice(found)
-        holder = value
-        for key in path[:-1]:
-            holder = holder[key]
-        key, kind = path[-1], chance.randrange(6)
-        if kind <= 2:
-            holder[key] = copy.deepcopy(chance.choice(junk))
-        elif kind == 3:
-            del holder[key]
-        elif kind == 4:
-            other = copy.deepcopy(holder[key])
-            if isinstance(holder, list):
-                holder.insert(chance.randrange(len(holder) + 1), other)
-            else:
-                holder[chance.choice([f"{key}s", str(key)[:-1], str(key).upper(), 3, ""])] = other
-        else:
-            from_path = chance.choice(found)
-            part = value
-            for k in from_path:
-                part = part[k]
-            holder[key] = copy.deepcopy(part)
-    return value
-
-
-def damaged(raw: bytes, chance: random.Random, fragments: list[bytes]) -> bytes:
-    """Bytes with some flipped, cut out, doubled, or fragments put in."""
-    found = bytearray(raw)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(found) + 1)
-        kind = chance.randrange(6)
-        if kind == 0 and found:
-            found[at % len(found)] ^= 1 << chance.randrange(8)
-        elif kind == 1:
-            del found[at : at + chance.choice((1, 2, 8, 100))]
-        elif kind == 2:
-            found[at:at] = chance.choice(fragments)
-        elif kind == 3:
-            found[at:at] = found[at : at + chance.randrange(200)]
-        elif kind == 4:
-            other = chance.randrange(len(found) + 1)
-            part = bytes(found[other : other + chance.randrange(40)])
-            found[at : at + len(part)] = part
-        elif chance.random() < 0.2:
-            del found[at:]
-    return bytes(found)
-
-
-# ---------------------------------------------------------------------------------------- recipes
-
-YAML_FRAGMENTS = [
-    *(b":", b": ", b"- ", b"\n", b"\t", b"  ", b"#", b"'", b'"', b"{", b"}", b"[", b"]", b",", b"&a "),
-    *(b"*a", b"<<: *a", b"!!python/object/apply:os.system [exit 1]", b"!!int x", b"!!float .", b"|\n"),
-    *(b"!!binary '='", b"!!timestamp x", b"2024-99-99", b"? [a, b] : c", b"? {a: b}\n: c", b"=", b"%YAML 9.9\n"),
-    *(b"---\n", b"...\n", b"\xff", b"\x00", b"\xef\xbb\xbf", b"1e999", b".inf", b".nan", b"0b12", b"1:99:99"),
-    *(b"!!int ''", b"!!float ''", b"!!bool x", b"!!null 1", b"!!seq x", b"!!map x", b"!!str [a]"),
-    *(b"!!set {a}", b"!!omap [a: b]", b"!!pairs [a]", b"!!null x", b"!!bool x", b"9" * 5000, b">\n", b"@", b"`"),
-    *(b"lambda", b"output", b"sources", b"name: ../../x", b"name: ''", b"lora: {r: 0}", b"\xed\xa0\x80"),
-]  # fmt: skip
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)
@@ -179,73 +84,69 @@ def recipe_texts() -> list[str]:
     return [commented_recipe(), *blocks, *(path.read_text("utf-8") for path in files)]
 
 
-def recipe_outcome(path: Path) -> str | None:
-    """None where `status` shows the recipe or refuses it clearly and soon; else what it did."""
-    from click.testing import CliRunner
+def shown_or_refused(path: Path) -> str:
+    """How `status` treats a recipe.
 
-    from fusechat_distill.cli import commands
-
-    started = time.process_time()
+    Raises:
+        Wrong: it neither shows it nor refuses it clearly.
+    """
     with contextlib.chdir(path.parent):  # a relative output is looked for there
-        result = CliRunner().invoke(commands, ["status", str(path)])
-    seconds = time.process_time() - started
-    if seconds > SLOWEST:
-        return f"took {seconds:.1f} s"
+        result = invoked("status", str(path))
     if result.exit_code == 0:
-        return None
+        return "shown by `status`"
     if result.exit_code != 2 or not result.stderr.startswith("Error: "):
-        return f"status {result.exit_code}: {result.stderr[:300]} {result.exception!r}"
-    return None
+        raise Wrong(f"status {result.exit_code}: {result.stderr[:300]} {result.exception!r}")
+    return "refused"
 
 
 def fuzz_recipes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     import yaml
 
     texts = recipe_texts()
+    literals = [damage.Literal(text) for text in damage.YAML_LITERALS if len(text) < 10_000]
     path = work / "recipe.yaml"
     path.write_text(texts[-1])
-    recipe_outcome(path)  # TRL and PEFT are imported once
-    tally = Tally(TITLE, "recipes made to hurt: tags that run code, aliases that explode, nesting")
-    for name, text in HOSTILE.items():
-        path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        problem = recipe_outcome(path)
-        tally.count(problem is None and not (work / "HARMED").exists(), f"{name}: {problem}")
-    yield tally.figure("refused by a line that names the place, within a second; nothing is run")
+    shown_or_refused(path)  # TRL and PEFT are imported once
+    hostile = list(HOSTILE.items())
 
-    count = times(4000, scale)
-    for what, mutate in (("values and keys", changed_recipe), ("bytes", damaged_recipe)):
-        tally = Tally(TITLE, f"recipes of the README and the examples with {what} changed")
-        accepted = 0
-        for case in range(count):
-            chance = random.Random(f"{seed}/{what}/{case}")
-            raw = mutate(chance.choice(texts), chance, yaml)
-            path.write_bytes(raw)
-            problem = recipe_outcome(path)
-            accepted += problem is None
-            tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-            if problem:
-                keep(work, f"recipe-{case}.yaml", raw)
-        yield tally.figure("shown by `status` or refused clearly within a second")
+    def tried(raw: bytes) -> str:
+        here = work / str(os.getpid())
+        here.mkdir(exist_ok=True)
+        (here / "recipe.yaml").write_bytes(raw)
+        try:
+            return shown_or_refused(here / "recipe.yaml")
+        except Wrong as error:
+            raise Wrong(f"{error} with {raw[:600]!r}") from None
 
+    def hurting(number: int, chance: random.Random) -> str:
+        name, text = hostile[number]
+        ended = tried(text.encode("utf-8", "surrogatepass"))
+        if list(work.rglob("HARMED")):
+            raise Wrong(f"{name}: it ran a command")
+        return ended
 
-def changed_recipe(text: str, chance: random.Random, yaml: Any) -> bytes:
-    changed = mutated(yaml.safe_load(text), chance, JUNK)
-    made: str = yaml.dump(changed, Dumper=yaml.SafeDumper, allow_unicode=chance.random() < 0.5)
-    return made.encode("utf-8", "surrogatepass")
+    def changed(number: int, chance: random.Random) -> str:
+        recipe = yaml.safe_load(chance.choice(texts))
+        if chance.random() < 0.5:
+            return tried(damage.dumped(damage.changed_tree(recipe, chance, literals)))
+        data = damage.plain(damage.changed_tree(recipe, chance, JUNK))
+        text: str = yaml.dump(data, Dumper=yaml.SafeDumper, allow_unicode=chance.random() < 0.5)
+        return tried(text.encode("utf-8", "surrogatepass"))
 
+    def damaged(number: int, chance: random.Random) -> str:
+        return tried(
+            damage.changed_bytes(chance.choice(texts).encode(), chance, damage.YAML_FRAGMENTS)
+        )
 
-def damaged_recipe(text: str, chance: random.Random, yaml: Any) -> bytes:
-    return damaged(text.encode(), chance, YAML_FRAGMENTS)
-
-
-def keep(work: Path, name: str, raw: bytes) -> None:
-    """Where FUSECHAT_KEEP names a folder, what went wrong is kept there."""
-    if folder := os.environ.get("FUSECHAT_KEEP"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / name).write_bytes(raw)
-
-
-# ----------------------------------------------------------------------------------------- shards
+    of_ours = "recipes of the README and the examples with"
+    made_to_hurt = "recipes made to hurt: tags that run code, aliases that explode, nesting"
+    for what, case, count in (
+        (made_to_hurt, hurting, len(hostile)),
+        (f"{of_ours} values and keys changed", changed, scaled(4000, scale)),
+        (f"{of_ours} bytes changed", damaged, scaled(4000, scale)),
+    ):
+        note = "{kinds}, by a line that says what is wrong, within a second; nothing is run"
+        yield Figure(TITLE, what, note).try_all(case, count, seed, cpu_limit=SLOWEST)
 
 
 def scored_store(folder: Path, chance: random.Random) -> Any:
@@ -266,21 +167,16 @@ def scored_store(folder: Path, chance: random.Random) -> Any:
         responses = []
         for turn in range(chance.randint(1, 3)):
             n, k = chance.randint(1, 12), 4
-            responses.append(
-                ScoredResponse(
-                    turn=turn,
-                    begin=0,
-                    end=3 * n,
-                    first=turn + 1,
-                    pending=b" " * (turn % 2),
-                    stop="special",
-                    tokens=random_numbers.integers(0, 300, n, np.uint32),
-                    ends=np.arange(3, 3 * n + 1, 3, dtype=np.int32),
-                    ids=random_numbers.integers(0, 300, (n, k), np.uint32),
-                    logprobs=-random_numbers.random((n, k)).astype(np.float16),
-                    gold_logprobs=-random_numbers.random(n).astype(np.float32),
-                )
-            )
+            arrays = {
+                "tokens": random_numbers.integers(0, 300, n, np.uint32),
+                "ends": np.arange(3, 3 * n + 1, 3, dtype=np.int32),
+                "ids": random_numbers.integers(0, 300, (n, k), np.uint32),
+                "logprobs": -random_numbers.random((n, k)).astype(np.float16),
+                "gold_logprobs": -random_numbers.random(n).astype(np.float32),
+            }
+            place = {"turn": turn, "begin": 0, "end": 3 * n, "first": turn + 1}
+            pending = b" " * (turn % 2)
+            responses.append(ScoredResponse(**place, pending=pending, stop="special", **arrays))
         return ScoredSample(f"{chance.getrandbits(128):032x}", row, tuple(responses))
 
     shards = Shards.create(folder, Manifest("scores", 16, {"model": "m"}, 8))
@@ -291,28 +187,21 @@ def scored_store(folder: Path, chance: random.Random) -> Any:
     return shards
 
 
-def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, bytes]:
+REWRITES = [
+    *("rows out of order", "a row twice", "a row less", "no rows", "a column less"),
+    *("columns renamed", "another type", "numbers shifted", "footer edited", "no footer"),
+    "the other shard",
+]
+
+
+def rewritten(table: Any, other: bytes, chance: random.Random) -> bytes:
     """A shard that another program could have written over the one it read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     metadata = table.schema.metadata
     names = table.column_names
-    kind = chance.choice(
-        [
-            "rows out of order",
-            "a row twice",
-            "a row less",
-            "a column less",
-            "columns renamed",
-            "another type",
-            "numbers shifted",
-            "footer edited",
-            "no footer",
-            "the other shard",
-            "no rows",
-        ]
-    )
+    kind = chance.choice(REWRITES)
     if kind == "rows out of order":
         table = table.take(chance.sample(range(8), 8)[::-1])
     elif kind == "a row twice":
@@ -338,123 +227,86 @@ def rewritten(table: Any, other: bytes, chance: random.Random) -> tuple[str, byt
     elif kind == "no footer":
         metadata = {}
     else:
-        return kind, other
+        return other
     sink = pa.BufferOutputStream()
     table = table.replace_schema_metadata(metadata)
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return kind, sink.getvalue().to_pybytes()
+    return sink.getvalue().to_pybytes()
 
 
 def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     from fusechat_common.errors import FusechatError
-    from fusechat_distill.storage.shards import scored_samples
+    from fusechat_distill.storage.shards import Shards, scored_samples
 
     shards = scored_store(work / "scores", random.Random(seed))
-    samples = shards.manifest.ranges()[0]
+    samples, others = shards.manifest.ranges()
     path = shards.path(samples)
-    other = shards.path(shards.manifest.ranges()[1]).read_bytes()
     raw, table, summary = path.read_bytes(), shards.read(samples), shards.summary(samples)
+    other = shards.path(others).read_bytes()
 
-    def outcome(found: bytes) -> tuple[str, str]:
-        """refused, the same, or another value; and the error's text."""
-        path.write_bytes(found)
-        same = True
-        said = ""
-        for read, expected in ((shards.read, table), (shards.summary, summary)):
+    def outcome(here: Any, found: bytes) -> str:
+        here.path(samples).write_bytes(found)
+        ended = "read the same values"
+        for read, same in ((here.read, table.equals), (here.summary, summary.__eq__)):
             try:
                 value = read(samples)
-                if value is not expected and not (
-                    value.equals(expected) if read == shards.read else value == expected
-                ):
-                    return "another value", f"of {read.__name__}"
-                if read == shards.read:
+                if not same(value):
+                    raise Wrong(f"another value of {read.__name__}")
+                if read == here.read:
                     scored_samples(value)
             except FusechatError as error:
-                same, said = False, str(error)
-        return ("the same", "") if same else ("refused", said)
+                if path.name not in str(error):
+                    raise Wrong(f"refused without its name: {error}") from error
+                ended = "refused by name"
+        return ended
 
-    def batch(cases: list[int], make: Callable[[random.Random], tuple[str, bytes]]) -> list[Any]:
-        found = []
-        for case in cases:
-            kind, made = make(random.Random(f"{seed}/{case}"))
-            if made == raw:
-                continue
-            try:
-                result, said = outcome(made)
-            except BaseException as error:
-                result, said = "raised", repr(error)[:200]
-            fine = result == "the same" or (result == "refused" and path.name in said)
-            found.append([case, kind, result, said, fine])
-        return found
+    def case(make: Callable[[random.Random], bytes]) -> Callable[[int, random.Random], str]:
+        def one(number: int, chance: random.Random) -> str:
+            while (found := make(chance)) == raw:
+                pass
+            return outcome(Shards.open(own_copy(work / "scores")), found)
 
-    def one_bit(chance: random.Random) -> tuple[str, bytes]:
+        return one
+
+    def one_bit(chance: random.Random) -> bytes:
         found = bytearray(raw)
         found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
-        return "a bit", bytes(found)
+        return bytes(found)
 
-    def cut(chance: random.Random) -> tuple[str, bytes]:
-        return "cut", raw[: chance.randrange(len(raw))]
-
-    def any_damage(chance: random.Random) -> tuple[str, bytes]:
-        return "bytes", damaged(
-            raw, chance, [b"PAR1", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\x15\x02"]
+    def any_damage(chance: random.Random) -> bytes:
+        return damage.changed_bytes(
+            raw, chance, [b"PAR1", bytes(4), b"\xff\xff\xff\x7f", b"\x15\x02"]
         )
 
+    def rewrite(chance: random.Random) -> bytes:
+        return rewritten(table, other, chance)
+
+    rewrites = "a shard rewritten: rows, columns, types, numbers, footer changed"
     for what, make, count in (
         ("a bit of a shard's flipped", one_bit, 20_000),
-        ("a shard cut short", cut, 1000),
+        ("a shard cut short", lambda chance: raw[: chance.randrange(len(raw))], 1000),
         ("bytes of a shard changed, removed, put in, moved", any_damage, 10_000),
-        (
-            "a shard rewritten: rows, columns, types, numbers, footer changed",
-            partial(rewritten, table, other),
-            500,
-        ),
+        (rewrites, rewrite, 500),
     ):
-        tally = Tally(TITLE, what)
-        refused = same = 0
-        cases = list(range(times(count, scale)))
-        for start in range(0, len(cases), 500):
-            found = forked(lambda: batch(cases[start : start + 500], make))
-            if isinstance(found, str):  # pyarrow itself died
-                tally.count(False, f"seed {seed}, cases from {start}: {found}")
-                continue
-            for case, kind, result, said, fine in found:
-                refused += result == "refused"
-                same += result == "the same"
-                tally.count(fine, f"seed {seed}, case {case}: {kind}: {result} {said}")
-        path.write_bytes(raw)
-        yield tally.figure(f"{refused:,} refused by name, {same:,} read the same values")
+        yield Figure(TITLE, what).try_all(case(make), scaled(count, scale), seed)
 
 
-# ------------------------------------------------------------------------- rows and dataset files
+def turns(*pairs: tuple[str, Any], role: str = "role", text: str = "content") -> list[Any]:
+    return [{role: speaker, text: said} for speaker, said in pairs]
 
+
+HI = (("user", "Hi"), ("assistant", "Hello."))
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 CHATS: list[dict[str, Any]] = [
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
-    {
-        "messages": [
-            {"role": "system", "content": "Be brief — 短く."},
-            {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "4"},
-            {"role": "user", "content": "Sure?"},
-            {"role": "assistant", "content": " Yes 🙂\n"},
-        ]
-    },
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    {"messages": turns(*HI)},
+    {"messages": turns(("system", "Be brief — 短く."), ("user", "2+2?"), ("assistant", "4"),
+                       ("user", "Sure?"), ("assistant", " Yes 🙂\n"))},
+    {"conversations": turns(("human", "Hi"), ("gpt", "Hello."), role="from", text="value")},
     {"prompt": "Hi", "completion": "Hello."},
-    {
-        "prompt": [{"role": "user", "content": "Hi"}],
-        "completion": [{"role": "assistant", "content": "Hello."}],
-    },
+    {"prompt": turns(HI[0]), "completion": turns(HI[1])},
     {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello."]}},
-    {
-        "messages": [
-            {"role": "user", "content": "Weather?"},
-            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
-            {"role": "tool", "content": "sunny"},
-            {"role": "assistant", "content": "Sunny."},
-        ]
-    },
-]
+    {"messages": [*turns(("user", "Weather?")), CALL, *turns(("tool", "sunny"), ("assistant", "Sunny."))]},
+]  # fmt: skip
 TEXTS = ["", " ", "\n", "\0", "<|im_end|>", "<|im_start|>", "</s>", "\ue000\ue001\ue000",
          "x" * 20_000, "é" * 300, "🙂👩🏽‍🚀", "e\u0301", "{{ 1 / 0 }}", "{% raise %}", "human", "gpt", "tool", "system",
          "assistant", "developer", "\u202eabc", "\ufeff", "\r\n\t ", "a\u2028b", "Ġ▁"]  # fmt: skip
@@ -462,9 +314,8 @@ TEXTS = ["", " ", "\n", "\0", "<|im_end|>", "<|im_start|>", "</s>", "\ue000\ue00
 
 def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
     """Read again, in another way, from the documentation: (role, text) of a row, None if unusable."""
-    roles = {"human": "user", "gpt": "assistant"} | {
-        role: role for role in ("system", "user", "assistant", "tool")
-    }
+    roles = {role: role for role in ("system", "user", "assistant", "tool")}
+    roles |= {"human": "user", "gpt": "assistant"}
     if "messages" in row or "conversations" in row:
         turns = row["messages"] if "messages" in row else row["conversations"]
         if isinstance(turns, dict):
@@ -472,9 +323,8 @@ def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
                 return None
             if len({len(part) for part in turns.values()}) > 1:
                 return None
-            turns = [
-                dict(zip(turns, part, strict=True)) for part in zip(*turns.values(), strict=True)
-            ]
+            columns = zip(*turns.values(), strict=True)
+            turns = [dict(zip(turns, part, strict=True)) for part in columns]
     else:
         turns = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -498,7 +348,7 @@ def turns_found(row: dict[str, Any]) -> list[tuple[str, str]] | None:
 
 def spaceless(text: bytes) -> bytes:
     """Some pre-tokenizers and added tokens add or swallow spaces, as these are said to."""
-    return text.replace(b" ", b"").replace(b"\n", b"").replace(b"\t", b"").replace(b"\r", b"")
+    return text.translate(None, b" \n\t\r")
 
 
 def lost(tokenizer: Any, text: bytes) -> bool:
@@ -507,30 +357,29 @@ def lost(tokenizer: Any, text: bytes) -> bool:
 
     for c in set(text.decode()) - set(" \n\r\t"):
         ids = tokenizer(c, add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id not in ids and c.encode() not in b"".join(
-            token_bytes(tokenizer, ids)
-        ):
+        kept = tokenizer.unk_token_id in ids or c.encode() in b"".join(token_bytes(tokenizer, ids))
+        if not kept:
             return True
     return False
 
 
-def check_renderings(renderer: Any, conversations: list[Any]) -> str | None:
-    """What is wrong with how conversations are rendered, by the texts and the tokens' bytes."""
+def check_renderings(renderer: Any, conversations: list[Any]) -> None:
+    """Compare how conversations are rendered with the texts and the tokens' bytes."""
     from fusechat_distill.text.tokens import token_bytes
 
     for conversation, rendering in zip(conversations, renderer(conversations), strict=True):
         for response in rendering.responses:
             message = conversation.messages[response.turn]
             if message.role != "assistant":
-                return f"turn {response.turn} of {conversation.messages!r} is no answer"
+                raise Wrong(f"turn {response.turn} of {conversation.messages!r} is no answer")
             answer = message.content.encode()
             if answer[: response.begin].strip() or answer[response.end :].strip():
-                return f"more than white space is cut from {answer!r}"
+                raise Wrong(f"more than white space is cut from {answer!r}")
             ids = rendering.input_ids[response.tokens()]
             ends = response.ends
             known = [int(i) for i in (ends >= 0).nonzero()[0]]
             if list(ends[known]) != sorted(ends[known]) or any(ends[known] > response.end):
-                return f"ends {ends} of {answer!r}"
+                raise Wrong(f"ends {ends} of {answer!r}")
             if renderer.tokenizer.backend_tokenizer.normalizer is not None:
                 continue
             if response.begin < response.end and (not known or ends[known[-1]] != response.end):
@@ -538,8 +387,7 @@ def check_renderings(renderer: Any, conversations: list[Any]) -> str | None:
             joined = b"".join(token_bytes(renderer.tokenizer, ids[: known[-1] + 1].tolist()))
             expected = response.pending + answer[response.begin : response.end]
             if spaceless(joined) != spaceless(expected) and not lost(renderer.tokenizer, expected):
-                return f"tokens {joined!r} of {response.pending!r} + {answer!r}"
-    return None
+                raise Wrong(f"tokens {joined!r} of {response.pending!r} + {answer!r}")
 
 
 def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
@@ -558,32 +406,26 @@ def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         Renderer(chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], chain.CHATML)),
         Renderer(chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)),
     ]
-    tally = Tally(TITLE, "rows of conversations with values, keys, turns, roles and types changed")
-    usable = 0
-    for case in range(times(30_000, scale)):
-        chance = random.Random(f"{seed}/{case}")
-        row = mutated(chance.choice(CHATS), chance, [*JUNK, *TEXTS, *CHATS])
+    junk = [*JUNK, *TEXTS, *CHATS]
+
+    def case(number: int, chance: random.Random) -> str:
+        row = damage.plain(damage.changed_tree(chance.choice(CHATS), chance, junk))
+        if not isinstance(row, dict) or not {"messages", "conversations"} & set(row):
+            row = {"prompt": None, "completion": None} | (row if isinstance(row, dict) else {})
+        expected = turns_found(row)
         try:
-            if not isinstance(row, dict) or not {"messages", "conversations"} & set(row):
-                row = {"prompt": None, "completion": None} | (row if isinstance(row, dict) else {})
-            expected = turns_found(row)
-            try:
-                found = _messages(_turns(row, _layout(list(map(str, row)), None)[1]))
-            except (_UnusableError, ValueError) as error:
-                found, problem = None, None if str(error).strip() else "no reason is given"
-            else:
-                usable += 1
-                problem = check_renderings(
-                    chance.choice(renderers), [Conversation(_key(found), 0, found)]
-                )
-            if (found and [tuple(m) for m in found]) != expected:
-                problem = f"read as {found!r}, expected {expected!r}"
-        except Exception as error:
-            problem = repr(error)
-        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure(
-        f"{usable:,} usable ones rendered, their tokens' bytes compared with the text"
-    )
+            found = _messages(_turns(row, _layout(list(map(str, row)), None)[1]))
+        except (_UnusableError, ValueError) as error:
+            if not str(error).strip() or expected is not None:
+                raise Wrong(f"refused with {str(error)!r}, expected {expected!r}") from error
+            return "refused"
+        if [tuple(message) for message in found] != expected:
+            raise Wrong(f"read as {found!r}, expected {expected!r}")
+        check_renderings(chance.choice(renderers), [Conversation(_key(found), 0, found)])
+        return "rendered, their tokens' bytes compared with the text"
+
+    what = "rows of conversations with values, keys, turns, roles and types changed"
+    yield Figure(TITLE, what).try_all(case, scaled(40_000, scale), seed)
 
 
 def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
@@ -606,13 +448,9 @@ def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
     }
 
 
-JSON_FRAGMENTS = [
-    *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"1e999", b"NaN", b"\\ud800", b"\\u0000", b"\xff"),
-    *(b"\n", b"\n\n", b"\0", b"\xef\xbb\xbf", b"[" * 2000, b'{"a":' * 600, b'"role"', b'"assistant"', b"9" * 400),
-]  # fmt: skip
-
-
 def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
+    import logging
+
     import datasets
 
     from fusechat_common.errors import RequestError
@@ -622,50 +460,29 @@ def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     datasets.config.HF_DATASETS_CACHE = work / "cache"
     files = dataset_files(work, random.Random(seed))
 
-    def batch(cases: list[int]) -> list[Any]:
-        import logging
-
+    def case(number: int, chance: random.Random) -> str:
         logging.disable(logging.CRITICAL)
-        found = []
-        for case in cases:
-            chance = random.Random(f"{seed}/{case}")
-            kind = chance.choice(list(files))
-            raw = damaged(files[kind], chance, JSON_FRAGMENTS)
-            path = work / f"case-{case}.{kind}"
-            path.write_bytes(raw)
-            try:
-                conversations = open_conversations(str(path))
-                read = conversations[:]
-                fine = bool(read) and all(
-                    m.content.encode() is not None for c in read for m in c.messages
-                )
-                result = "read"
-            except RequestError as error:
-                fine = str(path) in str(error) and "\n" not in str(error)
-                result = "refused" if fine else f"refused: {error}"
-            except BaseException as error:
-                fine, result = False, repr(error)[:200]
-            if not fine:
-                keep(work, path.name, raw)
+        kind = chance.choice(list(files))
+        path = work / f"case-{number}.{kind}"
+        path.write_bytes(damage.changed_bytes(files[kind], chance, damage.JSON_FRAGMENTS))
+        try:
+            conversations = open_conversations(str(path))[:]
+        except RequestError as error:
+            if str(path) not in str(error) or "\n" in str(error):
+                raise Wrong(f"refused: {error}") from error
+            return "refused by a line that names the file"
+        finally:
             path.unlink()
-            found.append([case, kind, result, fine])
-        return found
+        if not conversations:
+            raise Wrong("read without a conversation")
+        for conversation in conversations:
+            for message in conversation.messages:
+                message.content.encode()
+        return "read"
 
-    tally = Tally(TITLE, "dataset files (JSONL, JSON, Parquet, Arrow, CSV) with bytes changed")
-    read = 0
-    cases = list(range(times(1500, scale)))
-    for start in range(0, len(cases), 100):
-        found = forked(lambda start=start: batch(cases[start : start + 100]))
-        if isinstance(found, str):  # the process died
-            tally.count(False, f"seed {seed}, cases from {start}: {found}")
-            continue
-        for case, kind, result, fine in found:
-            read += result == "read"
-            tally.count(fine, f"seed {seed}, case {case}, {kind}: {result}")
-    yield tally.figure(f"{read:,} read, the others refused by a line that names the file")
+    what = "dataset files (JSONL, JSON, Parquet, Arrow, CSV) with bytes changed"
+    yield Figure(TITLE, what).try_all(case, scaled(1500, scale), seed)
 
-
-# ------------------------------------------------------------------------ templates and tokenizers
 
 TEMPLATES = {
     "trims": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}",
@@ -734,49 +551,39 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     tokenizer = chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)
     conversations = conversations_to_render()
 
-    def outcome(template: str) -> str | None:
-        started = time.process_time()
+    def tried(template: str) -> str:
         try:
             with contextlib.chdir(work):
-                problem = check_renderings(Renderer(tokenizer, template), conversations)
+                check_renderings(Renderer(tokenizer, template), conversations)
         except RequestError:
-            problem = None
-        except Exception as error:
-            problem = repr(error)
+            ended = "refused with a reason"
+        else:
+            ended = "rendered, answers found byte for byte or left out"
         if (work / "HARMED").exists():
-            return "it ran a command"
-        if (seconds := time.process_time() - started) > SLOWEST:
-            return f"took {seconds:.1f} s"
-        return problem
+            raise Wrong("it ran a command")
+        return ended
 
-    tally = Tally(
-        TITLE, "chat templates that trim, reorder, merge, raise, or try to leave their sandbox"
-    )
-    for name, template in TEMPLATES.items():
-        problem = outcome(template)
-        tally.count(problem is None, f"{name}: {problem}")
-    yield tally.figure("answers found byte for byte or left out, with a reason; nothing is run")
-
-    tally = Tally(TITLE, "chat templates with bytes changed")
-    fragments = [
-        b"{{",
-        b"}}",
-        b"{%",
-        b"%}",
-        b" | trim",
-        b"{% endfor %}",
-        b"{{ 1/0 }}",
-        b"-%}",
-        b"</s>",
-        b"[-1]",
-    ]
+    named = list(TEMPLATES.items())
+    fragments = [b"{{", b"}}", b"{%", b"%}", b" | trim", b"{% endfor %}", b"{{ 1/0 }}", b"-%}"]
+    fragments += [b"</s>", b"[-1]"]
     known = [t for t in (*TEMPLATES.values(), chain.CHATML, chain.PLAIN) if "10 **" not in t]
-    for case in range(times(3000, scale)):
-        chance = random.Random(f"{seed}/{case}")
-        raw = damaged(chance.choice(known).encode(), chance, fragments)
-        problem = outcome(raw.decode(errors="replace"))
-        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure("rendered byte for byte, or refused with a reason")
+
+    def by_name(number: int, chance: random.Random) -> str:
+        name, template = named[number]
+        try:
+            return tried(template)
+        except Exception as error:
+            raise Wrong(f"{name}: {error!r}") from error
+
+    def changed(number: int, chance: random.Random) -> str:
+        raw = damage.changed_bytes(chance.choice(known).encode(), chance, fragments)
+        return tried(raw.decode(errors="replace"))
+
+    what = "chat templates that trim, reorder, merge, raise, or try to leave their sandbox"
+    figure = Figure(TITLE, what, "{kinds}; nothing is run")
+    yield figure.try_all(by_name, len(named), seed, cpu_limit=SLOWEST)
+    figure = Figure(TITLE, "chat templates with bytes changed")
+    yield figure.try_all(changed, scaled(3000, scale), seed, cpu_limit=SLOWEST)
 
 
 def random_tokenizer(chance: random.Random) -> Any:
@@ -785,72 +592,35 @@ def random_tokenizer(chance: random.Random) -> Any:
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
     specials = [AddedToken(t, special=True) for t in ("</s>", "<s>", "<unk>")]
-    pre = chance.choice(
-        [
-            None,
-            *(
-                pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r)
-                for p in (False, True)
-                for r in (False, True)
-            ),
-            *(
-                pre_tokenizers.Metaspace(prepend_scheme=s, split=p)
-                for s in ("first", "always", "never")
-                for p in (False, True)
-            ),
-            pre_tokenizers.Whitespace(),
-            pre_tokenizers.Sequence(
-                [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            ),
-            pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]),
-        ]
-    )
+    both = (False, True)
+    plain_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pre = chance.choice([
+        None, pre_tokenizers.Whitespace(),
+        *(pre_tokenizers.ByteLevel(add_prefix_space=p, use_regex=r) for p in both for r in both),
+        *(pre_tokenizers.Metaspace(prepend_scheme=s, split=p) for s in ("first", "always", "never") for p in both),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), plain_bytes]),
+        pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]),
+    ])  # fmt: skip
     space = normalizers.Replace(" ", "▁")
-    normalizer = chance.choice(
-        [
-            None,
-            None,
-            None,
-            normalizers.NFC(),
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            space,
-            normalizers.Strip(),
-            normalizers.StripAccents(),
-            normalizers.Sequence([normalizers.Prepend("▁"), space]),
-            normalizers.ByteLevel(),
-            normalizers.Replace("\n", " "),
-            normalizers.Prepend("x"),
-        ]
-    )
+    normalizer = chance.choice([
+        None, None, None, space, normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase(),
+        normalizers.Strip(), normalizers.StripAccents(), normalizers.ByteLevel(),
+        normalizers.Sequence([normalizers.Prepend("▁"), space]),
+        normalizers.Replace("\n", " "), normalizers.Prepend("x"),
+    ])  # fmt: skip
     replace = decoders.Replace("▁", " ")
-    fitting: list[Any] = (
-        [decoders.ByteLevel()]
-        if "ByteLevel" in repr(pre)
-        else [
-            decoders.Metaspace(),
-            decoders.Sequence(
-                [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-            ),
-        ]
-    )
-    decoder = chance.choice(
-        fitting * 4
-        + [
-            None,
-            decoders.ByteLevel(),
-            decoders.Metaspace(),
-            decoders.WordPiece(),
-            decoders.BPEDecoder(),
-            decoders.Fuse(),
-            replace,
-            decoders.CTC(),
-        ]
-    )
+    fallback = [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fitting: list[Any] = [decoders.Metaspace(), decoders.Sequence(fallback)]
+    if "ByteLevel" in repr(pre):
+        fitting = [decoders.ByteLevel()]
+    decoder = chance.choice([
+        *fitting * 4, None, decoders.ByteLevel(), decoders.Metaspace(), decoders.WordPiece(),
+        decoders.BPEDecoder(), decoders.Fuse(), replace, decoders.CTC(),
+    ])  # fmt: skip
     kind = chance.choice(["BPE", "BPE", "BPE", "Unigram", "WordPiece", "WordLevel"])
-    alphabet = (
-        pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(pre) + repr(normalizer) else []
-    )
+    alphabet = []
+    if "ByteLevel" in repr(pre) + repr(normalizer):
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     model, trainer = {
         "BPE": lambda: (
             models.BPE(unk_token=chance.choice([None, "<unk>"]), byte_fallback=chance.random() < 0.3, fuse_unk=chance.random() < 0.5),
@@ -871,52 +641,35 @@ def random_tokenizer(chance: random.Random) -> Any:
     backend.train_from_iterator(
         [*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer
     )
+    texts = [*("  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2"), *("<0x41>", "cat sat", "[user]", "🙂")]  # fmt: skip
     for _ in range(chance.randint(0, 4)):
-        text = chance.choice(
-            [
-                "  ",
-                "\n\n",
-                "Hello",
-                " the",
-                "<|x|>",
-                "▁▁",
-                "2+2",
-                "<0x41>",
-                "cat sat",
-                "[user]",
-                "🙂",
-            ]
-        )
-        flags = {
-            name: chance.random() < 0.3
-            for name in ("lstrip", "rstrip", "single_word", "normalized")
-        }
-        token = AddedToken(text, special=chance.random() < 0.3, **flags)
+        names = ("lstrip", "rstrip", "single_word", "normalized")
+        flags = {name: chance.random() < 0.3 for name in names}
+        token = AddedToken(chance.choice(texts), special=chance.random() < 0.3, **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return backend
 
 
-def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
-    """What is wrong with the tokens' bytes and ends, by the text and the library's own offsets."""
+def check_tokens(tokenizer: Any, texts: list[str]) -> None:
+    """Compare the tokens' bytes and ends with the text and the library's own offsets."""
     from fusechat_distill.text.tokens import byte_offsets, token_bytes, tokenize
 
-    plain = tokenizer.backend_tokenizer.normalizer is None
+    unchanged = tokenizer.backend_tokenizer.normalizer is None
     for text, found in zip(texts, tokenize(tokenizer, texts), strict=True):
         raw, at = text.encode(), byte_offsets(text)
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = encoded["offset_mapping"]
         pieces = token_bytes(tokenizer, found.ids.tolist())
         known = [i for i in range(len(found.ids)) if found.ends[i] >= 0]
         ends = [int(found.ends[i]) for i in known]
         if ends != sorted(ends) or any(end > len(raw) for end in ends):
-            return f"{text!r}: ends {ends}"
+            raise Wrong(f"{text!r}: ends {ends}")
         for i in known:
             following = [a for a, b in spans[i + 1 :] if a > spans[i][0]]
             last = at[following[0]] if following else len(raw)
             if not at[spans[i][0]] <= found.ends[i] <= max(last, at[spans[i][1]]):
-                return f"{text!r}: token {i} ends at {found.ends[i]}, its characters are {spans[i]}"
-        if not plain or "▁" in text:  # which these tokenizers write for a space
+                raise Wrong(f"{text!r}: token {i} of {spans[i]} ends at {found.ends[i]}")
+        if not unchanged or "▁" in text:  # which these tokenizers write for a space
             continue
         if not any(found.special) and known == list(range(len(found.ids))):
             if lost(tokenizer, raw):
@@ -924,96 +677,77 @@ def check_tokens(tokenizer: Any, texts: list[str]) -> str | None:
             for i, end in enumerate(found.ends):
                 before = b"".join(pieces[: i + 1])
                 if spaceless(before) != spaceless(raw[:end]):
-                    return f"{text!r}: up to byte {end} are the tokens {before!r}"
-    return None
+                    raise Wrong(f"{text!r}: up to byte {end} are the tokens {before!r}")
 
 
 def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     from transformers import PreTrainedTokenizerFast
 
     from fusechat_common.errors import RequestError
+    from fusechat_distill.inputs.models import open_model
+    from fusechat_distill.recipe.schema import Model
     from fusechat_distill.text.conversations import Renderer
     from tests.support import chain
 
     conversations = conversations_to_render()
-    usable = [t for t in TEXTS if len(t) < 400 and t]
-    texts = [
-        *usable,
-        *(t for chat in CHATS_TO_RENDER for _, t in chat),
+    texts = [t for t in TEXTS if 0 < len(t) < 400]
+    texts += [t for chat in CHATS_TO_RENDER for _, t in chat] + [
         "the cat </s> the  mat<s>",
         "<0x41>",
     ]
 
-    def outcome(backend: Any) -> tuple[str, str | None]:
+    def put_together(number: int, chance: random.Random) -> str:
+        try:
+            backend = random_tokenizer(chance)
+        except BaseException:  # some parts the library itself refuses, some make it panic
+            return "refused by the tokenizers library"
         try:
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
             )
             renderer = Renderer(tokenizer, chain.PLAIN)
-            return "read", check_tokens(tokenizer, texts) or check_renderings(
-                renderer, conversations
-            )
+            check_tokens(tokenizer, texts)
+            check_renderings(renderer, conversations)
         except RequestError:
-            return "refused", None
-        except BaseException as error:
-            return "raised", repr(error)
+            return "refused"
+        return "read, bytes and ends of all tokens checked"
 
-    tally = Tally(TITLE, "tokenizers of parts put together by chance")
-    read = 0
-    for case in range(times(1000, scale)):
-        chance = random.Random(f"{seed}/{case}")
-        try:
-            backend = random_tokenizer(chance)
-        except BaseException:  # the library itself won't have it
-            continue
-        result, problem = outcome(backend)
-        read += result == "read"
-        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure(f"{read:,} read, bytes and ends of all tokens checked; the others refused")
-
-    from fusechat_distill.inputs.models import open_model
-    from fusechat_distill.recipe.schema import Model
+    figure = Figure(TITLE, "tokenizers of parts put together by chance")
+    yield figure.try_all(put_together, scaled(1000, scale), seed)
 
     chain.save_models(work)
-    folder = work / "pivot"
-    whole = json.loads((folder / "tokenizer.json").read_text())
-    tally = Tally(TITLE, "tokenizer.json with values, keys and bytes changed")
-    read = 0
-    for case in range(times(600, scale)):
-        chance = random.Random(f"{seed}/json/{case}")
+    whole = json.loads((work / "pivot" / "tokenizer.json").read_text())
+    shallow = whole | {"model": whole["model"] | {"vocab": {}, "merges": []}}
+
+    def changed(number: int, chance: random.Random) -> str:
+        folder = own_copy(work / "pivot")
         if chance.random() < 0.7:
-            shallow = {k: v for k, v in whole.items() if k != "model"} | {
-                "model": whole["model"] | {"vocab": {}, "merges": []}
-            }
-            changed = mutated(shallow, chance, JUNK)
-            if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
+            data = damage.plain(damage.changed_tree(shallow, chance, JUNK))
+            if isinstance(data, dict) and isinstance(data.get("model"), dict):
                 for name in ("vocab", "merges"):
-                    if changed["model"].get(name) in ({}, []):
-                        changed["model"][name] = whole["model"][name]
-            raw = json.dumps(changed, default=str).encode()
+                    if data["model"].get(name) in ({}, []):
+                        data["model"][name] = whole["model"][name]
+            raw = json.dumps(data, default=str).encode()
         else:
-            raw = damaged((json.dumps(whole)).encode(), chance, JSON_FRAGMENTS)
+            raw = damage.changed_bytes(json.dumps(whole).encode(), chance, damage.JSON_FRAGMENTS)
         (folder / "tokenizer.json").write_bytes(raw)
         try:
             files = open_model(Model(model=str(folder)))
             Renderer(files.tokenizer)(conversations)
-            problem = check_tokens(files.tokenizer, texts)
-            read += 1
+            check_tokens(files.tokenizer, texts)
         except RequestError:
-            problem = None
-        except BaseException as error:
-            problem = repr(error)
-        if problem:
-            keep(work, f"tokenizer-{case}.json", raw)
-        tally.count(problem is None, f"seed {seed}, case {case}: {problem}")
-    yield tally.figure(f"{read:,} read, the others refused")
+            return "refused"
+        return "read"
+
+    figure = Figure(TITLE, "tokenizer.json with values, keys and bytes changed")
+    yield figure.try_all(changed, scaled(600, scale), seed)
 
 
-SECTIONS: list[tuple[str, Section]] = [
-    ("fuzz-recipes", fuzz_recipes),
-    ("fuzz-rows", fuzz_rows),
-    ("fuzz-datasets", fuzz_datasets),
-    ("fuzz-shards", fuzz_shards),
-    ("fuzz-templates", fuzz_templates),
-    ("fuzz-tokenizers", fuzz_tokenizers),
-]
+SECTIONS: dict[str, Section] = {
+    "fuzz-recipes": fuzz_recipes,
+    "fuzz-rows": fuzz_rows,
+    "fuzz-datasets": fuzz_datasets,
+    "fuzz-shards": fuzz_shards,
+    "fuzz-templates": fuzz_templates,
+    "fuzz-tokenizers": fuzz_tokenizers,
+}

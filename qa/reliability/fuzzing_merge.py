@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,35 +14,21 @@ from click.testing import CliRunner
 
 from fusechat_merge.cli import main
 from fusechat_merge.inputs.checkpoint import CheckpointError
-from qa.reliability.figure import Figure, Section, Tally, times
+from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
 from qa.reliability.models import BF16, adapter, configuration, with_tokenizer
-from qa.reliability.mutation import JSON_LITERALS, Pairs, damage_text, damage_tree, dump, parsed
-from qa.reliability.trying import Wrong, in_words, sweep
-from tests.merge.inputs.test_fuzz_headers import built, check, damage, locations
+from tests.merge.inputs.test_fuzz_headers import built, check, locations
+from tests.support import damage
 from tests.support.checkpoints import llama_family as family
 
 INPUTS = "Bad inputs of a merge"
 ROOT = Path(__file__).parents[2]
-YAML_LITERALS = [
-    *JSON_LITERALS, "!!python/object/apply:os.system ['touch /tmp/pwned']", "!!python/name:os.system",
-    "!!python/object/new:os.system [touch x]", "!!int x", "!!float x", "!!bool x", "!!timestamp x",
-    "!!binary '*'", "!!set {a}", "!!omap [a]", "!!pairs [[a]]", "!!null x", "!x y", "2024-13-45",
-    "2024-01-01", "2001-12-14t21:59:43.10-25:00", "1:60:70", "0o9", "0b2", "1_000", ".inf", "-.inf",
-    ".nan", "~", "yes", "&a [*a]", "*missing", "<<: 3", "{<<: [1]}", "{? [a] : b}", "{? {a: b} : c}",
-    "|", "@", "`", "%", "--- a", "...",
-    "[&x0 [a,a,a,a,a,a,a,a,a], &x1 [*x0,*x0,*x0,*x0,*x0,*x0,*x0,*x0,*x0],"
-    " &x2 [*x1,*x1,*x1,*x1,*x1,*x1,*x1,*x1,*x1], &x3 [*x2,*x2,*x2,*x2,*x2,*x2,*x2,*x2,*x2],"
-    " &x4 [*x3,*x3,*x3,*x3,*x3,*x3,*x3,*x3,*x3], &x5 [*x4,*x4,*x4,*x4,*x4,*x4,*x4,*x4,*x4],"
-    " &x6 [*x5,*x5,*x5,*x5,*x5,*x5,*x5,*x5,*x5], &x7 [*x6,*x6,*x6,*x6,*x6,*x6,*x6,*x6,*x6],"
-    " &x8 [*x7,*x7,*x7,*x7,*x7,*x7,*x7,*x7,*x7], *x8]",
-    "varm", "fusechat_sce", "linear", "ties", "sce", "passthrough", "element", "layer", "model",
-    "square", "absolute", "paper", "fork", "bfloat16", "float32", "int8", "union", "base",
-    "{source: union}", "[{filter: mlp, value: 1}, {value: 0}]", "[0, 1]", "[[0, 1]]",
-]  # fmt: skip
-
-
-def chance_of(seed: int, number: int) -> random.Random:
-    return random.Random(f"{seed} {number}")
+# Names and values of merge YAMLs, beside those of any YAML.
+MERGE_LITERALS = [
+    *damage.YAML_LITERALS,
+    *("varm", "fusechat_sce", "linear", "ties", "sce", "passthrough", "element", "layer", "model"),
+    *("square", "absolute", "paper", "fork", "bfloat16", "float32", "int8", "union", "base"),
+    *("{source: union}", "[{filter: mlp, value: 1}, {value: 0}]", "[0, 1]", "[[0, 1]]"),
+]
 
 
 def told(*arguments: str) -> str:
@@ -69,41 +53,25 @@ def told(*arguments: str) -> str:
 
 
 def headers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    """Files whose bytes are damaged, then headers whose JSON is."""
+    """safetensors files whose bytes are damaged, then those whose header's JSON is."""
 
-    def bytes_case(number: int) -> str:
-        chance, ends = chance_of(seed, number), Counter[bool]()
-        for _ in range(1000):
-            tensors = [
-                (f"t{i}", chance.choice(["BF16", "F32", "U8"]), [chance.randrange(4)] * i)
-                for i in range(chance.randrange(4))
-            ]
-            raw = bytearray(built(tensors, chance.randrange(3)))
-            for _ in range(chance.randrange(6)):
-                damage(raw, chance)
-            ends[compared(bytes(raw))] += 1
-        return f"{ends[True]} {ends[False]}"
+    def bytes_case(number: int, chance: random.Random) -> str:
+        tensors = [
+            (f"t{i}", chance.choice(["BF16", "F32", "U8"]), [chance.randrange(4)] * i)
+            for i in range(chance.randrange(4))
+        ]
+        raw = built(tensors, chance.randrange(3))
+        return compared(damage.changed_safetensors(raw, chance, chance.randrange(6)))
 
-    tally = Tally(INPUTS, "safetensors files with damaged bytes, against safetensors itself")
-    yield thousands(tally, sweep(bytes_case, times(400, scale), tally))
+    def json_case(number: int, chance: random.Random) -> str:
+        return compared(damaged_header(chance))
 
-    def json_case(number: int) -> str:
-        chance, ends = chance_of(seed, number), Counter[bool]()
-        for _ in range(1000):
-            ends[compared(damaged_header(chance))] += 1
-        return f"{ends[True]} {ends[False]}"
-
-    tally = Tally(INPUTS, "safetensors headers with damaged JSON, against safetensors itself")
-    yield thousands(tally, sweep(json_case, times(150, scale), tally))
-
-
-def thousands(tally: Tally, kinds: Counter[str]) -> Figure:
-    """A tally of batches of a thousand as one of files."""
-    read = sum(int(kind.split()[0]) * count for kind, count in kinds.items())
-    refused = sum(int(kind.split()[1]) * count for kind, count in kinds.items())
-    tally.tried *= 1000
-    tally.as_expected = tally.tried - (tally.tried // 1000 - sum(kinds.values()))
-    return tally.figure(f"{read:,} read as safetensors reads them, {refused:,} refused by both")
+    for what, case, count in (
+        ("files with damaged bytes", bytes_case, 400_000),
+        ("headers with damaged JSON", json_case, 150_000),
+    ):
+        figure = Figure(INPUTS, f"safetensors {what}, against safetensors itself")
+        yield figure.try_all(case, scaled(count, scale), seed, cpu_limit=5)
 
 
 def damaged_header(chance: random.Random) -> bytes:
@@ -118,39 +86,38 @@ def damaged_header(chance: random.Random) -> bytes:
         position += size
     if chance.random() < 0.3:
         entries.insert(0, ("__metadata__", {"format": "pt"}))
-    tree = Pairs([(name, parsed(entry)) for name, entry in entries])
-    text = dump(damage_tree(tree, chance, SHORT, chance.randrange(1, 3)))
-    raw = text.encode("utf-8", "surrogatepass") + b" " * chance.choice([0, 0, 1, 7])
+    raw = damage.dumped(
+        damage.changed_tree(damage.Pairs(entries), chance, SHORT, chance.randrange(1, 3))
+    )
+    raw += b" " * chance.choice([0, 0, 1, 7])
     return len(raw).to_bytes(8, "little") + raw + bytes(position)
 
 
-SHORT = [text for text in JSON_LITERALS if len(text) < 10_000]
+SHORT = [damage.Literal(text) for text in damage.JSON_LITERALS if len(text) < 10_000]
+ANY_JSON = [damage.Literal(text) for text in damage.JSON_LITERALS]
 
 
-def compared(raw: bytes) -> bool:
+def compared(raw: bytes) -> str:
     """Whether a file is read, as safetensors reads it; refused by us alone only for a known reason.
 
     Raises:
         Wrong: otherwise.
     """
-    started = time.process_time()
     try:
-        accepted = check(raw)  # compares tensors where it is
+        if check(raw):  # compares the tensors
+            return "read as safetensors reads them"
     except Exception as error:
         raise Wrong(f"{type(error).__name__}: {error}: {raw[:300]!r}") from error
-    if time.process_time() - started > 5:
-        raise Wrong(f"took {time.process_time() - started:.0f} s: {raw[:300]!r}")
-    if not accepted:
-        try:
-            safetensors.deserialize(raw)
-        except Exception:
-            return False
-        try:
-            locations(raw)
-        except CheckpointError as error:
-            if not any(reason in str(error) for reason in STRICTER):
-                raise Wrong(f"safetensors reads it: {error}: {raw[:300]!r}") from error
-    return accepted
+    try:
+        safetensors.deserialize(raw)
+    except Exception:
+        return "refused by both"
+    try:
+        locations(raw)
+    except CheckpointError as error:
+        if not any(reason in str(error) for reason in STRICTER):
+            raise Wrong(f"safetensors reads it: {error}: {raw[:300]!r}") from error
+    return "refused by us alone, for a name that occurs twice"
 
 
 STRICTER = ("occurs twice",)
@@ -160,20 +127,19 @@ STRICTER = ("occurs twice",)
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
 
 
-def damaged(text: str, chance: random.Random, literals: list[str] = JSON_LITERALS) -> bytes:
+def damaged(text: str, chance: random.Random) -> bytes:
     """A JSON document damaged as a tree or, one time in five, byte by byte."""
     if chance.random() < 0.2:
-        return damage_text(text.encode(), chance)
-    tree = damage_tree(parsed(json.loads(text)), chance, literals, chance.choice([1, 1, 1, 2, 3]))
-    return dump(tree).encode("utf-8", "surrogatepass")
+        return damage.changed_bytes(text.encode(), chance, damage.JSON_FRAGMENTS)
+    return damage.dumped(damage.changed_tree(json.loads(text), chance, ANY_JSON))
 
 
-def planned_and_run(yml: Path, *options: str) -> str:
+def planned_and_run(yml: Path) -> str:
     """``plan``, and where nothing is in the way, ``run``."""
     out = yml.parent / f"out-{os.getpid()}"
-    ended = told("plan", str(yml), *options)
+    ended = told("plan", str(yml))
     if ended == "carried out":
-        ended = told("run", str(yml), str(out), "--threads", "1", *options)
+        ended = told("run", str(yml), str(out), "--threads", "1")
         if ended != "carried out" and out.exists():
             raise Wrong(f"{ended}, yet {out.name} is there")
     shutil.rmtree(out, ignore_errors=True)
@@ -182,12 +148,8 @@ def planned_and_run(yml: Path, *options: str) -> str:
 
 
 def documents(
-    work: Path,
-    seed: int,
-    settings: Callable[[Path], dict[str, Any]],
-    files: list[tuple[str, str]],
-    *options: str,
-) -> Callable[[int], str]:
+    work: Path, settings: Callable[[Path], dict[str, Any]], files: list[tuple[str, str]]
+) -> Callable[[int, random.Random], str]:
     """Cases in each of which one of a few JSON documents of the models is damaged.
 
     Args:
@@ -195,18 +157,15 @@ def documents(
         files: (model, name) of each document.
     """
 
-    def case(number: int) -> str:
-        here = work / str(os.getpid())
-        if not here.exists():  # one copy of the models a process
-            shutil.copytree(work / "in", here)
-            (here / "merge.yml").write_text(json.dumps(settings(here)))
-        chance = chance_of(seed, number)
+    def case(number: int, chance: random.Random) -> str:
+        here = own_copy(work / "in")
+        (here / "merge.yml").write_text(json.dumps(settings(here)))
         model, name = chance.choice(files)
         whole = (work / "in" / model / name).read_text()
         raw = damaged(whole, chance)
         (here / model / name).write_bytes(raw)
         try:
-            return planned_and_run(here / "merge.yml", *options)
+            return planned_and_run(here / "merge.yml")
         except Wrong as error:
             raise Wrong(f"{error} with {model}/{name}: {raw[:600]!r}") from None
         finally:
@@ -244,9 +203,8 @@ def model_files(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         ("adapter_config.json", 400, adapted, [("adapter", "adapter_config.json")]),
         ("tokenizer files", 250, union, [(m, n) for m in ("base", "t0") for n in tokenizers]),
     ):
-        tally = Tally(INPUTS, f"damaged {what}: plan, and run where nothing is in the way")
-        kinds = sweep(documents(work, seed, settings, files), times(count, scale), tally)
-        yield tally.figure(in_words(kinds))
+        figure = Figure(INPUTS, f"damaged {what}: plan, and run where nothing is in the way")
+        yield figure.try_all(documents(work, settings, files), scaled(count, scale), seed)
 
 
 def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:
@@ -260,16 +218,14 @@ def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         (work / "warm.yml").write_text(text)
         if planned_and_run(work / "warm.yml") != "carried out":
             raise RuntimeError(f"the undamaged configuration can't be carried out: {text}")
+    literals = [damage.Literal(text) for text in MERGE_LITERALS]
 
-    def case(number: int) -> str:
-        chance = chance_of(seed, number)
+    def case(number: int, chance: random.Random) -> str:
         text = chance.choice(texts)
         if chance.random() < 0.3:
-            raw = damage_text(text.encode(), chance)
+            raw = damage.changed_bytes(text.encode(), chance, damage.YAML_FRAGMENTS)
         else:
-            tree = parsed(yaml.safe_load(text))
-            tree = damage_tree(tree, chance, YAML_LITERALS, chance.choice([1, 1, 1, 2, 3]))
-            raw = dump(tree).encode("utf-8", "surrogatepass")
+            raw = damage.dumped(damage.changed_tree(yaml.safe_load(text), chance, literals))
         yml = work / f"merge-{os.getpid()}.yml"
         yml.write_bytes(raw)
         try:
@@ -277,8 +233,8 @@ def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         except Wrong as error:
             raise Wrong(f"{error} with {raw.decode(errors='replace')}") from None
 
-    tally = Tally(INPUTS, "damaged merge YAMLs: plan, and run where nothing is in the way")
-    yield tally.figure(in_words(sweep(case, times(1500, scale), tally)))
+    figure = Figure(INPUTS, "damaged merge YAMLs: plan, and run where nothing is in the way")
+    yield figure.try_all(case, scaled(1500, scale), seed)
 
 
 def merge_yamls(paths: list[Path]) -> list[str]:
@@ -310,8 +266,8 @@ def merge_yamls(paths: list[Path]) -> list[str]:
     return found + [yaml.safe_dump(setting) for setting in settings]
 
 
-SECTIONS: list[tuple[str, Section]] = [
-    ("fuzz-headers", headers),
-    ("fuzz-model-files", model_files),
-    ("fuzz-merge-yaml", yamls),
-]
+SECTIONS: dict[str, Section] = {
+    "fuzz-headers": headers,
+    "fuzz-model-files": model_files,
+    "fuzz-merge-yaml": yamls,
+}

@@ -1,4 +1,4 @@
-"""Merges under fire: crashes, races, memory, determinism, security."""
+"""Crashes, races, peak memory and determinism of merges."""
 
 import errno
 import gc
@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fusechat_merge.cli import main
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.passes import divide
 from fusechat_merge.planning.planner import plan
-from qa.reliability.figure import Figure, Section, Tally, times
+from qa.reliability.cases import Figure, Section, Wrong, exit_status, forked, own_copy, scaled
 from qa.reliability.models import (
     BF16,
     F16,
@@ -34,7 +35,6 @@ from qa.reliability.models import (
     with_tokenizer,
     work_of,
 )
-from qa.reliability.trying import Wrong, in_words, sweep
 from tests.support import crashing
 from tests.support.checkpoints import llama_family as family
 
@@ -120,13 +120,12 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     calm = Undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
     old = {"config.json": b"{}", "precious": b"x"}
 
-    def start(number: int) -> tuple[random.Random, str, dict[str, Any], Path]:
-        chance = random.Random(f"{seed} {number}")
+    def start(number: int) -> tuple[str, dict[str, Any], Path]:
         name = calm.names[number % len(calm.names)]
-        return chance, name, calm.settings[name], work / f"out-{os.getpid()}-{number}"
+        return name, calm.settings[name], work / f"out-{os.getpid()}-{number}"
 
-    def killed(number: int) -> str:
-        chance, name, config, out = start(number)
+    def killed(number: int, chance: random.Random) -> str:
+        name, config, out = start(number)
         over = chance.random() < 0.25
         if over:
             out.mkdir()
@@ -150,13 +149,12 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             return {"kill_at": f"{chance.choice(['before', 'after'])} {call}"}
         return {"kill_after_seconds": chance.random() * calm.seconds[name] * 1.1}
 
-    tally = Tally(CRASHES, "kill -9 at a call that changes the disk or at any time, once to thrice")
-    yield tally.figure(
-        "resumed to the same bytes: " + in_words(sweep(killed, times(300, scale), tally))
-    )
+    what = "kill -9 at a call that changes the disk or at any time, once to thrice"
+    figure = Figure(CRASHES, what, "resumed to the same bytes: {kinds}")
+    yield figure.try_all(killed, scaled(300, scale), seed)
 
-    def failed(number: int) -> str:
-        chance, name, config, out = start(number)
+    def failed(number: int, chance: random.Random) -> str:
+        name, config, out = start(number)
         code = chance.choice([errno.ENOSPC, errno.ENOSPC, errno.EDQUOT, errno.EIO])
         more: dict[str, Any] = {
             "at": chance.randrange(1, calm.calls[name] + 1),
@@ -176,14 +174,12 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         shutil.rmtree(out)
         return "told and resumed" if ended["error"] else "harmless (in tidying up, say)"
 
-    tally = Tally(CRASHES, "a disk that is full or fails, at any call, once or from then on")
-    yield tally.figure(in_words(sweep(failed, times(150, scale), tally)))
+    figure = Figure(CRASHES, "a disk that is full or fails, at any call, once or from then on")
+    yield figure.try_all(failed, scaled(150, scale), seed)
 
-    def meddled(number: int) -> str:
-        chance, name, config, out = start(number)
-        here = work / f"in-{os.getpid()}"
-        if not here.exists():
-            shutil.copytree(work / "in", here)
+    def meddled(number: int, chance: random.Random) -> str:
+        name, config, out = start(number)
+        here = own_copy(work / "in")
         config = json.loads(json.dumps(config).replace(str(work / "in"), str(here)))
         target = chance.choice([config["base_model"], *(m["model"] for m in config["models"])])
         file = chance.choice(sorted(Path(target).glob("*.safetensors")))
@@ -213,8 +209,8 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         shutil.rmtree(out)
         return "told and made right" if ended["error"] else "too late to matter"
 
-    tally = Tally(CRASHES, "a source's shard that vanishes, shrinks or changes while it is merged")
-    yield tally.figure(in_words(sweep(meddled, times(100, scale), tally)))
+    what = "a source's shard that vanishes, shrinks or changes while it is merged"
+    yield Figure(CRASHES, what).try_all(meddled, scaled(100, scale), seed)
 
 
 RACES = "Races of merges"
@@ -226,31 +222,23 @@ def together(
     """Run commands in children that all start at one moment; exit status and stderr of each."""
     folder.mkdir(exist_ok=True)
     gate, opening = os.pipe()
-    children = []
+
+    def one(command: list[str], told: Path, delay: float) -> None:
+        os.close(opening)
+        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.read(gate, 1)
+        time.sleep(delay)
+        main(command)
+
+    children = {}
     for number, command in enumerate(commands):
-        told, delay = (
-            folder / f"stderr-{number}",
-            chance.choice([0, 0, 0.02, 0.1]) * chance.random(),
-        )
-        pid = os.fork()
-        if not pid:
-            os.close(opening)
-            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            os.read(gate, 1)
-            time.sleep(delay)
-            code = 1
-            try:
-                main(command)
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append((pid, told))
+        told = folder / f"stderr-{number}"
+        delay = chance.choice([0, 0, 0.02, 0.1]) * chance.random()
+        children[told] = forked(partial(one, command, told, delay))
     os.close(gate)
     os.close(opening)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in children]
-    return [(code, told.read_text()) for code, (_, told) in zip(codes, children, strict=True)]
+    codes = [exit_status(pid) for pid in children.values()]
+    return list(zip(codes, [told.read_text() for told in children], strict=True))
 
 
 def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
@@ -263,8 +251,7 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     options = ["--memory", "8MB", "--shard-size", "40KB", "--threads", "2"]
     files = [merged_files(yml, work / f"whole{n}", options) for n, yml in enumerate(ymls)]
 
-    def one_folder(number: int) -> str:
-        chance = random.Random(f"{seed} {number}")
+    def one_folder(number: int, chance: random.Random) -> str:
         out = work / f"out-{number}"
         which = chance.choice([[0, 0], [0, 0, 0], [0, 1], [0, 1]])
         ends = together(
@@ -284,34 +271,26 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         same = "the same" if len(set(which)) == 1 else "different"
         return f"pairs or triples of {same} merges"
 
-    tally = Tally(
-        RACES, "runs in one folder at one moment: one wins, the others say so or find it done"
-    )
-    yield tally.figure(in_words(sweep(one_folder, times(90, scale), tally)))
+    what = "runs in one folder at one moment: one wins, the others say so or find it done"
+    yield Figure(RACES, what).try_all(one_folder, scaled(90, scale), seed)
 
-    def beside(number: int) -> str:
-        chance = random.Random(f"{seed} {number}")
+    def beside(number: int, chance: random.Random) -> str:
         out = work / f"read-{number}"
         shutil.copytree(work / "whole0", out)
         shard = min(name for name in files[0] if name.endswith(".safetensors"))
         allowed = [f[shard] for f in files]
-        reader = os.fork()
-        if not reader:
-            code = 0
-            try:
-                while not (work / f"stop-{number}").exists():
-                    if (out / shard).read_bytes() not in allowed:
-                        code = 3
-            except BaseException:
-                code = 4
-            finally:
-                os._exit(code)
+
+        def read() -> None:
+            while not (work / f"stop-{number}").exists():
+                if (out / shard).read_bytes() not in allowed:
+                    sys.exit(3)
+
+        reader = forked(read)
         commands = [["run", str(ymls[1]), str(out), *options, "--overwrite"]]
         commands += [["verify", str(ymls[chance.randrange(2)]), str(out)]]
         (end, other) = together(commands, chance, work / f"e{number}")
         (work / f"stop-{number}").touch()
-        code = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
-        if code:
+        if code := exit_status(reader):
             raise Wrong("a reader saw a torn file" if code == 3 else "a reader found the file gone")
         if end[0] or content(out) != files[1]:
             raise Wrong(end)
@@ -320,8 +299,8 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         shutil.rmtree(out)
         return ["verify found nothing", "verify found differences", "verify was refused"][other[0]]
 
-    tally = Tally(RACES, "run --overwrite beside a reader of OUT and beside verify")
-    yield tally.figure(in_words(sweep(beside, times(30, scale), tally)))
+    figure = Figure(RACES, "run --overwrite beside a reader of OUT and beside verify")
+    yield figure.try_all(beside, scaled(30, scale), seed)
 
 
 def merged_files(yml: Path, out: Path, options: list[str]) -> dict[str, bytes]:
@@ -349,8 +328,7 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     )  # fmt: skip
     random.Random(seed).shuffle(cases)
 
-    def case(number: int) -> str:
-        chance = random.Random(f"{seed} {number}")
+    def case(number: int, chance: random.Random) -> str:
         name, threads, memory, shards, kills = cases[number % len(cases)]
         config, out = calm.settings[name], work / f"out-{number}"
         options = {"threads": threads, "memory": memory, "shard_size": shard_sizes[shards]}
@@ -364,10 +342,11 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         return f"{name}: {digest(tensors(found))}"
 
     what = "threads 1, 2, 3, 5; four budgets; one shard or many; none, one or two kills"
-    tally = Tally("Determinism of a merge", f"every file the same bytes: {what}")
-    kinds = sweep(case, times(200, scale), tally)
-    configurations = len({kind.split(":")[0] for kind in kinds})
-    yield tally.figure(f"{configurations} configurations, {len(kinds)} distinct sets of tensors")
+    figure = Figure("Determinism of a merge", f"every file the same bytes: {what}")
+    figure.try_all(case, scaled(200, scale), seed)
+    configurations = len({kind.split(":")[0] for kind in figure.kinds})
+    figure.note = f"{configurations} configurations, {len(figure.kinds)} distinct sets of tensors"
+    yield figure
 
 
 def tensors(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -391,8 +370,7 @@ def memory(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     if not Path("/proc/self/clear_refs").exists():
         return
 
-    def case(number: int) -> str:
-        chance = random.Random(f"{seed} {number}")
+    def case(number: int, chance: random.Random) -> str:
         folder = work / f"plan-{number}"
         config = random_merge(folder, chance)
         budget = int(2 ** chance.uniform(22, 28))
@@ -402,36 +380,32 @@ def memory(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         except ValueError as error:  # the least that it names has to do
             budget = int(re.search(r"(\d+)MiB", str(error))[1]) << 20
         merged = folder / "out"
-        answer, back = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                gc.collect()
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-                before = status("VmRSS")
-                merge(config, merged, memory=budget, threads=threads)
-                os.write(back, str(status("VmHWM") - before).encode())
-            finally:
-                os._exit(0)
-        os.close(back)
-        with os.fdopen(answer) as pipe:
-            grown = int(pipe.read() or -1)
-        os.waitpid(pid, 0)
-        if grown < 0:
+        answer = folder / "grown"
+
+        def measured() -> None:
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            before = status("VmRSS")
+            merge(config, merged, memory=budget, threads=threads)
+            answer.write_text(str(status("VmHWM") - before))
+
+        if exit_status(forked(measured)):
             raise Wrong("the merge failed")
+        grown = int(answer.read_text())
         shutil.rmtree(folder)
         if grown > budget + MARGIN:
             raise Wrong(f"{grown >> 20} MiB with --memory {budget >> 20}MiB: {config}")
         return f"{budget} {grown}"
 
-    tally = Tally(
+    figure = Figure(
         "Peak memory against the budget",
         f"random merges: peak above a trivial merge's, at most --memory + {MARGIN >> 20} MiB",
     )
-    kinds = sweep(case, times(50, scale), tally, limit=120)
-    points = tuple(sorted(tuple(map(int, kind.split())) for kind in kinds))
-    worst = max((grown - budget for budget, grown in points), default=0)
-    yield tally.figure(f"at the worst {worst / (1 << 20):+.0f} MiB off --memory", points)
+    figure.try_all(case, scaled(50, scale), seed, limit=120)
+    figure.points = tuple(sorted(tuple(map(int, kind.split())) for kind in figure.kinds))
+    worst = max((grown - budget for budget, grown in figure.points), default=0)
+    figure.note = f"at the worst {worst / (1 << 20):+.0f} MiB off --memory"
+    yield figure
 
 
 def status(key: str) -> int:
@@ -469,9 +443,9 @@ def random_merge(folder: Path, chance: random.Random) -> dict[str, Any]:
     return configuration([base, *targets], parameters=parameters, **settings)
 
 
-SECTIONS: list[tuple[str, Section]] = [
-    ("crashes-merge", crashes),
-    ("races-merge", races),
-    ("memory-merge", memory),
-    ("determinism-merge", determinism),
-]
+SECTIONS: dict[str, Section] = {
+    "crashes-merge": crashes,
+    "races-merge": races,
+    "memory-merge": memory,
+    "determinism-merge": determinism,
+}

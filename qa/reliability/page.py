@@ -1,87 +1,84 @@
-"""Figures as a page: docs/reliability.md, docs/reliability.json and the picture of memory."""
+"""Writes figures as docs/reliability.md, with the picture of memory, or as lines for a terminal."""
 
-import json
 import platform
-from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from qa.reliability.figure import Figure
+from qa.reliability.cases import Figure
 
 MIB = 1 << 20
-PICTURE = Path("pictures") / "reliability_memory.png"
+PICTURE = "pictures/reliability_memory.png"
+PACKAGES = ("torch", "safetensors", "mergekit", "transformers", "trl", "pyarrow")
+PAGE = """\
+# Reliability
 
-NOT_HERE = """## Not measured here
+{tried:,} cases tried in {minutes:.0f} minutes; {fine:,} ended as they should, {wrong:,} did not.
+
+`make reliability` makes this page again, `python -m qa.reliability.run --scale 10` one with ten times the cases. \
+This one: scale {scale:g}, seed {seed}, {environment}.
+
+{sections}
+## Not measured here
 
 Known vulnerabilities of the dependencies: `pip-audit -r constraints.txt --no-deps --disable-pip`
-looks them up, which needs its service on the network."""
+looks them up, which needs its service on the network.
+"""
 
 
 def write(docs: Path, figures: list[Figure], scale: float, seed: int) -> None:
     (docs / PICTURE).parent.mkdir(parents=True, exist_ok=True)
-    points = [point for figure in figures for point in figure.points]
-    if points:
-        draw(points, docs / PICTURE)
-    (docs / "reliability.md").write_text(markdown(figures, scale, seed, bool(points)))
-    record = {
-        "scale": scale,
-        "seed": seed,
-        "environment": environment(),
-        "figures": [asdict(figure) for figure in figures],
-    }
-    (docs / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
+    for figure in figures:
+        if figure.points:
+            draw(figure.points, docs / PICTURE)
+    tried, fine = (sum(getattr(f, name) for f in figures) for name in ("tried", "as_expected"))
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    titles = dict.fromkeys(figure.section for figure in figures)
+    content = PAGE.format(
+        tried=tried,
+        fine=fine,
+        wrong=tried - fine,
+        minutes=sum(figure.seconds for figure in figures) / 60,
+        scale=scale,
+        seed=seed,
+        environment=", ".join(
+            [f"Python {platform.python_version()}", f"system {platform.system()}", *versions]
+        ),
+        sections="".join(section(t, [f for f in figures if f.section == t]) for t in titles),
+    )
+    (docs / "reliability.md").write_text(content, encoding="utf-8")
 
 
-def environment() -> dict[str, str]:
-    packages = ("torch", "safetensors", "mergekit", "transformers", "trl", "pyarrow")
-    return {"Python": platform.python_version(), "system": platform.system()} | {
-        name: version(name) for name in packages
-    }
-
-
-def markdown(figures: list[Figure], scale: float, seed: int, picture: bool) -> str:
-    tried = sum(figure.tried for figure in figures)
-    fine = sum(figure.as_expected for figure in figures)
-    minutes = sum(figure.seconds for figure in figures) / 60
-    lines = [
-        "# Reliability",
-        "",
-        f"{tried:,} cases tried in {minutes:.0f} minutes; {fine:,} went as they should, "
-        f"{tried - fine:,} did not.",
-        "",
-        "`make reliability` makes this page again, "
-        "`python -m qa.reliability.run --scale 10` one with ten times the cases. "
-        f"This one: scale {scale:g}, seed {seed}, "
-        + ", ".join(f"{name} {value}" for name, value in environment().items())
-        + ".",
-    ]
-    for title in dict.fromkeys(figure.section for figure in figures):
-        mine = [figure for figure in figures if figure.section == title]
-        lines += ["", f"## {title}", "", "| tried | cases | as expected | seconds |"]
-        lines += ["|---|---:|---:|---:|"]
-        for figure in mine:
-            what = figure.what + (f"<br>{figure.note}" if figure.note else "")
-            lines.append(
-                f"| {cell(what)} | {figure.tried:,} | {figure.as_expected:,} | {figure.seconds:.0f} |"
-            )
-        lines.append("")
-        lines += [f"    {command}" for command in dict.fromkeys(figure.command for figure in mine)]
-        if picture and any(figure.points for figure in mine):
-            lines += ["", f"![peak memory against --memory]({PICTURE.as_posix()})"]
-        for figure in mine:
-            if figure.unexpected:
-                lines += ["", f"Not as expected in “{figure.what}”, the first:", ""]
-                lines += ["- `" + case.replace("`", "'") + "`" for case in figure.unexpected]
-    lines += ["", NOT_HERE]
+def section(title: str, figures: list[Figure]) -> str:
+    lines = [f"## {title}", "", "| tried | cases | as expected | seconds |", "|---|---:|---:|---:|"]
+    for figure in figures:
+        what = "<br>".join(filter(None, (figure.what, note_of(figure)))).replace("|", "\\|")
+        counts = f"{figure.tried:,} | {figure.as_expected:,} | {figure.seconds:.0f}"
+        lines.append(f"| {what} | {counts} |")
+    lines += ["", *(f"    {command}" for command in dict.fromkeys(f.command for f in figures)), ""]
+    if any(figure.points for figure in figures):
+        lines += [f"![peak memory against --memory]({PICTURE})", ""]
+    for figure in figures:
+        if figure.unexpected:
+            lines += [f"Not as expected in “{figure.what}”, the first:", ""]
+            lines += ["- `" + case.replace("`", "'") + "`" for case in figure.unexpected] + [""]
     return "\n".join(lines) + "\n"
 
 
-def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def note_of(figure: Figure) -> str:
+    """The figure's note with the counts put in: “3 refused, 4 resumed”."""
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(figure.kinds.items()))
+    return figure.note.replace("{kinds}", counts)
 
 
-def draw(points: Iterable[tuple[float, float]], path: Path) -> None:
+def line(figure: Figure) -> str:
+    """The figure for a terminal."""
+    counts = f"{figure.as_expected:>8,} of {figure.tried:>8,}  {figure.seconds:6.0f} s"
+    return f"{counts}  {figure.section}: {figure.what} ({note_of(figure)})" + "".join(
+        f"\n    {case}" for case in figure.unexpected
+    )
+
+
+def draw(points: tuple[tuple[float, float], ...], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,14 +93,3 @@ def draw(points: Iterable[tuple[float, float]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
-
-
-def table(figures: list[Figure]) -> str:
-    """The figures for a terminal."""
-    return "\n".join(
-        f"{figure.as_expected:>8,} of {figure.tried:>8,}  {figure.seconds:6.0f} s  "
-        f"{figure.section}: {figure.what}"
-        + (f" ({figure.note})" if figure.note else "")
-        + "".join(f"\n    {case}" for case in figure.unexpected)
-        for figure in figures
-    )

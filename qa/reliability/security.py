@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from fusechat_merge.cli import main
-from qa.reliability.figure import Figure, Section, Tally
+from qa.reliability.cases import Figure, Section
 from qa.reliability.models import (
     BF16,
     TOKENIZER_CONFIG,
@@ -96,26 +96,26 @@ def security(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     yield places(work, configuration(paths[:3]))
     if scale < 0.1:
         return
-    tally = Tally(SECURITY, "models full of pickles, archives and code of their own: none is run")
+    figure = Figure(SECURITY, "models full of pickles, archives and code of their own: none is run")
     for name, config in configs.items():
         ended = run(config, work)
-        tally.count(not ended.returncode and not mark.exists(), f"{name}: {ended.stderr[-500:]}")
+        figure.count(not ended.returncode and not mark.exists(), f"{name}: {ended.stderr[-500:]}")
         made = sorted(content(out)) if out.exists() else []
         pickled = [n for n in made if n.endswith((".bin", ".pt", ".pkl", ".pth"))]
-        tally.count(not pickled, f"{name}: the merged model holds {pickled}")
+        figure.count(not pickled, f"{name}: the merged model holds {pickled}")
         shutil.rmtree(work / "made", ignore_errors=True)
         shutil.rmtree(mark, ignore_errors=True)
     safe = paths[1] / "model.safetensors"
     safe.rename(work / "aside")
     ended = run(configuration(paths[:3]), work)
     refused = ended.returncode == 2 and "weights are pickled" in ended.stderr
-    tally.count(refused and not mark.exists(), f"pickled weights only: {ended.stderr[-500:]}")
+    figure.count(refused and not mark.exists(), f"pickled weights only: {ended.stderr[-500:]}")
     (work / "aside").rename(safe)
     run(next(iter(configs.values())), work, "--trust-remote-code")
-    tally.count(mark.exists(), "with --trust-remote-code the trap doesn't work: it proves nothing")
+    figure.count(mark.exists(), "with --trust-remote-code the trap doesn't work: it proves nothing")
     shutil.rmtree(mark, ignore_errors=True)
     shutil.rmtree(work / "made", ignore_errors=True)
-    yield tally.figure("with --trust-remote-code the same code does run, so the trap is a live one")
+    yield figure.noted("with --trust-remote-code the same code does run, so the trap is a live one")
     yield from traced(work, configs)
 
 
@@ -123,8 +123,8 @@ def traced(work: Path, configs: dict[str, Any]) -> Iterator[Figure]:
     """Every path that the program changes or opens, from the system calls."""
     if shutil.which("strace") is None:
         return
-    changed = Tally(SECURITY, "paths that a run creates, changes or renames, by strace")
-    opened = Tally(
+    changed = Figure(SECURITY, "paths that a run creates, changes or renames, by strace")
+    opened = Figure(
         SECURITY, "models' files that a run opens, by strace: no pickle, archive or code"
     )
     notes: set[str] = set()
@@ -152,8 +152,8 @@ def traced(work: Path, configs: dict[str, Any]) -> Iterator[Figure]:
             opened.count(not bad or copied, f"{name}: {path}")
         shutil.rmtree(work / "made", ignore_errors=True)
     outside = "; besides " + ", ".join(sorted(notes)) if notes else ""
-    yield changed.figure(f"all in OUT or in .OUT.partial beside it{outside}")
-    yield opened.figure(
+    yield changed.noted(f"all in OUT or in .OUT.partial beside it{outside}")
+    yield opened.noted(
         "code and archives are copied byte for byte as side files are, never opened otherwise"
     )
 
@@ -181,7 +181,7 @@ def changes_in(log: str) -> set[Path]:
 
 def places(work: Path, config: dict[str, Any]) -> Figure:
     """Names, links, tags and modes."""
-    tally = Tally(SECURITY, "names, links, YAML tags and file modes")
+    figure = Figure(SECURITY, "names, links, YAML tags and file modes")
     base, target = Path(config["base_model"]), Path(config["models"][0]["model"])
     made = work / "made" / "out"
 
@@ -193,7 +193,7 @@ def places(work: Path, config: dict[str, Any]) -> Figure:
     def refused(what: str, config: Any, message: str) -> None:
         ended = told(config)
         fine = ended.exit_code == 2 and message in ended.stderr and not (work / "made").exists()
-        tally.count(fine and "Traceback" not in ended.stderr, f"{what}: {ended.stderr[-400:]}")
+        figure.count(fine and "Traceback" not in ended.stderr, f"{what}: {ended.stderr[-400:]}")
         shutil.rmtree(work / "made", ignore_errors=True)
 
     index = target / "model.safetensors.index.json"
@@ -215,7 +215,7 @@ def places(work: Path, config: dict[str, Any]) -> Figure:
     for tag in ("!!python/object/apply:os.mkdir [%s]", "!!python/name:os.system"):
         text = tag.replace("%s", str(work / "mark"))
         refused(tag, f"merge_method: {text}", "could not determine a constructor")
-    tally.count(not (work / "mark").exists(), "a YAML tag was obeyed")
+    figure.count(not (work / "mark").exists(), "a YAML tag was obeyed")
     large = json.loads((base / "config.json").read_text()) | {"x": "x" * 101_000_000}
     plain = (base / "config.json").read_text()
     (base / "config.json").write_text(json.dumps(large))
@@ -231,13 +231,13 @@ def places(work: Path, config: dict[str, Any]) -> Figure:
             if made.exists()
             else {0o777}
         )
-        tally.count(
+        figure.count(
             not any(mode & mask for mode in modes), f"umask {mask:o}: {sorted(map(oct, modes))}"
         )
         shutil.rmtree(work / "made", ignore_errors=True)
-    return tally.figure(
+    return figure.noted(
         "links in a model are followed to weights and JSON, which are parsed, and refused for files that are copied"
     )
 
 
-SECTIONS: list[tuple[str, Section]] = [("security-merge", security)]
+SECTIONS: dict[str, Section] = {"security-merge": security}

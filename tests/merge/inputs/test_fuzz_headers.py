@@ -1,7 +1,7 @@
 """Generated and damaged safetensors files: refused with a reason or read as safetensors reads them.
 
-Run as a program it checks the given number of files more, from a seed:
-``python test_fuzz_headers.py 2000000 0``.
+As a program it checks so many files more, from a seed:
+`python -m tests.merge.inputs.test_fuzz_headers 2000000 0`.
 """
 
 import json
@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusechat_merge.inputs.checkpoint import CheckpointError, parse_header
+from tests.support.damage import changed_safetensors
 
 DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "I64": 8, "F8_E4M3": 1}
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
@@ -77,10 +78,8 @@ def test_what_is_well_formed_is_accepted(tensors, pad):
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(TENSORS, st.data())
 def test_damage_is_refused_or_harmless(tensors, data):
-    raw = bytearray(built(tensors, 0))
-    for _ in range(data.draw(st.integers(1, 4))):
-        damage(raw, random.Random(data.draw(st.integers(0, 1 << 32))))
-    check(bytes(raw))
+    chance = random.Random(data.draw(st.integers(0, 1 << 32)))
+    check(changed_safetensors(built(tensors, 0), chance, data.draw(st.integers(1, 4))))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -126,27 +125,6 @@ def test_any_bytes_are_refused_or_read(raw):
     check(raw)
 
 
-TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"-1", b"0", b"1e9", b"NaN", b"null", b"\\ud800",
-          b"99999999999999999999", b'"dtype"', b'"U8"', b'"shape"', b'"data_offsets"', b"\0"]  # fmt: skip
-
-
-def damage(raw: bytearray, chance: random.Random) -> None:
-    at = chance.randrange(len(raw) + 1)
-    kind = chance.randrange(5)
-    if kind == 0 and raw:
-        raw[at % len(raw)] ^= 1 << chance.randrange(8)
-    elif kind == 1:
-        raw[at : at + chance.randrange(6)] = chance.choice(TOKENS)
-    elif kind == 2:
-        del raw[at:]
-    elif kind == 3:
-        raw[at:at] = raw[at : at + chance.randrange(40)]
-    else:
-        raw[:8] = chance.choice([0, 1, len(raw) - 8, len(raw), 1 << 31, (1 << 64) - 1]).to_bytes(
-            8, "little", signed=False
-        ) if len(raw) >= 8 else b""  # fmt: skip
-
-
 def main(files: int, seed: int) -> None:
     chance = random.Random(seed)
     accepted = 0
@@ -155,12 +133,10 @@ def main(files: int, seed: int) -> None:
             (f"t{i}", chance.choice(sorted(DTYPES)), [chance.randrange(4) for _ in range(i)])
             for i in range(chance.randrange(4))
         ]
-        raw = bytearray(built(tensors, chance.randrange(3)))
-        for _ in range(chance.randrange(6)):
-            damage(raw, chance)
+        raw = changed_safetensors(built(tensors, chance.randrange(3)), chance, chance.randrange(6))
         started = time.monotonic()
-        accepted += check(bytes(raw))
-        assert time.monotonic() - started < 5, bytes(raw)
+        accepted += check(raw)
+        assert time.monotonic() - started < 5, raw
     print(f"{files} files, {accepted} of them well-formed")
 
 

@@ -1,0 +1,175 @@
+"""Runs many cases and counts how they ended: each `Figure` is a row of docs/reliability.md."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+MEMORY = 12 << 30
+
+
+class Wrong(Exception):
+    """A case did not end as expected; the text says what happened."""
+
+
+@dataclass
+class Figure:
+    """What was tried, how often, and how often it ended as it should.
+
+    Attributes:
+        section: the heading of the page under which it stands.
+        note: shown below `what`; `{kinds}` stands for the counts of `kinds`.
+        kinds: how many cases ended in which of the expected ways.
+        unexpected: the first cases that did not end as expected, a line each.
+        points: (budget, measured) pairs in bytes where the figure is drawn.
+        command: makes this figure again; filled in, as `seconds` is, by `run.py`.
+    """
+
+    section: str
+    what: str
+    note: str = "{kinds}"
+    tried: int = 0
+    as_expected: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    unexpected: list[str] = field(default_factory=list)
+    points: tuple[tuple[float, float], ...] = ()
+    command: str = ""
+    seconds: float = 0.0
+
+    def count(self, fine: bool, case: object) -> None:
+        """Count one case; `case` says how to repeat it and what happened, should it not be fine."""
+        self.tried += 1
+        self.as_expected += fine
+        if not fine and len(self.unexpected) < 10:
+            self.unexpected.append(" ".join(str(case).split())[:400])
+
+    def noted(self, note: str) -> "Figure":
+        """Set the note, once all cases are counted."""
+        self.note = note
+        return self
+
+    def try_all(
+        self,
+        case: Callable[[int, random.Random], str],
+        count: int,
+        seed: int,
+        limit: int = 60,
+        cpu_limit: float = 60.0,
+        workers: int = 2,
+    ) -> "Figure":
+        """Try cases 0 to `count - 1` in forked processes; one that crashes or hangs is only counted.
+
+        Args:
+            case: is given its number and random numbers of its own; returns in a word or two how it
+                ended, or raises `Wrong` (or anything else).
+            limit: seconds that a case may take; then its process is ended by SIGALRM.
+            cpu_limit: seconds of CPU time that a case may take.
+        """
+        shares = [deque(range(first, count, workers)) for first in range(workers)]
+        running = dict(_start(share, case, seed, limit, cpu_limit) for share in shares if share)
+        wrong: dict[int, str] = {}
+        while running:
+            pid, status = os.wait()
+            share, lines = running.pop(pid)
+            lines.seek(0)
+            for kind, problem in map(json.loads, lines):
+                number = share.popleft()
+                if problem is None:
+                    self.kinds[kind] += 1
+                else:
+                    wrong[number] = problem
+            if share:  # the process died in this case
+                wrong[share.popleft()] = f"ended with {os.waitstatus_to_exitcode(status)}"
+            if share:
+                running |= [_start(share, case, seed, limit, cpu_limit)]
+        for number in range(count):
+            self.count(number not in wrong, f"seed {seed}, case {number}: {wrong.get(number)}")
+        return self
+
+
+def _start(
+    share: deque[int],
+    case: Callable[[int, random.Random], str],
+    seed: int,
+    limit: int,
+    cpu_limit: float,
+) -> tuple[int, tuple[deque[int], IO[bytes]]]:
+    """A process that tries the cases of a share and writes a JSON line for each."""
+    answers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (read in `try_all`)
+
+    def work() -> None:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(nowhere, standard)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in share:
+            signal.alarm(limit)
+            began = time.process_time()
+            try:
+                kind, problem = case(number, random.Random(f"{seed} {number}")), None
+            except BaseException as error:  # panics of Rust libraries among them
+                told = (
+                    str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
+                )
+                kind, problem = "", told[:3000]
+            took = time.process_time() - began
+            if problem is None and took > cpu_limit:
+                problem = f"took {took:.1f} s of CPU time"
+            answers.write(json.dumps([kind, problem]).encode() + b"\n")
+
+    return forked(work), (share, answers)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Does `work` in a forked process, whose id is returned; see `exit_status`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def exit_status(pid: int) -> int:
+    """Waits for a child: its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def own_copy(folder: Path) -> Path:
+    """A copy of a folder for this process, beside it; made once."""
+    copy = folder.with_name(f"{folder.name}-{os.getpid()}")
+    if not copy.exists():
+        shutil.copytree(folder, copy)
+    return copy
+
+
+# work folder (fresh, empty), scale, seed -> figures, each as soon as it is known
+Section = Callable[[Path, float, int], Iterator[Figure]]
+
+
+def scaled(count: int, scale: float) -> int:
+    """How many cases of `count` at scale 1 are tried at this scale, at least one."""
+    return max(1, round(count * scale))
