@@ -272,16 +272,16 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     _quieten()
     require_matplotlib("report")
     inputs = open_inputs(recipe, trust_remote_code=trust_remote_code)
-    found = read_report(inputs)
-    paths = write_report(found, inputs.recipe.output_folder / "report")
+    content = read_report(inputs)
+    paths = write_report(content, inputs.recipe.output_folder / "report")
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(content.as_json(), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for shown in tables(found):
-        console.print(shown)
+    for table in tables(content):
+        console.print(table)
     click.echo("written: " + ", ".join(map(str, paths)))
 
 
@@ -289,7 +289,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
 @recipe_argument
 @click.option(
     "--model",
-    "further",
+    "models",
     metavar="NAME=PATH",
     multiple=True,
     help="A further checkpoint; the same NAME again: another training seed of it.",
@@ -311,7 +311,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
 @json_option
 def evaluate(
     recipe: str,
-    further: tuple[str, ...],
+    models: tuple[str, ...],
     generate: int | None,
     questions: str | None,
     trust_remote_code: bool,
@@ -335,9 +335,9 @@ def evaluate(
     Example: fusechat-distill evaluate recipe.yaml --model merged=merged
     """
     from fusechat_common.files import write_json, write_text
-    from fusechat_distill.evaluation.answers import export, markdown, side_by_side
-    from fusechat_distill.evaluation.candidates import Opening
+    from fusechat_distill.evaluation.candidates import EvaluationPlanner
     from fusechat_distill.evaluation.compare import evaluate as measure
+    from fusechat_distill.evaluation.export import export, markdown, side_by_side
     from fusechat_distill.evaluation.page import tables, write_picture
     from fusechat_distill.inputs.open import open_inputs
     from fusechat_distill.report.page import require_matplotlib
@@ -345,37 +345,37 @@ def evaluate(
 
     _quieten()
     require_matplotlib("evaluate")
-    opening = Opening(
-        further, generate=generate, questions=questions, trust_remote_code=trust_remote_code
+    planner = EvaluationPlanner(
+        models, generate=generate, questions=questions, trust_remote_code=trust_remote_code
     )
-    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=opening)
-    evaluation = opening.evaluation(inputs)
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=planner.problems)
+    plan = planner.plan(inputs)
     processes = Processes(inputs.recipe.scoring.device)
     if processes.count > 1:
         problem = "runs in one process, on all devices of the machine; start it without a launcher"
         raise RequestError([problem], "evaluate")
-    found, answers = measure(evaluation, processes, Bar(processes))
+    evaluation, answers = measure(plan, processes, Bar(processes))
     output = inputs.recipe.output_folder
     report = output / "report"
     paths = [output / "evaluation.json", report / "evaluation.png"]
     report.mkdir(exist_ok=True)
-    write_json(paths[0], found)
-    write_picture(found, paths[1])
-    if evaluation.questions is not None:
-        shown = side_by_side(evaluation.questions, answers)
+    write_json(paths[0], evaluation.as_json())
+    write_picture(evaluation, paths[1])
+    if plan.questions is not None:
+        shown = side_by_side(plan.questions, answers)
         paths += [report / "answers.json", report / "answers.md"]
-        write_json(paths[-2], shown)
+        write_json(paths[-2], shown.as_json())
         write_text(paths[-1], markdown(shown))
-        folder = output / "answers" / evaluation.questions.name
-        export(evaluation.questions, answers, folder)
+        folder = output / "answers" / plan.questions.name
+        export(plan.questions, answers, folder)
         paths.append(folder)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in tables(found):
+    for table in tables(evaluation):
         console.print(table)
     click.echo("written: " + ", ".join(map(str, paths)))
 

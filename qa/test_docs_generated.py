@@ -30,10 +30,10 @@ def _script(path: Path) -> Any:
     return module
 
 
-def test_recipe_reference_is_generated() -> None:
-    for name, content in _script(DOCS / "recipe_reference.py").pages().items():
+def test_reference_pages_are_generated() -> None:
+    for name, content in _script(DOCS / "reference.py").pages().items():
         assert (DOCS / name).read_text(encoding="utf-8") == content, (
-            f"docs/{name}: python docs/recipe_reference.py"
+            f"docs/{name}: python docs/reference.py"
         )
 
 

@@ -174,34 +174,33 @@ class Ladder:
         return self._write_recipe("evaluation", content)
 
     def measure(self, names: dict[str, list[Path]]) -> Any:
-        """Bits of each held-out answer by model: a list of `Measured`, one a checkpoint.
+        """Bits of each held-out answer by model: a list of `CheckpointBits`, one a checkpoint.
 
         Of the pivot and the sources as well; what was measured before is read.
         """
-        from fusechat_distill.evaluation.candidates import Opening
-        from fusechat_distill.evaluation.measure import load_scorer, measure
+        from fusechat_distill.evaluation.candidates import EvaluationPlanner
+        from fusechat_distill.evaluation.measure import checkpoint_bits, load_scorer
         from fusechat_distill.inputs.open import open_inputs
         from fusechat_distill.storage.processes import Processes
 
-        asked = [f"{name}={path}" for name, paths in names.items() for path in paths]
-        opening = Opening(asked)
-        inputs = open_inputs(self.evaluation_recipe(), further=opening)
-        evaluation = opening.evaluation(inputs)
+        planner = EvaluationPlanner([f"{name}={p}" for name, paths in names.items() for p in paths])
+        inputs = open_inputs(self.evaluation_recipe(), further=planner.problems)
+        plan = planner.plan(inputs)
         processes = Processes(self.scale.device)
-        found = {
-            model.name: [
-                measure(
-                    evaluation,
+        bits = {
+            candidate.name: [
+                checkpoint_bits(
+                    plan,
                     checkpoint,
-                    model.name,
-                    functools.partial(load_scorer, evaluation, checkpoint, processes),
+                    candidate.name,
+                    functools.partial(load_scorer, plan, checkpoint, processes),
                     Silent(),
                 )
-                for checkpoint in model.checkpoints
+                for checkpoint in candidate.checkpoints
             ]
-            for model in evaluation.models
+            for candidate in plan.candidates
         }
-        return evaluation.held_out, found
+        return plan.held_out, bits
 
 
 class Silent:

@@ -8,10 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fusechat_common.errors import RequestError
-from fusechat_distill.evaluation.answers import Questions, held_out_questions, read_questions
+from fusechat_distill.evaluation.questions import (
+    Questions,
+    held_out_questions,
+    read_questions,
+)
+from fusechat_distill.evaluation.schema import ALL, Role
 from fusechat_distill.fusion.stage import held_out
 from fusechat_distill.inputs.models import open_checkpoint
 from fusechat_distill.inputs.open import Inputs, OpenModel, limits, rendering_problems
@@ -29,14 +34,9 @@ GROUP_COLUMNS = ("group", "source", "domain")
 MOST_GROUPS = 24
 """A column with more values than that is no grouping (an address of each row, say)."""
 
-ALL = "all"
-"""The group of all rows."""
-
-Role = Literal["pivot", "source", "target", "model"]
-
 
 @dataclass(frozen=True, eq=False)
-class Evaluated:
+class Candidate:
     """A model to be evaluated, and its checkpoints: one a training seed."""
 
     name: str
@@ -60,11 +60,11 @@ class HeldOut:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class EvaluationPlan:
     """What is to be evaluated, checked."""
 
     inputs: Inputs
-    models: tuple[Evaluated, ...]
+    candidates: tuple[Candidate, ...]
     held_out: HeldOut
     unfinished: tuple[str, ...]
     questions: Questions | None = None
@@ -75,12 +75,12 @@ class Evaluation:
         return self.inputs.recipe.output_folder / "evaluation"
 
 
-class Opening:
-    """Finds what is to be evaluated, and every problem with it; `further` of `open_inputs`."""
+class EvaluationPlanner:
+    """Finds what is to be evaluated, and every problem with it."""
 
     def __init__(
         self,
-        asked: Sequence[str],
+        named: Sequence[str],
         *,
         generate: int | None = None,
         questions: str | None = None,
@@ -88,46 +88,57 @@ class Opening:
     ):
         """
         Args:
-            asked: NAME=PATH, as `--model` takes them.
+            named: NAME=PATH, as `--model` takes them.
             generate: how many questions are to be answered.
             questions: a file of these; None for held-out ones.
         """
-        self._asked = asked
+        self._named = named
         self._generate = generate
         self._file = questions
         self._trust_remote_code = trust_remote_code
         self._questions: Questions | None = None
-        self._models: list[Evaluated] = []
+        self._held_out: HeldOut | None = None
+        self._candidates: list[Candidate] = []
         self._unfinished: list[str] = []
 
-    def __call__(self, inputs: Inputs) -> list[str]:
+    def problems(self, inputs: Inputs) -> list[str]:
+        """Every problem with what is to be evaluated; called before `plan`."""
         for name, model in inputs.models.items():
             if model.files.weights:
                 role: Role = "pivot" if name == PIVOT else "source"
-                self._models.append(Evaluated(name, role, (model,)))
+                self._candidates.append(Candidate(name, role, (model,)))
             else:
                 log.warning("%s (%s): is left out, it has no weights", name, model.spec.model)
         return [
             *self._held_out_problems(inputs),
             *self._targets(inputs),
-            *self._further(inputs),
+            *self._named_models(inputs),
             *self._questions_problems(),
         ]
 
-    def evaluation(self, inputs: Inputs) -> Evaluation:
-        """After it was called without a problem."""
-        held = held_out_conversations(inputs)
-        questions = self._questions
-        if questions is None and self._generate is not None:
-            questions = held_out_questions(held.conversations, held.groups, self._generate)
-        return Evaluation(
+    def plan(self, inputs: Inputs) -> EvaluationPlan:
+        """What is to be evaluated, after `problems` has named none."""
+        assert self._held_out is not None
+        return EvaluationPlan(
             inputs,
-            tuple(self._models),
-            held,
+            tuple(self._candidates),
+            self._held_out,
             tuple(self._unfinished),
-            questions,
+            self._questions,
             self._trust_remote_code,
         )
+
+    def _held_out_problems(self, inputs: Inputs) -> Iterator[str]:
+        fraction = inputs.recipe.dataset.eval_fraction
+        held_out = held_out_conversations(inputs)
+        if held_out.conversations:
+            self._held_out = held_out
+        else:
+            yield (
+                f"dataset.eval_fraction: {fraction:g} holds out none of the "
+                f"{len(inputs.conversations)} conversations, so that there is nothing to evaluate "
+                "on; raise it, and train anew"
+            )
 
     def _questions_problems(self) -> Iterator[str]:
         if self._file is not None:
@@ -135,14 +146,15 @@ class Opening:
                 self._questions = read_questions(Path(self._file), self._generate)
             except RequestError as error:
                 yield f"--questions {error}"
-
-    def _held_out_problems(self, inputs: Inputs) -> Iterator[str]:
-        fraction, keys = inputs.recipe.dataset.eval_fraction, inputs.conversations.keys
-        if not any(held_out(key, fraction) for key in keys):
-            yield (
-                f"dataset.eval_fraction: {fraction:g} holds out none of the {len(keys)} "
-                "conversations, so that there is nothing to evaluate on; raise it, and train anew"
-            )
+        elif self._generate is not None and self._held_out is not None:
+            conversations, groups = self._held_out.conversations, self._held_out.groups
+            self._questions = held_out_questions(conversations, groups, self._generate)
+            if not self._questions.questions:
+                yield (
+                    f"--generate {self._generate}: none of the {len(conversations)} held-out "
+                    "conversations has a user's message before its first answer; name questions "
+                    "with --questions FILE, or leave --generate out"
+                )
 
     def _targets(self, inputs: Inputs) -> Iterator[str]:
         for stage in train_stages(inputs):
@@ -155,39 +167,45 @@ class Opening:
             name = f"target {stage.name}"
             opened = self._open(inputs, name, str(stage.folder))
             if isinstance(opened, OpenModel):
-                self._models.append(Evaluated(name, "target", (opened,)))
+                self._candidates.append(Candidate(name, "target", (opened,)))
             else:
                 yield from opened
 
-    def _further(self, inputs: Inputs) -> Iterator[str]:
-        taken = {PIVOT, *(source.title for source in inputs.recipe.sources)}
-        taken |= {stage.name for stage in train_stages(inputs)}
-        found: dict[str, list[OpenModel]] = {}
+    def _named_models(self, inputs: Inputs) -> Iterator[str]:
+        # Names become files' names, and some file systems don't tell upper from lower case.
+        taken = {name.lower(): name for name in (PIVOT, *(s.title for s in inputs.recipe.sources))}
+        taken |= {stage.name.lower(): stage.name for stage in train_stages(inputs)}
+        spellings: dict[str, str] = {}
+        checkpoints: dict[str, list[OpenModel]] = {}
         folders: dict[Path, str] = {}
-        for asked in self._asked:
-            name, given, path = asked.partition("=")
-            where = f"--model {asked}"
+        for option in self._named:
+            name, given, path = option.partition("=")
+            where = f"--model {option}"
             if not given or not FOLDER_NAME.fullmatch(name) or not path:
                 yield (
                     f"{where}: should be NAME=PATH, the name of letters, digits and . _ + -, the "
                     "path a folder with a checkpoint"
                 )
                 continue
-            if name in taken:
-                yield f"{where}: the recipe has a model {name} already; give it another name"
+            if name.lower() in taken:
+                other = taken[name.lower()]
+                yield f"{where}: the recipe has a model {other} already; give it another name"
+                continue
+            if (other := spellings.setdefault(name.lower(), name)) != name:
+                yield f"{where}: differs from --model {other} in case only; give it another name"
                 continue
             folder = Path(path).resolve()
             if folder in folders:
                 yield f"{where}: is the same folder as --model {folders[folder]}; leave one out"
                 continue
-            folders[folder] = asked
+            folders[folder] = option
             opened = self._open(inputs, where, path)
             if isinstance(opened, OpenModel):
-                found.setdefault(name, []).append(opened)
+                checkpoints.setdefault(name, []).append(opened)
             else:
                 yield from opened
-        self._models += [
-            Evaluated(name, "model", tuple(checkpoints)) for name, checkpoints in found.items()
+        self._candidates += [
+            Candidate(name, "model", tuple(seeds)) for name, seeds in checkpoints.items()
         ]
 
     def _open(self, inputs: Inputs, where: str, path: str) -> OpenModel | list[str]:
@@ -240,10 +258,10 @@ def held_out_conversations(inputs: Inputs) -> HeldOut:
         labels = conversations.labels(name)
         if labels is None:
             continue
-        of_rows = [labels[i] for i in first.values()]
-        if ALL not in of_rows and len(set(of_rows)) <= MOST_GROUPS:
-            column, groups = name, of_rows
+        values = [labels[i] for i in first.values()]
+        if ALL not in values and len(set(values)) <= MOST_GROUPS:
+            column, groups = name, values
             break
-        log.warning("column %s: %d values, too many for groups", name, len(set(of_rows)))
-    kept = [conversations[i] for i in first.values()]
-    return HeldOut(kept, groups, column, len(rows) - len(first))
+        log.warning("column %s: %d values, too many for groups", name, len(set(values)))
+    held_out_once = [conversations[i] for i in first.values()]
+    return HeldOut(held_out_once, groups, column, len(rows) - len(first))

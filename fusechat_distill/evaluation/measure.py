@@ -1,4 +1,5 @@
-"""What one checkpoint needs for the held-out answers, and its own answers; kept for later runs."""
+"""One checkpoint's bits for the held-out answers and its own answers, each in a file of its own,
+which later runs read instead of loading the checkpoint again."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from fusechat_common.errors import FusechatError
 from fusechat_common.files import write_json
 from fusechat_distill.evaluation.answers import answer
 from fusechat_distill.evaluation.bits import AnswerBits, answer_request
-from fusechat_distill.evaluation.candidates import Evaluation
+from fusechat_distill.evaluation.candidates import EvaluationPlan
 from fusechat_distill.inputs.models import PLACEMENT
 from fusechat_distill.inputs.open import OpenModel
 from fusechat_distill.scoring.stage import NON_FINITE_SHARE, placement
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.text.conversations import Conversation
 
-MEASURED = ANSWERED = 1
+BITS_VERSION = ANSWERS_VERSION = 1
 """Counted up when the same inputs give other bits, other answers."""
 
 BATCH = 64
@@ -33,8 +34,8 @@ BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """What one checkpoint needs for the held-out answers."""
+class CheckpointBits:
+    """Bits that one checkpoint needs for the held-out answers."""
 
     answers: dict[tuple[str, int], AnswerBits]
     """By conversation (key) and turn."""
@@ -42,79 +43,83 @@ class Measured:
     """Answers that the model could not be given."""
 
 
-def measure(
-    evaluation: Evaluation,
+def checkpoint_bits(
+    plan: EvaluationPlan,
     model: OpenModel,
     title: str,
     scorer: Callable[[], TransformersScorer],
     progress: Progress,
-) -> Measured:
+) -> CheckpointBits:
     """One checkpoint's bits, from `evaluation/` where an earlier run has left them there.
 
-    `scorer` gives the loaded model, where it is needed.
+    Args:
+        title: of the progress bar.
+        scorer: gives the loaded model, where it is needed.
+
+    Raises:
+        FusechatError: its output holds NaN or Inf.
     """
-    held = "\n".join(evaluation.held_out.rows)
-    manifest = _manifest(evaluation, model, "bits", MEASURED, held)
-    found = _kept(
-        evaluation,
-        manifest,
-        lambda: _measured(evaluation, model, title, scorer(), progress),
-    )
-    columns = found["answers"]
+    texts = "\n".join(plan.held_out.rows)
+    manifest = _manifest(plan, model, "bits", BITS_VERSION, texts)
+    content = _cached(plan, manifest, lambda: _bits(plan, model, title, scorer(), progress))
+    columns = content["answers"]
     rows = zip(*(columns[name] for name in AnswerBits._fields), strict=True)
     answers = (AnswerBits(*row) for row in rows)
-    return Measured(
+    return CheckpointBits(
         {(key, a.turn): a for key, a in zip(columns["key"], answers, strict=True)},
-        found["left_out"],
+        content["left_out"],
     )
 
 
-def answered(
-    evaluation: Evaluation,
+def checkpoint_answers(
+    plan: EvaluationPlan,
     model: OpenModel,
     title: str,
     scorer: Callable[[], TransformersScorer],
     progress: Progress,
 ) -> list[list[str] | None]:
-    """One checkpoint's answers to the questions, or those that an earlier run has left."""
-    questions = evaluation.questions
+    """One checkpoint's answers to the questions, or those that an earlier run has left.
+
+    The arguments are those of `checkpoint_bits`, the result that of `answer`.
+    """
+    questions = plan.questions
     assert questions is not None
     text = f"{questions.fingerprint} {questions.tokens}"
-    manifest = _manifest(evaluation, model, "answers", ANSWERED, text)
-    found: list[list[str] | None] = _kept(
-        evaluation, manifest, lambda: answer(questions, model, title, scorer(), progress)
+    manifest = _manifest(plan, model, "answers", ANSWERS_VERSION, text)
+    answers: list[list[str] | None] = _cached(
+        plan, manifest, lambda: answer(questions, model, title, scorer(), progress)
     )
-    return found
+    return answers
 
 
-def _kept(evaluation: Evaluation, manifest: Manifest, make: Callable[[], Any]) -> Any:
+def _cached(plan: EvaluationPlan, manifest: Manifest, make: Callable[[], Any]) -> Any:
     """What was made under this manifest, from a file of its own, or made now."""
-    path = evaluation.folder / f"{manifest.digest[:32]}.json"
+    path = plan.folder / f"{manifest.digest[:32]}.json"
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if Manifest.from_json(found["manifest"]).digest == manifest.digest:
-            return found["content"]
+        file = json.loads(path.read_text("utf-8"))
+        if Manifest.from_json(file["manifest"]).digest == manifest.digest:
+            return file["content"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     content = make()
-    evaluation.folder.mkdir(parents=True, exist_ok=True)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"manifest": manifest.as_json(), "content": content})
-    evaluation.inputs.digests.save()
+    plan.inputs.digests.save()
     return content
 
 
 def _manifest(
-    evaluation: Evaluation, model: OpenModel, kind: str, version: int, texts: str
+    plan: EvaluationPlan, model: OpenModel, kind: str, version: int, texts: str
 ) -> Manifest:
     """What determines a checkpoint's bits or answers; `texts` is what it is given."""
-    inputs = evaluation.inputs
+    inputs = plan.inputs
     return Manifest(
         kind,
-        len(evaluation.held_out.conversations),
+        len(plan.held_out.conversations),
         {
             "version": version,
             "model": model.files.identity(inputs.digests),
-            "load": _load(evaluation, model),
+            "load": _load(plan, model),
             "dtype": model.spec.dtype or inputs.recipe.scoring.dtype,
             "renderer": model.renderer.fingerprint,
             "pivot_renderer": inputs.pivot.renderer.fingerprint,
@@ -124,40 +129,38 @@ def _manifest(
     )
 
 
-def _load(evaluation: Evaluation, model: OpenModel, *, placed: bool = False) -> dict[str, Any]:
+def _load(plan: EvaluationPlan, model: OpenModel, *, placed: bool = False) -> dict[str, Any]:
     """The model's `load`, where it is meant for transformers."""
-    if evaluation.inputs.recipe.scoring.engine != "transformers":
+    if plan.inputs.recipe.scoring.engine != "transformers":
         return {}  # pragma: no cover (vLLM)
     return {k: v for k, v in model.spec.load.items() if placed or k not in PLACEMENT}
 
 
-def load_scorer(
-    evaluation: Evaluation, model: OpenModel, processes: Processes
-) -> TransformersScorer:
+def load_scorer(plan: EvaluationPlan, model: OpenModel, processes: Processes) -> TransformersScorer:
     from fusechat_distill.scoring.transformers_engine import TransformersScorer
 
-    scoring = evaluation.inputs.recipe.scoring
+    scoring = plan.inputs.recipe.scoring
     return TransformersScorer.load(
         model.spec.model,
         model.files.token_ids,
         revision=model.files.commit,
         dtype=model.spec.dtype or scoring.dtype,
         device=placement(scoring.device, processes),
-        trust_remote_code=evaluation.trust_remote_code,
-        load=_load(evaluation, model, placed=True),
+        trust_remote_code=plan.trust_remote_code,
+        load=_load(plan, model, placed=True),
         top_k=1,
         batch_tokens=scoring.batch_tokens,
     )
 
 
-def _measured(
-    evaluation: Evaluation,
+def _bits(
+    plan: EvaluationPlan,
     model: OpenModel,
     title: str,
     scorer: TransformersScorer,
     progress: Progress,
 ) -> dict[str, Any]:
-    conversations = evaluation.held_out.conversations
+    conversations = plan.held_out.conversations
     tokens = vocabulary(model.renderer.tokenizer)
     answers: dict[tuple[str, int], AnswerBits] = {}
     non_finite: list[int] = []
@@ -165,16 +168,16 @@ def _measured(
     try:
         for start in range(0, len(conversations), BATCH):
             part = conversations[start : start + BATCH]
-            rendered = [r for r, _ in evaluation.inputs.rendered(model, part)]
+            rendered = [r for r, _ in plan.inputs.rendered(model, part)]
             asked = [
                 (conversation, answer_request(conversation, rendering, tokens))
                 for conversation, rendering in zip(part, rendered, strict=True)
                 if rendering.responses
             ]
             scores = scorer.score([wanted.request for _, wanted in asked])
-            for (conversation, wanted), found in zip(asked, scores, strict=True):
-                if found.finite:
-                    counted = wanted.count(found)
+            for (conversation, wanted), scored in zip(asked, scores, strict=True):
+                if scored.finite:
+                    counted = wanted.count(scored)
                     answers |= {(conversation.key, answer.turn): answer for answer in counted}
                 else:
                     non_finite.append(conversation.row)
@@ -188,14 +191,15 @@ def _measured(
             f"{len(conversations)} conversations (rows {shown}); evaluate it in another dtype "
             "(`scoring.dtype: float32`), or check its weights"
         )
+    # As columns: a fourth of the bytes of a JSON object for each answer.
     columns: dict[str, list[Any]] = {"key": [], **{name: [] for name in AnswerBits._fields}}
     for (key, _), of_answer in answers.items():
         for name, value in zip(columns, (key, *of_answer), strict=True):
             columns[name].append(value)
-    left_out = sum((c.key, turn) not in answers for c in conversations for turn in turns(c))
+    left_out = sum((c.key, turn) not in answers for c in conversations for turn in answer_turns(c))
     return {"answers": columns, "left_out": left_out}
 
 
-def turns(conversation: Conversation) -> list[int]:
+def answer_turns(conversation: Conversation) -> list[int]:
     """The messages that are answers."""
     return [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]

@@ -1,5 +1,5 @@
 """Documentation generated from the models in `schema`: the commented recipe that `init` writes, the
-JSON schema for editors, and the reference page."""
+JSON schema for editors. docs/reference.py makes the reference page."""
 
 from __future__ import annotations
 
@@ -58,45 +58,36 @@ def commented_recipe() -> str:
         "#   # yaml-language-server: $schema=recipe.schema.json",
     ]
     for name, field in made["properties"].items():
-        section = _section(made, field)
+        section = section_of(made, field)
         lines += ["", *_comment(name, section | field, made)]
         if name == "sources":
             lines += [f"{name}:", *(f"  - {example}" for example in field["examples"][0])]
             lines.append("  # - model: org/model      # the long form: the keys of `pivot`, and")
-            lines += ["  #   " + line for line in _lines(_own(made), made["$defs"]["Source"])]
+            lines += [
+                "  #   " + line for line in _lines(source_keys(made), made["$defs"]["Source"])
+            ]
         elif section:
             lines.append(f"{name}:")
             lines += ["  " + line for line in _lines(section["properties"], section)]
         else:
-            lines.append(f"{name}: {_shown(field)}")
+            lines.append(f"{name}: {default_of(field)}")
     return "\n".join(lines) + "\n"
-
-
-def reference_page() -> str:
-    """The keys as tables, in Markdown."""
-    made = schema()
-    parts = [_table("The recipe", made, made["properties"], made)]
-    for name, field in made["properties"].items():
-        if section := _section(made, field):
-            keys = _own(made) if name == "sources" else section["properties"]
-            parts.append(_table(f"`{name}`", section, keys, made))
-    return "\n".join(parts)
 
 
 def _lines(fields: dict[str, Any], section: dict[str, Any]) -> Iterator[str]:
     for key, field in fields.items():
         yield from _comment(key, field, section)
-        yield f"{key}: {_shown(field)}"
+        yield f"{key}: {default_of(field)}"
 
 
-def _own(made: dict[str, Any]) -> dict[str, Any]:
+def source_keys(made: dict[str, Any]) -> dict[str, Any]:
     """The keys that a source has and the pivot has not."""
     pivot = made["$defs"]["Model"]["properties"]
     source = made["$defs"]["Source"]["properties"]
     return {key: field for key, field in source.items() if key not in pivot}
 
 
-def _section(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+def section_of(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
     """The schema of the mapping that a key takes; empty if it takes none."""
     places = (field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ()))
     for place in places:
@@ -109,7 +100,7 @@ def _section(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
 def _comment(key: str, field: dict[str, Any], section: dict[str, Any]) -> list[str]:
     """The first paragraph of a key's documentation, and its values."""
     said = field["description"].partition("\n\n")[0]
-    if values := _values(field):
+    if values := values_of(field):
         said += f" ({values})"
     if key in section.get("required", ()):
         said += " No default."
@@ -118,24 +109,7 @@ def _comment(key: str, field: dict[str, Any], section: dict[str, Any]) -> list[s
     )
 
 
-def _table(
-    title: str, section: dict[str, Any], fields: dict[str, Any], made: dict[str, Any]
-) -> str:
-    rows = ["| key | values | default | |", "|---|---|---|---|"]
-    for key, field in fields.items():
-        of_key = _section(made, field)
-        values = f"[below](#{key})" if of_key else _values(field) or _kind(field)
-        if key in section.get("required", ()):
-            default = "required"
-        else:
-            default = "" if of_key else f"`{_shown(field)}`"
-        text = field.get("description") or of_key["description"].partition("\n\n")[0]
-        rows.append(f"| `{key}` | {values} | {default} | {' '.join(text.split())} |")
-    said = section["description"].replace("\n\n", " ")
-    return "\n".join([f"## {title}", "", said, "", *rows, ""])
-
-
-def _values(field: dict[str, Any]) -> str:
+def values_of(field: dict[str, Any]) -> str:
     """The possible values of a key if there are few, or their limits."""
     for choice in (field, *field.get("anyOf", ())):
         if "enum" in choice:
@@ -150,13 +124,7 @@ def _values(field: dict[str, Any]) -> str:
     return ""
 
 
-def _kind(field: dict[str, Any]) -> str:
-    kinds = {"object": "mapping", "string": "text", "number": "number", "integer": "whole number"}
-    found = [choice.get("type") for choice in (field, *field.get("anyOf", ()))]
-    return next((kinds[kind] for kind in found if kind in kinds), "")
-
-
-def _shown(field: dict[str, Any]) -> str:
+def default_of(field: dict[str, Any]) -> str:
     value = field["default"] if "default" in field else field["examples"][0]
     text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")

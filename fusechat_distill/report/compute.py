@@ -1,31 +1,4 @@
-"""How well each source's distributions arrive at the pivot, and which model predicts better.
-
-Keys of `report.json` (shares are of 1, None where there is nothing to divide by):
-
-- `format`: 1; another number, other keys. `pivot`: its `model`, a hub name or folder.
-- `sources`, by name:
-  - `model`; `aligned`: `done` and `total` samples, all that follows is over those done;
-    `problem`: what is missing and how to make it, None where nothing is. Where nothing is aligned,
-    no further keys.
-  - `positions`: `mode` (bytes or dtw), `total`: the pivot's scored positions; shares of these that
-    add up to 1: `matched`, and why the others aren't (`REASONS`).
-  - `edges`: shares of first (`begins_matched`) and last (`ends_matched`) positions of answers that
-    match; answers of which a token runs over the end (`pivot_run_over`, `source_run_over`).
-  - `mass`, of what the source's top k hold at matched positions: `kept`, the share that arrives;
-    `exact`, `mapped`, `special` and `dropped`, how the vocabulary map takes them, weighted by use.
-  - `gold_first`: share of matched positions where the most probable token is the gold one,
-    `before` (source's tokens) and `after` mapping (pivot's tokens).
-  - `cross_entropy`: nats per UTF-8 byte of `pivot` and `source`, the stop included, over the
-    answers that both scored.
-  - `samples`: `compared`; shares that MinCE gives to `pivot_won` and `source_won`, whole samples,
-    their losses `per` byte or token as the recipe says.
-  - `worst`: the samples of which least arrives, each with `row` (of the dataset), `matched` (share
-    of positions) and `kept` (share of mass), and `segments`, the longest stretches of text between
-    two matches: `index` among all `of`, tokens of `pivot` and `source`, log-probabilities
-    `pivot_logprob` and `source_logprob`, and `arrived`, the distribution at its start as
-    [pivot token, probability].
-- `targets`, by name: the fuse stage's decisions where it is done: `decisions.json`, else None.
-"""
+"""How well each source's distributions arrive at the pivot, and which model predicts better."""
 
 from __future__ import annotations
 
@@ -40,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusechat_common.errors import RequestError
-from fusechat_distill.alignment.positions import Responses, match_positions
+from fusechat_distill.alignment.positions import Positions, Responses, match_positions
 from fusechat_distill.alignment.stage import (
     AlignedSample,
     AlignStage,
@@ -53,13 +26,27 @@ from fusechat_distill.alignment.stage import (
 )
 from fusechat_distill.fusion.fuse import CrossEntropy, Scores, fuse
 from fusechat_distill.fusion.stage import fuse_stages
+from fusechat_distill.report.schema import (
+    REASONS,
+    AlignedSource,
+    CrossEntropies,
+    EdgeShares,
+    GoldFirst,
+    MassShares,
+    PositionShares,
+    Report,
+    ReportedPivot,
+    SampleCount,
+    SamplesWon,
+    Segment,
+    UnalignedSource,
+    WorstSample,
+)
 from fusechat_distill.storage.shards import ScoredSample, ScoreStore, Shards
 from fusechat_distill.text.tokens import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
-
-FORMAT = 1
 
 WORST = 3
 """Samples of a source that are shown side by side."""
@@ -67,19 +54,8 @@ WORST = 3
 SEGMENTS = 12
 """Segments of such a sample that are kept."""
 
-REASONS = {
-    "no_sample": "the source has no scores of the sample",
-    "no_answer": "the source left this answer out",
-    "past_cut": "past where the source's answer was cut",
-    "edge": "an answer's edge that the source doesn't have (a token over it, text trimmed)",
-    "inside_token": "inside a longer source token",
-    "no_offset": "a token that ends at no known byte of the answer",
-    "several": "no single partner (dtw)",
-}
-"""Why a position of the pivot has no match."""
 
-
-def report(inputs: Inputs) -> dict[str, Any]:
+def report(inputs: Inputs) -> Report:
     """The content of `report.json`; reads the stores shard by shard.
 
     Raises:
@@ -97,18 +73,18 @@ def report(inputs: Inputs) -> dict[str, Any]:
     sources = {}
     for stage in stages:
         done, problem = missing[stage.name]
-        sources[stage.name] = {
-            "model": stage.source.spec.model,
-            "aligned": {"done": done, "total": len(inputs.conversations)},
-            "problem": problem,
-            **(_source_report(inputs, stage) if done else {}),
-        }
-    return {
-        "format": FORMAT,
-        "pivot": {"model": inputs.pivot.spec.model},
-        "sources": sources,
-        "targets": {stage.name: _decisions(stage) for stage in fuse_stages(inputs)},
-    }
+        source = UnalignedSource(
+            model=stage.source.spec.model,
+            aligned=SampleCount(done=done, total=len(inputs.conversations)),
+            problem=problem,
+        )
+        sources[stage.name] = _aligned_source(inputs, stage, source) if done else source
+    return Report(
+        format=1,
+        pivot=ReportedPivot(model=inputs.pivot.spec.model),
+        sources=sources,
+        targets={stage.name: _decisions(stage) for stage in fuse_stages(inputs)},
+    )
 
 
 def _missing(inputs: Inputs, stage: AlignStage) -> tuple[int, str | None]:
@@ -142,34 +118,36 @@ def _decisions(stage: Any) -> dict[str, Any] | None:
     return decided
 
 
-def _source_report(inputs: Inputs, stage: AlignStage) -> dict[str, Any]:
+def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:
+    """What is known of the source, and what its shards say."""
     shares: dict[str, Any] = dict(alignment_shares(stage.status().details))
     sums = Sums(inputs.recipe.fusion.cross_entropy, stage.positions)
-    pivot, source = (ScoreStore(inputs.scores_folder(m)) for m in (inputs.pivot, stage.source))
+    scores, source_scores = (
+        ScoreStore(inputs.scores_folder(m)) for m in (inputs.pivot, stage.source)
+    )
     vocabularies = (
         vocabulary(inputs.pivot.renderer.tokenizer),
         vocabulary(stage.source.renderer.tokenizer),
     )
     shards = Shards.open(stage.folder)
     for samples in shards.present():
-        scored = pivot.shard(samples)
-        sums.add(scored, join(scored, source), aligned_samples(shards.read(samples)), vocabularies)
+        scored = scores.shard(samples)
+        joined = join(scored, source_scores)
+        sums.add(scored, joined, aligned_samples(shards.read(samples)), vocabularies)
     if not sums.positions["matched"]:
         shares = dict.fromkeys(shares)
-    return {
-        "positions": sums.positions_report(),
-        "edges": {
-            name: shares[name]
-            for name in ("begins_matched", "ends_matched", "pivot_run_over", "source_run_over")
-        },
-        "mass": {
-            name: shares[f"mass_{name}"]
-            for name in ("kept", "exact", "mapped", "special", "dropped")
-        },
-        "gold_first": {name: shares[f"gold_first_{name}"] for name in ("before", "after")},
-        **sums.losses_report(),
-        "worst": sums.worst_report(),
-    }
+    return AlignedSource(
+        **dict(source),
+        positions=sums.position_shares(),
+        edges=EdgeShares(**{name: shares[name] for name in EdgeShares.model_fields}),
+        mass=MassShares(**{name: shares[f"mass_{name}"] for name in MassShares.model_fields}),
+        gold_first=GoldFirst(
+            **{name: shares[f"gold_first_{name}"] for name in GoldFirst.model_fields}
+        ),
+        cross_entropy=sums.cross_entropies(),
+        samples=sums.samples_won(),
+        worst=sums.worst_samples(),
+    )
 
 
 @dataclass
@@ -177,14 +155,14 @@ class Sums:
     """Sums over shards of what the align stage's own sums don't say."""
 
     cross_entropy: CrossEntropy
-    mode: str
+    mode: Positions
     positions: Counter[str] = field(default_factory=Counter)
     nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     num_bytes: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     won: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     compared: int = 0
-    worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
-    """A heap whose first entry is the least bad: (-share that arrives, -row, what is said)."""
+    worst: list[tuple[float, int, WorstSample]] = field(default_factory=list)
+    """A heap whose first entry is the least bad: (-share that arrives, -row, the sample)."""
 
     def add(
         self,
@@ -253,45 +231,45 @@ class Sums:
         source: ScoredSample,
         vocabularies: tuple[Vocabulary, Vocabulary],
     ) -> None:
+        # Share of the pivot's positions that match, times the share of the mass that arrives there.
         rows = np.flatnonzero(aligned.matches >= 0)
-        share = len(rows) / max(1, len(aligned.matches))
+        matched = len(rows) / max(1, len(aligned.matches))
         entries = np.concatenate([r.logprobs for r in source.responses])[aligned.matches[rows]]
         before, after = (
-            float(np.exp(found, dtype=np.float64).sum()) for found in (entries, aligned.logprobs)
+            float(np.exp(logprobs, dtype=np.float64).sum())
+            for logprobs in (entries, aligned.logprobs)
         )
-        kept = after / before if before else 0.0
-        place = (-share * kept, -aligned.row)
-        if len(self.worst) == WORST and place <= self.worst[0][:2]:
+        mass_kept = after / before if before else 0.0
+        order = (-matched * mass_kept, -aligned.row)
+        if len(self.worst) == WORST and order <= self.worst[0][:2]:
             return
-        said = {
-            "row": aligned.row,
-            "matched": share,
-            "kept": kept,
-            "segments": _segments(pivot, source, aligned, vocabularies),
-        }
+        sample = WorstSample(
+            row=aligned.row,
+            matched=matched,
+            kept=mass_kept,
+            segments=_longest_segments(pivot, source, aligned, vocabularies),
+        )
         push = heapq.heappush if len(self.worst) < WORST else heapq.heapreplace
-        push(self.worst, (*place, said))
+        push(self.worst, (*order, sample))
 
-    def positions_report(self) -> dict[str, Any]:
+    def position_shares(self) -> PositionShares:
         total = self.positions["total"]
         shares = {name: _share(self.positions[name], total) for name in ("matched", *REASONS)}
-        return {"mode": self.mode, "total": total, **shares}
+        return PositionShares(mode=self.mode, total=total, **shares)
 
-    def losses_report(self) -> dict[str, Any]:
+    def cross_entropies(self) -> CrossEntropies:
         pivot, source = (_share(*pair) for pair in zip(self.nll, self.num_bytes, strict=True))
-        won = [_share(share, self.compared) for share in self.won]
-        return {
-            "cross_entropy": {"pivot": pivot, "source": source},
-            "samples": {
-                "compared": self.compared,
-                "per": self.cross_entropy,
-                "pivot_won": won[0],
-                "source_won": won[1],
-            },
-        }
+        return CrossEntropies(pivot=pivot, source=source)
 
-    def worst_report(self) -> list[dict[str, Any]]:
-        return [said for *_, said in sorted(self.worst, key=lambda entry: entry[:2], reverse=True)]
+    def samples_won(self) -> SamplesWon:
+        pivot, source = (_share(won, self.compared) for won in self.won)
+        return SamplesWon(
+            compared=self.compared, per=self.cross_entropy, pivot_won=pivot, source_won=source
+        )
+
+    def worst_samples(self) -> list[WorstSample]:
+        ordered = sorted(self.worst, key=lambda entry: entry[:2], reverse=True)
+        return [sample for *_, sample in ordered]
 
 
 def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer]) -> Counter[str]:
@@ -339,12 +317,12 @@ def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer])
     return Counter(dict(zip(names.tolist(), counts.tolist(), strict=True)))
 
 
-def _segments(
+def _longest_segments(
     pivot: ScoredSample,
     source: ScoredSample,
     aligned: AlignedSample,
     vocabularies: tuple[Vocabulary, Vocabulary],
-) -> list[dict[str, Any]]:
+) -> list[Segment]:
     """The longest segments in order; of equally long ones those in which least arrives."""
     segments = side_by_side(pivot, source, aligned, vocabularies)
 
@@ -352,18 +330,17 @@ def _segments(
         arrived = sum(probability for _, probability in segments[i].arrived)
         return -len(segments[i].pivot), arrived, i
 
-    shown = sorted(sorted(range(len(segments)), key=order)[:SEGMENTS])
     return [
-        {
-            "index": i,
-            "of": len(segments),
-            "pivot": list(segments[i].pivot),
-            "source": list(segments[i].source),
-            "pivot_logprob": segments[i].gold_logprob[0],
-            "source_logprob": segments[i].gold_logprob[1],
-            "arrived": [list(entry) for entry in segments[i].arrived],
-        }
-        for i in shown
+        Segment(
+            index=i,
+            of=len(segments),
+            pivot=list(segments[i].pivot),
+            source=list(segments[i].source),
+            pivot_logprob=segments[i].gold_logprob[0],
+            source_logprob=segments[i].gold_logprob[1],
+            arrived=list(segments[i].arrived),
+        )
+        for i in sorted(sorted(range(len(segments)), key=order)[:SEGMENTS])
     ]
 
 

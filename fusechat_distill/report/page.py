@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fusechat_common.errors import RequestError
 from fusechat_common.files import replacing, write_json
-from fusechat_distill.report.compute import REASONS
+from fusechat_distill.report.schema import REASONS, AlignedSource, Report, WorstSample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,53 +64,53 @@ def require_matplotlib(command: str) -> None:
         raise RequestError([problem], command)
 
 
-def write_report(found: dict[str, Any], folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `report.json` and `report.png` to `folder`; needs matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.json", folder / "report.png"]
-    write_json(paths[0], found)
-    write_page(found, paths[1])
+    write_json(paths[0], report.as_json())
+    write_page(report, paths[1])
     return paths
 
 
-def write_page(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the content of `report.json` on one page, written beside `path`, then renamed."""
+def write_page(report: Report, path: Path) -> None:
+    """Draw the report on one page, written beside `path`, then renamed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    sources = {name: s for name, s in report["sources"].items() if "positions" in s}
-    height = 2.3 + 0.45 * len(sources)
+    aligned = _aligned(report)
+    height = 2.3 + 0.45 * len(aligned)
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
     figure = Figure(figsize=(13, 3 * height + 1), layout=layout)
     FigureCanvasAgg(figure)
     lines = ["How well the sources' distributions arrive, and which model predicts better"]
-    lines += [s["problem"] for s in report["sources"].values() if s["problem"]]
+    lines += _problems(report)
     figure.suptitle("\n".join(lines), fontsize=11)
     axes = figure.subplots(3, 2)
-    names = list(sources)
-    found = list(sources.values())
-    position_parts = ["matched", *(r for r in REASONS if any(s["positions"][r] for s in found))]
+    names = list(aligned)
+    sources = list(aligned.values())
+    position_parts = ["matched", *_reasons(sources)]
     _stacked(
         axes[0, 0],
         "Positions of the pivot",
         names,
-        {LABELS[part]: _column(found, "positions", part) for part in position_parts},
+        {LABELS[part]: _column(sources, "positions", part) for part in position_parts},
         [COLOURS[part] for part in position_parts],
     )
     mass_parts = ["exact", "mapped", "special", "dropped"]
     _stacked(
         axes[0, 1],
         "Mass of the source's top k through the vocabulary map",
-        [f"{n}\n{_percent(s['mass']['kept'])} kept" for n, s in sources.items()],
-        {LABELS[part]: _column(found, "mass", part) for part in mass_parts},
+        [f"{name}\n{_percent(source.mass.kept)} kept" for name, source in aligned.items()],
+        {LABELS[part]: _column(sources, "mass", part) for part in mass_parts},
         [COLOURS[part] for part in mass_parts],
     )
     _grouped(
         axes[1, 0],
         "Most probable token is the gold one (matched positions)",
         names,
-        {part: _column(found, "gold_first", part) for part in ("before", "after")},
+        {part: _column(sources, "gold_first", part) for part in ("before", "after")},
         [COLOURS["pivot"], COLOURS["source"]],
         _percent,
         labels={"before": "in the source's tokens", "after": "mapped to the pivot's"},
@@ -119,15 +119,15 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
         axes[1, 1],
         "Cross-entropy, nats per byte (less is better)",
         names,
-        {part: _column(found, "cross_entropy", part) for part in ("pivot", "source")},
+        {part: _column(sources, "cross_entropy", part) for part in ("pivot", "source")},
         [COLOURS["pivot"], COLOURS["source"]],
         _number,
     )
     _stacked(
         axes[2, 0],
         "Samples that MinCE gives to each",
-        [f"{n}\n{s['samples']['compared']:,} compared" for n, s in sources.items()],
-        {part: _column(found, "samples", f"{part}_won") for part in ("pivot", "source")},
+        [f"{name}\n{source.samples.compared:,} compared" for name, source in aligned.items()],
+        {part: _column(sources, "samples", f"{part}_won") for part in ("pivot", "source")},
         [COLOURS["pivot"], COLOURS["source"]],
     )
     _grouped(
@@ -135,7 +135,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
         "Edges of the answers",
         names,
         {
-            part: _column(found, "edges", part)
+            part: _column(sources, "edges", part)
             for part in ("begins_matched", "ends_matched", "pivot_run_over", "source_run_over")
         },
         [COLOURS["matched"], COLOURS["mapped"], COLOURS["pivot"], COLOURS["edge"]],
@@ -151,8 +151,28 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
-def _column(found: Sequence[Mapping[str, Any]], section: str, name: str) -> list[float | None]:
-    return [entry[section][name] for entry in found]
+def _aligned(report: Report) -> dict[str, AlignedSource]:
+    return {
+        name: source for name, source in report.sources.items() if isinstance(source, AlignedSource)
+    }
+
+
+def _problems(report: Report) -> list[str]:
+    return [source.problem for source in report.sources.values() if source.problem]
+
+
+def _reasons(sources: Sequence[AlignedSource]) -> list[str]:
+    """Why positions of at least one source have no match."""
+    return [r for r in REASONS if any(_share(source, "positions", r) for source in sources)]
+
+
+def _share(source: AlignedSource, section: str, name: str) -> float | None:
+    share: float | None = getattr(getattr(source, section), name)
+    return share
+
+
+def _column(sources: Sequence[AlignedSource], section: str, name: str) -> list[float | None]:
+    return [_share(source, section, name) for source in sources]
 
 
 def _stacked(
@@ -233,69 +253,76 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """The content of `report.json` for a terminal: a column for each source, then its worst
-    samples."""
+def tables(report: Report) -> list[RenderableType]:
+    """The report for a terminal: a column for each source, then its worst samples."""
     from rich.table import Table
     from rich.text import Text
 
-    shown: list[RenderableType] = []
-    sources = {name: s for name, s in report["sources"].items() if "positions" in s}
-    table = Table(title=f"sources of {report['pivot']['model']}", title_justify="left")
+    sources = _aligned(report)
+    table = Table(title=f"sources of {report.pivot.model}", title_justify="left")
     table.add_column("")
     for name in sources:
         table.add_column(Text(name), justify="right")
 
-    def line(title: str, value: Callable[[Any], str], *, end: bool = False) -> None:
-        table.add_row(title, *map(value, sources.values()), end_section=end)
+    def line(title: str, value: Callable[[AlignedSource], str]) -> None:
+        table.add_row(title, *map(value, sources.values()))
 
-    line("samples aligned", lambda s: f"{s['aligned']['done']:,} of {s['aligned']['total']:,}")
-    line("pivot's positions", lambda s: f"{s['positions']['total']:,}")
-    line("matched", lambda s: _percent(s["positions"]["matched"]))
-    present = [r for r in REASONS if any(s["positions"][r] for s in sources.values())]
-    for reason in present:
-        line(f"  not: {LABELS[reason]}", lambda s, r=reason: _percent(s["positions"][r]))  # type: ignore[misc]
-    for name, title in (
-        ("begins_matched", "first of an answer matched"),
-        ("ends_matched", "last of an answer matched"),
-        ("pivot_run_over", "pivot token over an answer's end"),
-        ("source_run_over", "source token over an answer's end"),
-    ):
-        line(title, lambda s, n=name: _percent(s["edges"][n]), end=name == "source_run_over")  # type: ignore[misc]
-    line("mass kept", lambda s: _percent(s["mass"]["kept"]))
-    for name in ("exact", "mapped", "special", "dropped"):
-        line(f"  {LABELS[name]}", lambda s, n=name: _percent(s["mass"][n]), end=name == "dropped")  # type: ignore[misc]
-    line("top 1 is gold, source's tokens", lambda s: _percent(s["gold_first"]["before"]))
-    line("top 1 is gold, mapped", lambda s: _percent(s["gold_first"]["after"]), end=True)
-    line("pivot, nats per byte", lambda s: _number(s["cross_entropy"]["pivot"]))
-    line("source, nats per byte", lambda s: _number(s["cross_entropy"]["source"]))
-    line("samples compared", lambda s: f"{s['samples']['compared']:,}")
-    line("samples to the source (MinCE)", lambda s: _percent(s["samples"]["source_won"]))
-    shown.append(table)
-    shown += [Text(s["problem"]) for s in report["sources"].values() if s["problem"]]
-    shown += [_worst(name, entry) for name, s in sources.items() for entry in s["worst"]]
-    return shown
+    def shares(section: str, titles: Mapping[str, str]) -> None:
+        for name, title in titles.items():
+            line(title, lambda source, name=name: _percent(_share(source, section, name)))  # type: ignore[misc]
+
+    line("samples aligned", lambda s: f"{s.aligned.done:,} of {s.aligned.total:,}")
+    line("pivot's positions", lambda s: f"{s.positions.total:,}")
+    reasons = {reason: f"  not: {LABELS[reason]}" for reason in _reasons(list(sources.values()))}
+    shares("positions", {"matched": "matched"} | reasons)
+    shares(
+        "edges",
+        {
+            "begins_matched": "first of an answer matched",
+            "ends_matched": "last of an answer matched",
+            "pivot_run_over": "pivot token over an answer's end",
+            "source_run_over": "source token over an answer's end",
+        },
+    )
+    table.add_section()
+    parts = ("exact", "mapped", "special", "dropped")
+    shares("mass", {"kept": "mass kept"} | {part: f"  {LABELS[part]}" for part in parts})
+    table.add_section()
+    shares(
+        "gold_first",
+        {"before": "top 1 is gold, source's tokens", "after": "top 1 is gold, mapped"},
+    )
+    table.add_section()
+    line("pivot, nats per byte", lambda s: _number(s.cross_entropy.pivot))
+    line("source, nats per byte", lambda s: _number(s.cross_entropy.source))
+    line("samples compared", lambda s: f"{s.samples.compared:,}")
+    line("samples to the source (MinCE)", lambda s: _percent(s.samples.source_won))
+    return [
+        table,
+        *map(Text, _problems(report)),
+        *(_worst(name, sample) for name, source in sources.items() for sample in source.worst),
+    ]
 
 
-def _worst(name: str, entry: Mapping[str, Any]) -> RenderableType:
+def _worst(name: str, sample: WorstSample) -> RenderableType:
     """A sample's segments: the tokens of both models and what arrived."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title=f"{name}, row {entry['row']}: {_percent(entry['matched'])} of its positions, "
-        f"{_percent(entry['kept'])} of the mass",
+        title=f"{name}, row {sample.row}: {_percent(sample.matched)} of its positions, "
+        f"{_percent(sample.kept)} of the mass",
         title_justify="left",
     )
     for column in ("#", "pivot", "source", "nats", "arrived"):
         table.add_column(column, overflow="fold")
-    for segment in entry["segments"]:
+    for segment in sample.segments:
         table.add_row(
-            f"{segment['index'] + 1}/{segment['of']}",
-            Text(_tokens(segment["pivot"])),
-            Text(_tokens(segment["source"])),
-            f"{-segment['pivot_logprob']:.2f} {-segment['source_logprob']:.2f}",
-            Text(", ".join(f"{_visible(token)} {prob:.2f}" for token, prob in segment["arrived"])),
+            f"{segment.index + 1}/{segment.of}",
+            Text(_tokens(segment.pivot)),
+            Text(_tokens(segment.source)),
+            f"{-segment.pivot_logprob:.2f} {-segment.source_logprob:.2f}",
+            Text(", ".join(f"{_visible(token)} {prob:.2f}" for token, prob in segment.arrived)),
         )
     return table
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_common.errors import RequestError
 from fusechat_distill.cli import commands
-from fusechat_distill.evaluation.answers import read_questions
+from fusechat_distill.evaluation.questions import read_questions
 from tests.support import chain
 
 MT_BENCH = [
@@ -204,3 +204,31 @@ def test_other_files_are_refused(tmp_path, text):
         read_questions(path)
     with pytest.raises(RequestError, match="can't be read"):
         read_questions(tmp_path / "gone.jsonl")
+
+
+def test_the_name_of_held_out_answers_is_taken(tmp_path):
+    path = tmp_path / "Held_Out.jsonl"
+    path.write_text(json.dumps(MT_BENCH[0]), encoding="utf-8")
+    with pytest.raises(RequestError, match="its answers would replace those in answers/held_out"):
+        read_questions(path)
+
+
+def test_no_held_out_question_is_said_before_any_weights_are_read(recipe, tmp_path, monkeypatch):
+    """All conversations begin with an answer, so that bits can be counted and nothing asked."""
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    rows = [row | {"messages": row["messages"][1:]} for row in chain.rows(60)]
+    chain.write_rows(tmp_path / "chats.jsonl", [row for row in rows if len(row["messages"]) > 2])
+    content |= {"output": str(tmp_path / "out")}
+    content["dataset"] |= {"path": str(tmp_path / "chats.jsonl"), "eval_fraction": 0.5}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.setattr(
+        "fusechat_distill.evaluation.compare.load_scorer",
+        lambda *a: pytest.fail("weights were read"),
+    )
+    result = CliRunner().invoke(commands, ["evaluate", str(path), "--generate", "2"])
+    assert result.exit_code == 2
+    assert "--generate 2: none of the " in result.stderr
+    assert "name questions with --questions FILE" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "evaluation").exists()

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusechat_distill.cli import commands
 from fusechat_distill.evaluation import compare
 from fusechat_distill.evaluation.bootstrap import Losses, bootstrap, holm
-from fusechat_distill.evaluation.candidates import Evaluated
-from fusechat_distill.evaluation.compare import compared
+from fusechat_distill.evaluation.candidates import Candidate
+from fusechat_distill.evaluation.compare import pairs_to_test
 from fusechat_distill.evaluation.page import tables, write_picture
+from fusechat_distill.evaluation.schema import Evaluation
 from fusechat_distill.fusion.stage import held_out
 from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.storage.processes import Processes
@@ -218,8 +219,8 @@ def test_the_pairs_that_matter():
     roles = {
         "pivot": "pivot", "one": "source", "target one": "target", "sft": "model", "merge": "model",
     }  # fmt: skip
-    models = [Evaluated(name, role, ()) for name, role in roles.items()]
-    assert set(compared(models)) == {
+    models = [Candidate(name, role, ()) for name, role in roles.items()]
+    assert set(pairs_to_test(models)) == {
         ("target one", "pivot"),
         ("target one", "sft"),
         ("sft", "pivot"),
@@ -227,8 +228,8 @@ def test_the_pairs_that_matter():
         ("merge", "sft"),
         ("merge", "target one"),
     }
-    models[2] = Evaluated("target sft", "target", ())
-    assert ("merge", "target sft") in compared([m for m in models if m.name != "sft"])
+    models[2] = Candidate("target sft", "target", ())
+    assert ("merge", "target sft") in pairs_to_test([m for m in models if m.name != "sft"])
 
 
 def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, monkeypatch):
@@ -313,6 +314,20 @@ def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe, monk
     assert f"target neox: {target} was made otherwise (training.lambda was 0.5" in result.stderr
 
 
+def test_models_whose_names_are_alike_have_files_of_their_own(recipe):
+    models = Path(yaml.safe_load(recipe.read_text("utf-8"))["pivot"]).parent
+    result = run(recipe, "--model", f"target-neox={models / 'twin'}", "--generate", 1)
+    assert result.exit_code == 0, result.stderr
+    answers = recipe.parent / "out" / "answers" / "held_out"
+    names = ["neox", "pivot", "target-neox", "target=neox"]
+    for folder, key in (("model_answer", "model_id"), ("alpaca_eval", "generator")):
+        files = sorted((answers / folder).iterdir())
+        assert [file.stem for file in files] == names
+        for file in files:
+            (line,) = json.loads(f"[{file.read_text('utf-8').strip().strip('[]')}]")
+            assert line[key] == file.stem
+
+
 def test_it_runs_in_one_process(made, monkeypatch):
     class Two(Processes):
         def __init__(self, device):
@@ -369,7 +384,7 @@ def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
     def shown(content: dict) -> str:
         stream = io.StringIO()
         content["groups"] = {"all": found["groups"]["all"]}
-        for table in tables(content):
+        for table in tables(Evaluation(**content)):
             Console(file=stream, width=200).print(table)
         return stream.getvalue()
 
@@ -377,14 +392,14 @@ def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
     for entry in (*bare["models"].values(), *bare["pairs"]):
         for group in entry["groups"].values():
             for interval in (group, group.get("difference"), group.get("relative")):
-                if interval:
+                if interval and "low" in interval:
                     interval |= {"low": None, "high": None}
     relative = found["pairs"][0]["groups"]["all"]["relative"]
     text = shown(bare)
     assert f"{relative['value']:+.2%}" in text
     assert "[" not in text
     assert "±0" not in text
-    write_picture(bare, tmp_path / "page.png")
+    write_picture(Evaluation(**bare), tmp_path / "page.png")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
     several["pairs"] = [pair for pair in found["pairs"] if pair["scope"] == "seeds and samples"]
     text = shown(several)
@@ -419,14 +434,14 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
     options = [
         f"gone={recipe.parent}/gone", "some/where", f"pivot={models}/twin", f"neox={models}/twin",
         f"bare={bare}", f"pickled={pickled}", f"seen={seen}", f"x={models}/twin", f"y={models}/twin",
-        f"torn={torn}", f"orphan={orphan}",
+        f"torn={torn}", f"orphan={orphan}", f"Neox={models}/twin", f"Bare={bare}",
     ]  # fmt: skip
     questions = recipe.parent / "questions.jsonl"
     questions.write_text('{"question": "What?"}\n', encoding="utf-8")
     result = run(recipe, *(a for o in options for a in ("--model", o)), "--questions", questions)
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
-    assert lines[0].endswith("has 13 problems:")
+    assert lines[0].endswith("has 15 problems:")
     for named, said in (
         ("gone=", "there is no such folder"),
         ("some/where", "should be NAME=PATH"),
@@ -439,6 +454,8 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
         ("torn=", "has no tokenizer"),
         ("torn=", "has adapter_config.json, but no adapter_model.safetensors"),
         ("torn=", "its adapter_config.json can't be read: "),
+        ("Neox=", "the recipe has a model neox already"),
+        ("Bare=", "differs from --model bare in case only; give it another name"),
         ("orphan=", "its base model ./nowhere: there is no such folder"),
     ):
         assert any(line.startswith(f"  --model {named}") and said in line for line in lines), named

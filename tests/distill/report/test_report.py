@@ -21,8 +21,9 @@ from fusechat_distill.cli import commands
 from fusechat_distill.fusion.stage import fuse_stages
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Alignment, Fusion
-from fusechat_distill.report.compute import REASONS, report
+from fusechat_distill.report import compute
 from fusechat_distill.report.page import tables, write_report
+from fusechat_distill.report.schema import REASONS, Report
 from fusechat_distill.storage.shards import ScoredSample, ScoreStore, Shards, scores_table
 from fusechat_distill.text.tokens import vocabulary
 from tests.distill.alignment.test_stage import Alone, Silent, changed, scores, stages
@@ -84,6 +85,13 @@ def inputs(made, tmp_path) -> Inputs:
     """The same with an output folder of its own."""
     shutil.copytree(made.recipe.output_folder, tmp_path / "out")
     return changed(made, output=str(tmp_path / "out"))
+
+
+def report(inputs: Inputs) -> dict:
+    """The content of `report.json`."""
+    made = compute.report(inputs)
+    assert Report.model_validate(made.as_json()) == made
+    return made.as_json()
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +395,7 @@ def test_a_source_that_nothing_matches(inputs):
     )
     assert set(found["edges"].values()) == {None}
     assert found["mass"]["kept"] is None
-    write_report(report(inputs), inputs.recipe.output_folder / "report")
+    write_report(compute.report(inputs), inputs.recipe.output_folder / "report")
 
 
 def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
@@ -401,7 +409,7 @@ def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
     page = (folder / "report.png").read_bytes()
     assert page.startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png"]
-    write_report(found, folder)
+    write_report(Report(**found), folder)
     assert (folder / "report.png").read_bytes() == page
     shown = CliRunner().invoke(commands, ["report", recipe])
     assert shown.exit_code == 0, shown.stderr
@@ -419,7 +427,7 @@ def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
 
 def test_tables_say_it_too(found):
     console = Console(file=io.StringIO(), width=100, record=True)
-    for shown in tables(found):
+    for shown in tables(Report(**found)):
         console.print(shown)
     text = console.export_text()
     other = found["sources"]["other"]

@@ -1,0 +1,17 @@
+"""What is written as data for other programs to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A JSON object with fixed keys. `docs/reference.py` makes the documentation of the keys from
+    the docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
