@@ -152,10 +152,10 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
             update={"model": found["base_model_name_or_path"], "revision": found.get("revision")}
         )
         base = open_model(of, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"its {ADAPTER_CONFIG} can't be read: {one_line(error)}")
     except RequestError as error:
         problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"its {ADAPTER_CONFIG} can't be read: {one_line(error)}")
     if problems or base is None:
         raise RequestError(problems, spec.model)
     return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
