@@ -1,7 +1,7 @@
-"""FusionTrainer on a dataset of one's own: four columns, a model and a tokenizer. Offline, CPU.
+"""FusionTrainer on your own dataset: four columns, a model and a tokenizer. Offline, on the CPU.
 
 A small model learns sums in words from a sixth of them, once by supervised fine-tuning (λ = 1) and
-once with the distributions of a model that has seen all of them as well (λ = 0.5). Run it with
+once also with the distributions of a model that has seen all of them (λ = 0.5). Run it with
 `python examples/fusion_trainer.py`; it takes less than a minute and leaves nothing behind.
 """
 
@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sums(text: PreTrainedTokenizerFast) -> Dataset:
-    """`input_ids`, and `labels` that are −100 where there is nothing to learn: the question."""
+    """Rows with `input_ids` and `labels`; labels of the question are −100 (no loss)."""
     rows = []
     for a in range(13):
         for b in range(13):
@@ -48,8 +48,8 @@ def sums(text: PreTrainedTokenizerFast) -> Dataset:
 def with_targets(rows: Dataset, source: Any) -> Dataset:
     """`fusion_ids` and `fusion_probs`: row t is the distribution that `labels[t]` was drawn from.
 
-    That is what the source predicts at position t − 1, so row 0 is never used. Each row keeps the
-    top k; what is missing from 1 then lies on the label. A row of zeros is no target at all.
+    That is what the source predicts at position t − 1, so row 0 is never used. Each row has the
+    top k; the mass missing from 1 belongs to the label. A row of zeros is not a target.
     """
 
     def add(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Do the papers' claims hold in the small? Trains, merges and measures, then says so.
+"""Do the papers' claims hold at small scale? Trains, merges, measures and reports it.
 
     python examples/reproduction/ladder.py --scale cpu
 
-makes everything below runs/ladder-cpu, RESULTS.md and its pictures included. It can be stopped at
-any moment and goes on with the same command; what is made is used again. The RESULTS.md beside this
-file came of `--results examples/reproduction`. `--scale gpu` has not been run yet.
+writes everything to runs/ladder-cpu, including RESULTS.md and its pictures. It can be stopped at
+any moment; the same command resumes and reuses finished work. The RESULTS.md beside this file was
+written with `--results examples/reproduction`. `--scale gpu` has not been run yet.
 """
 
 from __future__ import annotations

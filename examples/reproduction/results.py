@@ -1,4 +1,4 @@
-"""What came out: tables beside the papers' figures, and which of their orderings hold."""
+"""The results: tables beside the papers' figures, and which of their orderings hold."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIGURES = {
 """MT-Bench averages of FuseChat's Table 1 (GPT-4-0125) / of FusionChat (GPT-4-0613)."""
 
 TARGETS = "7.17 to 7.24 / 8.08, 8.18"
-"""Of the papers' pairwise targets."""
+"""The same averages of the papers' pairwise targets."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Every model's losses: all seeds, and the seeds that the single factors have."""
+class Results:
+    """The losses of every model and seed on the held-out answers."""
 
     ladder: Ladder
     domains: np.ndarray
@@ -85,9 +85,11 @@ class Found:
         for name in dict.fromkeys(name for pair in pairs for name in pair):
             of = self.losses[name]
             chosen[name] = Losses(of.bits[:seeds], of.num_bytes)
-        _, found = bootstrap(chosen, pairs)
-        adjusted = holm([found[pair].p or 0.0 for pair in pairs])
-        return {pair: Test(*pair, found[pair], p) for pair, p in zip(pairs, adjusted, strict=True)}
+        _, differences = bootstrap(chosen, pairs)
+        adjusted = holm([differences[pair].p or 0.0 for pair in pairs])
+        return {
+            pair: Test(*pair, differences[pair], p) for pair, p in zip(pairs, adjusted, strict=True)
+        }
 
     def _of(self, name: str, domain: str | None) -> Losses:
         of = self.losses[name]
@@ -97,11 +99,11 @@ class Found:
 def write_results(ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, command: str) -> None:
     """RESULTS.md and the pictures, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = collect(ladder)
-    parts = [_heading(found, jobs, command)]
+    results = collect(ladder)
+    parts = [_heading(results, jobs, command)]
     tests: dict[str, Test] = {}
     for part in (_ladder, _merges, _factors):
-        text, more = part(found, folder)
+        text, more = part(results, folder)
         parts.append(text)
         tests |= more
     parts[1:1] = [_orderings(ladder.scale.sources, tests)]
@@ -109,8 +111,8 @@ def write_results(ladder: Ladder, jobs: Mapping[str, Any], folder: Path, *, comm
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def collect(ladder: Ladder) -> Found:
-    """Read (or make) what every checkpoint needs for every held-out answer."""
+def collect(ladder: Ladder) -> Results:
+    """Read (or measure) the bits that every checkpoint needs for every held-out answer."""
     paths: dict[str, list[Path]] = {}
     for variant in ladder.scale.variants:
         seeds = range(ladder.scale.seeds_of(variant))
@@ -138,7 +140,7 @@ def collect(ladder: Ladder) -> Found:
         for short, several in measured.items()
     }
     domains = np.array([held.groups[held.rows[key]] for key, _ in answers])
-    return Found(ladder, domains, losses)
+    return Results(ladder, domains, losses)
 
 
 def _model(name: str) -> str:
@@ -158,22 +160,24 @@ def _merged(variant: str, merge: str) -> str:
 # The parts of RESULTS.md.
 
 
-def _heading(found: Found, jobs: Mapping[str, Any], command: str) -> str:
-    scale = found.ladder.scale
+def _heading(results: Results, jobs: Mapping[str, Any], command: str) -> str:
+    scale = results.ladder.scale
     wall = max(entry["wall"] for entry in jobs.values())
     cpu = sum(entry["cpu_seconds"] for entry in jobs.values())
     packages = ("torch", "transformers", "trl", "mergekit")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     models = (PIVOT, *scale.sources)
-    sizes = ", ".join(f"{name} {_parameters(found.ladder, name)}" for name in models)
-    counts = {domain: int((found.domains == domain).sum()) for domain in sorted(set(found.domains))}
+    sizes = ", ".join(f"{name} {_parameters(results.ladder, name)}" for name in models)
+    counts = {
+        domain: int((results.domains == domain).sum()) for domain in sorted(set(results.domains))
+    }
     held = ", ".join(f"{count} of {domain}" for domain, count in counts.items())
     shown = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size")
     training = ", ".join(f"{key} {scale.training[key]}" for key in shown)
     epochs = scale.training.get("num_train_epochs", "part of an")
     factors = ", ".join(_parts(scale))
     return f"""\
-# The ladder in the small
+# The ladder at small scale
 
 Written by `{command}` on {datetime.date.today()};
 nothing in it is edited by hand. {scale.processes} processes of one thread on {_hardware()};
@@ -181,29 +185,30 @@ nothing in it is edited by hand. {scale.processes} processes of one thread on {_
 {platform.python_version()}, {versions}.
 
 - Text: questions and answers about Python's standard library, of two domains, {", ".join(DOMAINS)}.
-  Each source has seen its own domain, the pivot a little of both, and none of them what targets
-  learn from and are measured on.
+  Each source was trained on its own domain, the pivot on a little of both, and none of them on the
+  text that the targets are trained and evaluated on.
 - Models (family, parameters, tokens): {sizes}.
 - Targets: {1 - scale.eval_fraction:.0%} of {scale.corpus["target_bytes"]:,} bytes of answers,
   {epochs} epochs, {training}.
-  The default here is λ 0.5, k 64, and of everything else what `fusechat-distill` has; each other
+  The default here is λ 0.5 and k 64, and otherwise the defaults of `fusechat-distill`; each other
   recipe differs in what its row says.
 - Training seeds: {scale.seeds} for the ladder and the merges, the first {scale.factor_seeds} of
-  them for the single factors (shown on {factors}). They decide the order of the rows; pivot,
-  sources and text are the same for all, so that no interval says how much another pivot or other
-  text would change.
-- Measured: bits per UTF-8 byte of {len(found.domains)} held-out answers ({held}); less is better.
-  Intervals are of 95 %, over answers and seeds, differences are paired by both
+  them for the single factors (shown for {factors}). They decide the order of the rows; pivot,
+  sources and text are the same for all, so the intervals do not cover another pivot or other
+  text.
+- Measured: bits per UTF-8 byte of {len(results.domains)} held-out answers ({held}); lower is
+  better.
+  Intervals are 95 % intervals over answers and seeds; differences are paired by both
   (`fusechat_distill/evaluation/bootstrap.py`). *Within noise* is a p-value of {LEVEL} or more
-  after Holm's correction for the table's family of tests. What has one checkpoint (pivot, sources)
-  has an interval over answers only.
+  after Holm's correction for the table's family of tests. Models with one checkpoint (pivot,
+  sources) have an interval over answers only.
 
-The papers measured 7B models with MT-Bench; no figure of theirs is comparable with one of these,
-only the order is."""
+The papers measured 7B models with MT-Bench; their figures can't be compared with these, only the
+order can."""
 
 
-def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
-    sources = found.ladder.scale.sources
+def _ladder(results: Results, folder: Path) -> tuple[str, dict[str, Test]]:
+    sources = results.ladder.scale.sources
     targets = [f"target {source}" for source in sources]
     rows = [PIVOT, *(f"source {source}" for source in sources)]
     rows += ["sft", CONTROL, "multi", *targets, VARM, "sce"]
@@ -217,9 +222,9 @@ def _ladder(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
         *((target, "multi") for target in targets),
         *((VARM, other) for other in (*targets, "multi", CONTROL)),
     ]
-    tests = found.tests(pairs)
-    whole = found.intervals(rows)
-    domains = {domain: found.intervals(rows, domain) for domain in DOMAINS}
+    tests = results.tests(pairs)
+    whole = results.intervals(rows)
+    domains = {domain: results.intervals(rows, domain) for domain in DOMAINS}
     table = [["", "papers", "all", *DOMAINS, "against sft"]]
     for name in rows:
         against = tests.get((name, "sft"))
@@ -252,14 +257,14 @@ MT-Bench averages of FuseChat / FusionChat beside bits per byte here.
     return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
 
 
-def _merges(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
-    names = [merge.name for merge in found.ladder.scale.merges]
+def _merges(results: Results, folder: Path) -> tuple[str, dict[str, Test]]:
+    names = [merge.name for merge in results.ladder.scale.merges]
     pairs = [(name, CONTROL) for name in names]
     pairs += [(name, VARM) for name in names if name != VARM]
-    tests = found.tests(pairs)
-    whole = found.intervals([*names, CONTROL])
+    tests = results.tests(pairs)
+    whole = results.intervals([*names, CONTROL])
     table = [["", "FusionChat", "all", f"against {CONTROL}", f"against {VARM}"]]
-    for merge in found.ladder.scale.merges:
+    for merge in results.ladder.scale.merges:
         name = merge.name
         varm = tests.get((name, VARM))
         table.append(
@@ -293,18 +298,18 @@ update (density 0.5, normalised), SCE selects all elements, or a tenth where the
     return text, {f"{a} vs {b}": test for (a, b), test in tests.items()}
 
 
-def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
-    scale = found.ladder.scale
+def _factors(results: Results, folder: Path) -> tuple[str, dict[str, Test]]:
+    scale = results.ladder.scale
     factors = [v for v in scale.variants if v.strategy == "pairwise" and v.name != DEFAULT]
     parts = _parts(scale)
     pairs = [(f"{variant.name}: {part}", part) for variant in factors for part in parts]
-    tests = found.tests(pairs, seeds=scale.factor_seeds)
+    tests = results.tests(pairs, seeds=scale.factor_seeds)
     last = parts[-1]
     further = [(f"{variant.name}: {last}", "sft") for variant in factors]
     names = [variant.name for variant in factors]
     at_ten = [(a, "k-10") for a in ("gold-k-10", "lambda-0.9-k-10") if {a, "k-10"} <= {*names}]
     further += [(f"{a}: {last}", f"{b}: {last}") for a, b in at_ten]
-    others = found.tests([(last, "sft"), *further], seeds=scale.factor_seeds)
+    others = results.tests([(last, "sft"), *further], seeds=scale.factor_seeds)
     table = [["factor", "here", "instead of", *parts, f"{last} against sft"]]
     table.append(["", "the default", "", *("" for _ in parts), others[last, "sft"].shown()])
     for variant in factors:
@@ -319,14 +324,14 @@ def _factors(found: Found, folder: Path) -> tuple[str, dict[str, Test]]:
             for part in parts
             for t in [tests[f"{variant.name}: {part}", part]]
         ],
-        "One factor otherwise: change of held-out bits per byte against the default",
+        "One factor changed: change of held-out bits per byte against the default",
         folder / "factors.png",
     )
     text = f"""\
-## One factor otherwise
+## One factor changed
 
-The change against the default's, seed by seed ({scale.factor_seeds} seeds), below zero is better;
-and, a family of tests of its own, against SFT.
+The change against the default, seed by seed ({scale.factor_seeds} seeds), where below zero is
+better; and the change against SFT, as a separate family of tests.
 
 {_table(table)}
 
@@ -338,14 +343,14 @@ and, a family of tests of its own, against SFT.
 
 
 def _parts(scale: Scale) -> list[str]:
-    """What shows the single factors: targets, and their merge where there are all of them."""
+    """The models that show the single factors: targets, and their merge if all were trained."""
     if not scale.factor_sources:
         return [*(f"target {source}" for source in scale.sources), VARM]
     return [f"target {source}" for source in scale.factor_sources]
 
 
 def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
-    """The papers' claims, each with what is to be said of it here."""
+    """The papers' claims, and whether each holds here."""
     targets = [f"target {source}" for source in sources]
     better = [
         ("sft", PIVOT),
@@ -373,16 +378,16 @@ def _orderings(sources: Sequence[str], tests: Mapping[str, Test]) -> str:
     return f"""\
 ## Which of the papers' orderings hold
 
-Of {len(better)}, {said}. *Hardly* is a difference that is shown, but is smaller than what
-averaging two SFT seeds gains ({small:.2%}), so that it is none to choose by. This page's own
-control: {control.a} against {control.b}, that is, against averaging without any source,
+Of {len(better)}, {said}. *Hardly* means a difference that is shown, but is smaller than the gain
+from averaging two SFT seeds ({small:.2%}), so it is no reason to choose. The control on this page:
+{control.a} against {control.b}, that is, against averaging without any source,
 {control.shown()}.
 
 {_table(rows)}"""
 
 
 def _small(tests: Mapping[str, Test]) -> float:
-    """A relative difference that averaging two seeds makes; below it nothing is chosen."""
+    """The relative gain from averaging two seeds; smaller differences are no reason to choose."""
     return tests[f"{CONTROL} vs sft"].size
 
 
@@ -397,21 +402,21 @@ RECIPE = {
     "positions": "bytes",
     "template": "native",
 }
-"""What a recipe has where it says nothing."""
+"""The defaults of a recipe."""
 
 WHY = {
     "strategy": "the papers' main result, and a source can be added later without training the "
-    "other targets anew; two sources whose strengths exclude each other, as here, are where one "
-    "target for all has the most to gain",
+    "other targets anew; one target for all gains most where the sources have different "
+    "strengths, as here",
     "λ": "the papers' value, chosen at 7B with answers that strong models wrote; nothing of that "
     "size was measured here",
     "k": "the papers' value; models as small as these keep about half of their mass in the top 10, "
-    "so that they need more, and each entry costs about 3 bytes a token in every store",
+    "so they need more, and each entry costs about 3 bytes per token in every store",
     "λ and k": "the papers' values; see the rows of both",
-    "tail at k 10": "the papers' way, with λ 0.9, where it costs less; with a smaller λ take gold",
+    "tail at k 10": "the papers' way, with λ 0.9, where it costs less; with a smaller λ use gold",
     "vocabulary": "FuseChat's choice, and it needs no map over the whole vocabulary",
 }
-"""Why the recipe keeps its default where another level is better here."""
+"""Why the recipe keeps its default although another level is better here."""
 
 
 def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
@@ -429,9 +434,7 @@ def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
             continue
         of = f"({_percent(test.difference.relative)})"
         if test.verdict == "within noise" or test.size < small:
-            lines.append(
-                f"- {factor}: {level} or {default_level}, no difference to choose by {of}."
-            )
+            lines.append(f"- {factor}: {level} or {default_level}, no relevant difference {of}.")
             continue
         wins = (test.verdict == "better") != turned
         better, other = (level, default_level) if wins else (default_level, level)
@@ -443,10 +446,10 @@ def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
             note = f" The recipe's default is {default}: {WHY.get(factor, 'the papers have it')}."
         lines.append(f"- {factor}: **{better}** instead of {other} {of}.{note}")
     against = [tests[f"{m.name} vs {VARM}"] for m in scale.merges if m.name != VARM]
-    sorts: dict[str, list[str]] = {"better": [], "worse": [], "no difference to choose by": []}
+    sorts: dict[str, list[str]] = {"better": [], "worse": [], "no relevant difference": []}
     for test in against:
-        sort = test.verdict if test.size >= small else "no difference to choose by"
-        sorts[sort if sort in sorts else "no difference to choose by"].append(test.a)
+        sort = test.verdict if test.size >= small else "no relevant difference"
+        sorts[sort if sort in sorts else "no relevant difference"].append(test.a)
     lines.append(
         "- merge: against VaRM by matrices, the recipe's default, "
         + "; ".join(f"{sort}: {', '.join(names)}" for sort, names in sorts.items() if names)
@@ -455,16 +458,17 @@ def _choice(scale: Scale, tests: Mapping[str, Test]) -> str:
     papers = tests.get(f"lambda-0.9-k-10: {part} vs sft")
     if papers is not None:
         lines.append(
-            f"- The recipe's defaults as they are, λ 0.9 and k 10, against SFT: {papers.shown()}."
+            f"- The recipe's unchanged defaults, λ 0.9 and k 10, against SFT: {papers.shown()}."
         )
     body = "\n".join(lines)
     return f"""\
 ## What to choose
 
-For small models and few data that are read often, as here, with sources that know more than the
-data hold; at another size, run this with a scale of your own before you trust it. A difference to
-choose by is one that is shown and is at least {small:.2%}, what averaging two SFT seeds gains. In
-brackets: the VaRM merge against multi, and below it the first named against the second on {part}.
+These results are for small models, little data read several times, and sources that know more than
+the data contain. At another size, run this with your own scale before you rely on it. A difference
+is a reason to choose if it is shown and is at least {small:.2%}, the gain from averaging two SFT
+seeds. In brackets: the VaRM merge against multi, and below it the first level against the second
+for {part}.
 
 {body}"""
 

@@ -200,8 +200,8 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
             outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
             absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
             if outside:
-                names = ", ".join(outside)
-                yield f"{index.name} lists {names}, which are not file names in the same folder"
+                listed = ", ".join(outside)
+                yield f"{index.name} lists {listed}, which are not file names in the same folder"
             elif absent:
                 yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
             else:

@@ -14,32 +14,38 @@ from trl.data_utils import pack_dataset
 TOKENS = ("input_ids", "labels")
 TARGETS = ("fusion_ids", "fusion_probs")
 
-# Rows handled at a time: with 2,048 tokens and k = 64, 130 MB of identifiers and as much of
-# probabilities.
+# Rows per block: with 2,048 tokens and k = 64, 130 MB of ids and as much of probabilities.
 _BATCH = 250
-# How far rounding (fp16 storage, many small entries) may lift a row's sum above 1.
+# How far a row's sum may exceed 1 by rounding (fp16 storage, many small entries).
 _MASS_TOLERANCE = 1e-3
 
 
 def prepare_dataset(
     dataset: Dataset, args: SFTConfig, *, packing: bool, vocab_size: int, name: str
 ) -> Dataset:
-    """What TRL's preparation does to tokenised rows, done to all four columns.
+    """Prepare all four columns as TRL prepares tokenised rows.
 
-    Rows are cut to `args.max_length`, or packed by `args.packing_strategy`; rows that the cut
-    leaves without a label are dropped; the order of things, and so every batch, is TRL's. Targets
-    that the loss ignores (row 0, label −100) are set to zero, which matters when packing in
-    `wrapped` style moves a row 0 inside. Targets may be nested, k numbers for each token, or flat;
-    those of a prepared row are flat, [tokens · k].
+    Rows are cut to `args.max_length`, or packed by `args.packing_strategy`; rows without a label
+    after the cut are dropped. The order of the steps, and so every batch, is the same as TRL's.
+    Targets that the loss ignores (row 0, label −100) are set to zero, because packing in `wrapped`
+    style may move a row 0 into the middle of a sequence. Targets may be nested, k numbers for each
+    token, or flat; those of a prepared row are flat, [tokens · k].
+
+    Args:
+        dataset: rows with `input_ids`, `labels`, `fusion_ids` and `fusion_probs`.
+        args: TRL's settings.
+        packing: whether to pack rows.
+        vocab_size: size of the model's vocabulary.
+        name: the dataset's name in error messages.
 
     Raises:
-        ValueError: lengths that differ between columns, identifiers outside [0, vocab_size),
-            probabilities that are negative, not finite or add up to more than 1, with the row.
+        ValueError: lengths that differ between columns, ids outside [0, vocab_size), probabilities
+            that are negative, not finite or add up to more than 1; the message names the row.
     """
     if packing and args.max_length is None:
         raise ValueError("When packing is enabled, `max_length` can't be `None`.")
     if "seq_lengths" in dataset.column_names:
-        return dataset  # packed before
+        return dataset  # already packed
     dataset = dataset.select_columns([*TOKENS, *TARGETS]).with_format("arrow")
     dataset = dataset.map(
         _prepare_rows,
@@ -80,7 +86,7 @@ def prepare_dataset(
 
 
 def _width(dataset: Dataset) -> int:
-    """k: how many entries the first row's distributions have."""
+    """k: the number of entries of the first row's distributions."""
     first = dataset[:1]
     ids = pc.list_flatten(first["fusion_ids"])
     entries = pc.list_flatten(ids) if pa.types.is_nested(ids.type) else ids
@@ -98,26 +104,32 @@ def _prepare_rows(
     flat: bool,
     name: str,
 ) -> pa.Table:
-    """Check, mask and cut one block of rows; `indices` are their numbers in the dataset."""
+    """Check, mask and cut one block of rows; `indices` are their numbers in the dataset.
+
+    Columns are handled as flat arrays over all tokens of the block, [tokens] or [tokens, width].
+    """
     columns = {column: _one_array(table[column]) for column in (*TOKENS, *TARGETS)}
     lengths = _lengths(columns["input_ids"])
+    # All columns have one entry per token; a flat column of targets has `width` numbers per token.
     for column, array in columns.items():
         nested = column in TOKENS or pa.types.is_nested(array.type.value_type)
-        wanted = lengths if nested else lengths * width
-        different = np.flatnonzero(_lengths(array) != wanted)
+        expected = lengths if nested else lengths * width
+        different = np.flatnonzero(_lengths(array) != expected)
         if len(different):
             row = int(different[0])
             raise ValueError(
                 f"{name} dataset, row {indices[row]}: `{column}` has {_lengths(array)[row]} "
-                f"entries but `input_ids` has {lengths[row]}, for which {wanted[row]} are needed."
+                f"entries but `input_ids` has {lengths[row]}, for which {expected[row]} are needed."
             )
     tokens = {column: _numbers(pc.list_flatten(columns[column])) for column in TOKENS}
+    # Tokens that the loss counts: those with a label, except the first of a row.
     starts = np.cumsum(lengths) - lengths
-    live = tokens["labels"] != -100
-    live[starts[lengths > 0]] = False
+    counted = tokens["labels"] != -100
+    counted[starts[lengths > 0]] = False
     row_of = np.repeat(np.arange(len(lengths)), lengths)
     ids, probs = (_entries(columns[column], width, name, column) for column in TARGETS)
-    probs = np.where(live[:, None], probs, 0).astype(np.float32)
+    # Whatever is in a row that the loss ignores is neither checked nor used.
+    probs = np.where(counted[:, None], probs, 0).astype(np.float32)
 
     def check(bad: Any, what: str) -> None:
         if bad.any():
@@ -134,21 +146,24 @@ def _prepare_rows(
         ((probs > 0) & ((ids < 0) | (ids >= vocab_size))).any(-1),
         f"a token lies outside the model's vocabulary of {vocab_size}",
     )
+    # An entry of probability 0 may have any id, even an invalid one.
     ids = np.where(probs > 0, ids, 0).astype(np.int32)
 
+    # Cut every row to its first, or last, `max_length` tokens.
     if max_length is not None:
         position = np.arange(len(row_of)) - np.repeat(starts, lengths)
         if keep_end:
             kept = position >= np.repeat(lengths - max_length, lengths)
         else:
             kept = position < max_length
-        # As TRL: a row that has nothing left to learn from is dropped.
+        # As in TRL, a row without a label after the cut is dropped.
         labelled = np.bincount(row_of[kept & (tokens["labels"] != -100)], minlength=len(lengths))
         kept &= np.repeat(labelled > 0, lengths)
         lengths = np.minimum(lengths, max_length)[labelled > 0]
         tokens = {column: values[kept] for column, values in tokens.items()}
         ids, probs = ids[kept], probs[kept]
 
+    # Back to Arrow: one list per row, of numbers or of `width` numbers per token.
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     arrays = [
         *(pa.array(tokens[column]) for column in TOKENS),
@@ -160,7 +175,7 @@ def _prepare_rows(
 
 
 def _flatten_targets(table: pa.Table) -> pa.Table:
-    """Flat numbers come out of Arrow as arrays; nested ones as one Python object a token."""
+    """Flatten the targets, since Arrow returns nested lists as one Python object per token."""
     for column in TARGETS:
         lists = _one_array(table[column])
         width = lists.type.value_type.list_size
@@ -185,14 +200,14 @@ def _numbers(values: pa.Array) -> np.ndarray:
 
 
 def _entries(lists: pa.Array, width: int, name: str, column: str) -> np.ndarray:
-    """The k entries of every token, [tokens, k]."""
+    """The entries of every token, [tokens, width]."""
     rows: Any = pc.list_flatten(lists)
     if not pa.types.is_nested(rows.type):
         return _numbers(rows).reshape(-1, width)
     if (_lengths(rows) != width).any():
         raise ValueError(
             f"{name} dataset: `{column}` has rows of {sorted(set(_lengths(rows).tolist()))} "
-            f"entries; every token needs the same number, {width} as the first one has. Fill "
-            "shorter rows up with probability 0."
+            f"entries; every token needs the same number, {width} as the first one has. Pad "
+            "shorter rows with probability 0."
         )
     return _numbers(pc.list_flatten(rows)).reshape(-1, width)

@@ -21,19 +21,19 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 Tensor = torch.Tensor
 
-# fp32 elements of gathered embedding rows held at a time: on CPU what fits beside the weights in a
-# second-level cache, elsewhere enough to keep the device busy.
+# Maximum of fp32 elements of gathered embedding rows in memory: on the CPU as many as fit into a
+# second-level cache beside the weights, elsewhere enough to keep the device busy.
 _CPU_BLOCK = 2**19
 _BLOCK = 2**24
 
 
 class FusionLogProbFunction(torch.autograd.Function):
-    """TRL's `ChunkedLogProbFunction`, with the gap of a fused distribution as one more output.
+    """TRL's `ChunkedLogProbFunction`, with the gap of a fused distribution as an additional output.
 
     Takes its nine arguments, then `ids` ([N, k] integers below V) and `probs` ([N, k] float32,
     used as given), and returns its five outputs, then `gap` ([N] float32). Rows are gathered,
-    multiplied and, in the backward pass, accumulated in float32 whatever the weights' dtype; the
-    head's gradient goes into the buffer that TRL's own went into, so it costs no second one.
+    multiplied and, in the backward pass, accumulated in float32 for any dtype of the weights. The
+    head's gradient is added to the buffer of TRL's own, so no second buffer is needed.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class FusionLogProbFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *kernel_grads, grad_gap = grads
         hidden, weight, bias, *_ = ctx.saved_tensors
-        # ZeRO-3 partitions the head again after the forward pass; TRL's backward finds it gathered.
+        # ZeRO-3 partitions the head again after the forward pass; TRL's backward needs it gathered.
         with maybe_gather_lm_head_ctx(weight, bias):
             if grad_gap is None:
                 return *ChunkedLogProbFunction.backward(ctx, *kernel_grads), None, None
@@ -72,7 +72,7 @@ class FusionLogProbFunction(torch.autograd.Function):
 
 
 class _Unrounded:
-    """The context of TRL's backward, which then returns its float32 sums as they are."""
+    """A context with which TRL's backward returns its float32 sums without rounding them."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
@@ -85,7 +85,7 @@ class _Unrounded:
 
 
 class _Wide:
-    """A tensor that says it is float32: TRL casts a sum to the dtype of what it belongs to."""
+    """A tensor that reports float32 as its dtype, because TRL casts a gradient to that dtype."""
 
     dtype = torch.float32
 
@@ -100,7 +100,7 @@ class _Wide:
 
 
 def _entries(targets: Tensor, ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The k + 1 tokens whose logits a row of the gap needs, and what each is multiplied with."""
+    """The k + 1 tokens whose logits a row of the gap needs, and the coefficient of each."""
     entries = torch.cat([targets.unsqueeze(-1), ids.to(targets.dtype)], dim=-1)
     return entries, torch.cat([probs.sum(-1, keepdim=True), -probs], dim=-1)
 
@@ -116,7 +116,7 @@ def _logits(
     positions, width = ctx.entries.shape
     limit = _CPU_BLOCK if hidden.device.type == "cpu" else _BLOCK
     step = max(1, limit // (width * hidden.shape[-1]))
-    # Under autocast `bmm` would round its fp32 inputs to bf16.
+    # Under autocast, `bmm` would round its fp32 inputs to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, positions, step):
             part = slice(start, start + step)

@@ -25,10 +25,10 @@ from fusechat_common.errors import RequestError
 from fusechat_distill.trainer.columns import TARGETS, TOKENS, prepare_dataset
 from fusechat_distill.trainer.loss import FusionLogProbFunction
 
-# What TRL's fused forward calls with the hidden states and the head.
+# The function in TRL's module that its fused forward calls with hidden states and head.
 _KERNEL = "_ChunkedLogProbFunction"
 
-_HEAD_APART = (
+_HEAD_SHARDED_SEPARATELY = (
     "FSDP2 shards the output head as a group of its own, where TRL's fused head keeps the gradient "
     "of one process and loses the others'; wrap the transformer layers alone "
     "(`fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP`)"
@@ -37,12 +37,11 @@ _HEAD_APART = (
 
 @dataclass
 class FusionConfig(SFTConfig):
-    """TRL's `SFTConfig` and the weight of the two loss terms.
+    """TRL's `SFTConfig` plus the weight of the two loss terms.
 
-    Parameters:
-        clm_weight (`float`, defaults to `0.9`):
-            λ of L = λ·L_CLM + (1 − λ)·L_Fusion, between 0 and 1. At 1.0 the trainer is TRL's
-            `SFTTrainer`, step for step.
+    Args:
+        clm_weight: λ of L = λ·L_CLM + (1 − λ)·L_Fusion, between 0 and 1. At 1.0 every step is the
+            same as `SFTTrainer`'s.
     """
 
     clm_weight: float = field(
@@ -66,8 +65,8 @@ class FusionConfig(SFTConfig):
 class DataCollatorForFusion(DataCollatorForLanguageModeling):
     """TRL's collator, which also pads (or, without padding, joins) the fused distributions.
 
-    Where the examples have `fusion_ids` and `fusion_probs` (k numbers a token, nested or flat),
-    the batch has them as [batch, length, k] tensors, int32 and float32, zero in the padding.
+    If the examples have `fusion_ids` and `fusion_probs` (k numbers per token, nested or flat), the
+    batch has them as [batch, length, k] tensors, int32 and float32, zero in the padding.
 
     Examples:
     >>> from fusechat_distill import DataCollatorForFusion
@@ -112,11 +111,11 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
 
 
 class _FusionHead:
-    """What the model's forward needs beside its inputs, and what it leaves for the metrics.
+    """Adds the fusion term to the forward of a model, and keeps its sums for the metrics.
 
-    `sums` is None, or the last forward's detached sums over response tokens, on the device: their
-    negative log-likelihood and number; with targets also the gap, the positions that have a
-    target, and the entropy of these targets.
+    `sums` is None, or the detached sums of the last forward over response tokens, on the device:
+    negative log-likelihood and number of tokens; with targets also the gap, the number of positions
+    with a target, and the entropy of these targets.
     """
 
     def __init__(self, clm_weight: float) -> None:
@@ -126,13 +125,13 @@ class _FusionHead:
     def install(self, model: PreTrainedModel) -> None:
         """Let `model(..., fused_lm_head=True, fusion_ids=…, fusion_probs=…)` return the objective.
 
-        `model` already has TRL's fused head. `log_probs` of its output then is minus the training
-        objective of each token, so that whatever TRL does with it (normalising, masking, the
-        loss of mixtures of experts) holds for both terms.
+        `model` has to have TRL's fused head already. `log_probs` of its output then is minus the
+        training objective of each token, so that everything TRL does with it (normalising, masking,
+        the loss of mixtures of experts) applies to both terms.
         """
         fused_forward: Callable[..., Any] = model.forward
 
-        # TRL's reason: `generate` validates its arguments against the model's own signature.
+        # As in TRL: `generate` validates its arguments against the model's own signature.
         @functools.wraps(type(model).forward)
         def forward(
             _: PreTrainedModel,
@@ -144,7 +143,7 @@ class _FusionHead:
             if not kwargs.get("fused_lm_head"):
                 return fused_forward(*args, **kwargs)
             if isinstance(model.get_output_embeddings(), FSDPModule):
-                raise RequestError([_HEAD_APART], "FusionTrainer")
+                raise RequestError([_HEAD_SHARDED_SEPARATELY], "FusionTrainer")
             if fusion_ids is None or fusion_probs is None:
                 outputs = fused_forward(*args, **kwargs)
                 nll = -outputs.log_probs.detach().sum()
@@ -163,14 +162,14 @@ class _FusionHead:
 
 
 class _FusionKernel:
-    """Stands in for TRL's `ChunkedLogProbFunction` during one forward that has targets."""
+    """Replaces TRL's `ChunkedLogProbFunction` during one forward pass with targets."""
 
     def __init__(
         self, labels: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor, clm_weight: float
     ) -> None:
         self.mask = labels != -100
         ignored = ~self.mask.unsqueeze(-1)
-        # Whatever stands in a row that is ignored, or beside a zero, is no token and no number.
+        # Ignored rows may contain anything, and entries of probability 0 any id: set both to 0.
         self.probs = probs.masked_fill(ignored, 0.0)
         self.ids = ids.masked_fill(ignored | (self.probs == 0), 0)
         self.labels = labels
@@ -182,7 +181,7 @@ class _FusionKernel:
             x.to(hidden.device).flatten(0, 1)
             for x in (self.mask, self.labels, self.ids, self.probs)
         )
-        # TRL scores either every position, or only those that have a label.
+        # TRL computes either all positions or only those with a label.
         if hidden.shape[0] != mask.shape[0]:
             labels, ids, probs = labels[mask], ids[mask], probs[mask]
             mask = mask[mask]
@@ -205,10 +204,10 @@ class _FusionKernel:
 
 @contextmanager
 def _trl_kernel(kernel: _FusionKernel) -> Iterator[None]:
-    """TRL's fused forward with another kernel.
+    """Let TRL's fused forward call another kernel.
 
-    It finds hidden states, head, soft cap and logit scale in ways that depend on the model, on
-    PEFT, FSDP and ZeRO-3, and hands all of them to one function; only that function changes here.
+    How TRL obtains hidden states, head, soft cap and logit scale depends on the model, PEFT, FSDP
+    and ZeRO-3. It passes all of them to one function; only that function is replaced here.
     """
     original = getattr(trl_utils, _KERNEL)
     setattr(trl_utils, _KERNEL, kernel)
@@ -224,7 +223,7 @@ def _trl_kernel(kernel: _FusionKernel) -> Iterator[None]:
 
 
 def _entropy(labels: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each row's distribution, [N]; 0 for a zero row, which is no target."""
+    """Entropy in nats of each row's distribution, [N]; 0 for a zero row, which is not a target."""
     on_label = ids == labels.unsqueeze(-1)
     rest = probs.masked_fill(on_label, 0.0)
     gold = (1.0 - rest.sum(-1)).clamp(0.0, 1.0)
@@ -233,13 +232,15 @@ def _entropy(labels: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> to
 
 
 def _floats(probs: torch.Tensor) -> torch.Tensor:
-    """Probabilities as numbers, from numbers or from the bits that `_prepare_inputs` sends."""
+    """Probabilities as float32, from numbers or from the bits that `_prepare_inputs` makes."""
     return probs.float() if probs.is_floating_point() else probs.view(torch.float32)
 
 
 def _losses_and_counts(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of one forward → ([CLM, fusion] losses, [tokens, targets, entropy]), or without targets
-    ([CLM], [tokens])."""
+    """The sums of a forward as ([CLM, fusion] losses, [tokens, targets, entropy]).
+
+    Without targets ([CLM], [tokens]).
+    """
     if len(sums) == 2:
         return sums[:1], sums[1:]
     nll, tokens, gap, targets, entropy = sums.unbind()
@@ -249,7 +250,7 @@ def _losses_and_counts(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def argument_problems(
     args: Any, data_collator: Any = None, compute_loss_func: Callable[..., Any] | None = None
 ) -> Iterator[str]:
-    """What of its arguments `FusionTrainer` refuses, each with its reason and remedy."""
+    """The arguments that `FusionTrainer` refuses, each with its reason and remedy."""
     if not isinstance(args, FusionConfig):
         yield (
             f"`args` is a `{type(args).__name__}`, which has no `clm_weight`; "
@@ -336,7 +337,7 @@ def _column_problems(name: str, dataset: Dataset, args: Any) -> Iterator[str]:
 
 
 def adapter_problems(model: Any, peft_config: Any) -> Iterator[str]:
-    """Adapters that act on logits beside the head's weight, which is all that the loss reads."""
+    """Adapters that change logits without changing the head's weight, which the loss reads."""
     wrapped = isinstance(model, torch.nn.Module) and is_peft_model(model)
     configs = [peft_config] if peft_config is not None else []
     if wrapped:
@@ -398,18 +399,19 @@ class FusionTrainer(SFTTrainer):
     `fusion_probs`, k numbers for every token, row t being the distribution that `labels[t]` was
     drawn from. Probabilities are used as given, and mass missing from 1 lies on `labels[t]`, so a
     zero row is the plain loss of that token. Row 0 and rows whose label is −100 are ignored. Both
-    terms are cross-entropies in nats, averaged over the response tokens as TRL averages its loss.
+    terms are cross-entropies in nats, averaged over the response tokens as in TRL.
 
     Logs `clm_loss` and `fusion_loss` (`loss` = λ·clm_loss + (1 − λ)·fusion_loss, plus what a
     mixture of experts adds), `target_share` (of the response tokens, those that have a target) and
-    `target_entropy` (nats, of these targets). `eval_loss` is the same objective where the
-    evaluation data have targets and the plain loss where not; `eval_clm_loss` is always there.
+    `target_entropy` (nats, of these targets). `eval_loss` is the same objective if the evaluation
+    data have targets, else the plain loss; `eval_clm_loss` is always logged.
 
-    Args: TRL's, `args` being a `FusionConfig`.
+    Args:
+        args: a `FusionConfig`; all other arguments are TRL's.
 
     Raises:
-        RequestError: whatever would drop or distort the fusion term; all
-            that is known before the model is loaded is named at once.
+        RequestError: a setting would drop or distort the fusion term; problems that are known
+            before the model is loaded are reported together.
     """
 
     _tag_names = [*SFTTrainer._tag_names, "fusechat"]  # noqa: RUF012
@@ -450,14 +452,14 @@ class FusionTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        # What only the loaded model and the launcher's settings tell.
+        # Problems that depend on the loaded model and the launcher's settings.
         problems = [
             *adapter_problems(self.model, None),
             *_parallelism_problems(self.accelerator.parallelism_config),
         ]
         if problems:
             raise RequestError(problems, "FusionTrainer")
-        # TRL refuses a collator of one's own in its padding-free modes, so it comes in afterwards.
+        # TRL refuses a custom collator in its padding-free modes, so it is replaced afterwards.
         if data_collator is None:
             plain = self.data_collator
             settings = {f.name: getattr(plain, f.name) for f in fields(plain)}
@@ -475,7 +477,7 @@ class FusionTrainer(SFTTrainer):
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> Any:
-        # TRL shortens `input_ids` and `labels` alone and drops other columns when it packs.
+        # TRL cuts only `input_ids` and `labels`, and drops other columns when it packs.
         if not isinstance(dataset, Dataset) or "fusion_ids" not in dataset.column_names:
             return super()._prepare_dataset(
                 dataset, processing_class, args, packing, formatting_func, dataset_name
@@ -491,8 +493,8 @@ class FusionTrainer(SFTTrainer):
             self._signature_columns = [*(self._signature_columns or ()), *TARGETS]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # DeepSpeed and FSDP round every floating-point input to the compute dtype, which for bf16
-        # probabilities would move mass; their bits, as integers, pass unchanged.
+        # DeepSpeed and FSDP cast every floating-point input to the compute dtype; rounded to bf16,
+        # probabilities would no longer add up. As integers, their bits stay unchanged.
         probs = inputs.get("fusion_probs")
         if probs is not None and probs.is_floating_point():
             inputs = {**inputs, "fusion_probs": probs.float().view(torch.int32)}
@@ -511,7 +513,7 @@ class FusionTrainer(SFTTrainer):
         losses, counts = _losses_and_counts(sums)
         gather = self.accelerator.gather
         if self.model.training:
-            # Scaled as the loss itself, so that the logged terms add up to the logged loss.
+            # Scaled like the loss itself, so that the logged terms add up to the logged loss.
             if num_items_in_batch is None:
                 losses = losses / counts[0].clamp(min=1) / self.current_gradient_accumulation_steps
             else:
@@ -521,7 +523,7 @@ class FusionTrainer(SFTTrainer):
             losses = gather(losses.unsqueeze(0)).mean(0)
             weight = int(self.accelerator.sync_gradients)
         else:
-            # `Trainer` counts a batch's loss once for each of its samples, and so are its terms.
+            # `Trainer` counts a batch's loss once per sample; so do the terms.
             losses = losses / counts[0].clamp(min=1)
             losses = losses.repeat(self.args.eval_batch_size, 1)
             losses = self.accelerator.gather_for_metrics(losses)
@@ -533,7 +535,7 @@ class FusionTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        # The name of one of several evaluation sets is part of the prefix of its metrics.
+        # With several evaluation sets, the prefix of the metrics contains the set's name.
         prefixes = [key.removesuffix("runtime") for key in logs if key.endswith("_runtime")]
         prefix = "" if mode == "train" else (prefixes or ["eval_"])[0]
         logs.update({prefix + k: v for k, v in self._terms[mode].take().items()})
@@ -541,7 +543,7 @@ class FusionTrainer(SFTTrainer):
 
 
 class _Terms:
-    """What the logged metrics are made of, kept on the device until they are logged."""
+    """Sums for the logged metrics, kept on the device until they are logged."""
 
     def __init__(self) -> None:
         self.losses: torch.Tensor | None = None
@@ -554,7 +556,7 @@ class _Terms:
         self.weight += weight
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last time, by name."""
+        """The metrics since the last call, by name."""
         if self.losses is None or self.counts is None:
             return {}
         values = torch.cat([self.losses / max(self.weight, 1), self.counts]).tolist()
