@@ -67,7 +67,7 @@ def corpus(characters: int) -> list[str]:
 
 
 def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResponse | None]:
-    """Each answer as this model sees it, with the gold token among random entries."""
+    """The scores of each answer: the gold token among random entries."""
     rng = np.random.default_rng(seed)
     size = len(vocabulary(renderer.tokenizer))
     found: list[ScoredResponse | None] = []
@@ -83,7 +83,7 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
                 continue
             (response,) = rendering.responses
             gold = rendering.input_ids[response.tokens()].astype(np.uint32)
-            # Tokens of the text itself are what a model would propose.
+            # Random entries are tokens of the text itself, as a model's would be.
             ids = rng.choice(rendering.input_ids, (len(gold), K)).astype(np.uint32)
             ids[:, K // 2 :] = rng.integers(0, size, (len(gold), K - K // 2))
             ids[:, 0] = gold
@@ -108,7 +108,7 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
 
 
 def plain_dtw(pivot: list[str], source: list[str]) -> float:
-    """Dynamic time warping over edit distance, as one writes it in Python; its cost."""
+    """The cost of dynamic time warping over edit distance, written in plain Python."""
     from rapidfuzz.distance.Levenshtein import distance
 
     n, m = len(source), len(pivot)
@@ -196,7 +196,7 @@ def main() -> None:
         )
     row("peak memory it added", f"{peak() - before:.0f} MiB over {len(shards)} shards")
 
-    # One pair of 2,048 tokens each, all ways.
+    # One pair of 2,048 tokens, with every method.
     p, s = shards[0]
     pair = Responses.of([r for r, _ in pairs[:4]]), Responses.of([r for _, r in pairs[:4]])
     words = [
@@ -220,8 +220,8 @@ def main() -> None:
     row("`positions: dtw`, the same", f"{fast:.3f} s, {plain / fast:.0f} x")
     row("positions and projection, the same", f"{ours:.4f} s, {plain / ours:,.0f} x", "500 x")
 
-    # What each way matches, and how often what it matches has consumed other text: told by the
-    # tokens' own bytes, not by the offsets that `bytes` goes by.
+    # How much each method matches, and how many of its matches have consumed different text, by
+    # the bytes of the tokens and not by the offsets that `bytes` uses.
     matched_by, wrong = {"bytes": 0, "dtw": 0}, {"bytes": 0, "dtw": 0}
     total = unmatched = inside = 0
     for left, right in pairs[:100]:

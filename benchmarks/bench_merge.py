@@ -1,8 +1,8 @@
 """Speed and memory of merging, as ratios: against the disk's floor and against mergekit.
 
-Checkpoints are generated in a folder that is removed again. ``small`` is the 1.1B Llama shape with
-three targets, warm cache, turns taken alternately; ``seven`` the 7B shape (43 GB of inputs), cold,
-once; ``wide`` has one tensor of 1 GiB and five targets; ``many`` 20,000 small tensors.
+Checkpoints are generated in a folder that is removed afterwards. `small` is the 1.1B Llama shape
+with three targets, warm cache, the programs in turn; `seven` the 7B shape (43 GB of inputs), cold
+cache, once; `wide` has two tensors of 1 GiB and five targets; `many` 20,000 small tensors.
 
     python benchmarks/bench_merge.py small --turns 3
     python benchmarks/bench_merge.py seven --folder /data/bench
@@ -78,7 +78,7 @@ def generate(
     made: tuple[dict[str, Any], dict[str, tuple[int, ...]]],
     shard: int = 5_000_000_000,
 ) -> list[Path]:
-    """A base and targets: slices of noise, in every model from the same place of its own pool."""
+    """A base and targets of noise; each model's tensors are slices of its own pool of numbers."""
     config, shapes = made
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(POOL, generator=generator) * 0.02
@@ -164,7 +164,7 @@ else:
 ready = time.perf_counter()
 work()
 end = time.perf_counter()
-# Not getrusage: it counts what the parent had when it forked.
+# Not getrusage, which includes the parent's memory at the time of the fork.
 peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 print(json.dumps({"start": ready - start, "merge": end - ready, "peak": peak}))
 """
@@ -191,7 +191,7 @@ def remove(out: Path) -> None:
 
 
 def floor(paths: list[Path], folder: Path) -> dict[str, float]:
-    """``cat`` of all inputs plus ``cp`` of one plus ``sync`` of it."""
+    """`cat` of all inputs plus `cp` of one plus `sync` of it."""
     files = [str(file) for path in paths for file in sorted(path.glob("*.safetensors"))]
     copy = folder / "copy"
     copy.mkdir()
@@ -225,7 +225,7 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 
 def show(rows: dict[str, list[dict[str, float]]], unit: str) -> None:
-    """Medians, and each as a ratio to the row ``unit``."""
+    """Print medians, and the ratio of each to the row `unit`."""
     one = statistics.median(row["merge"] for row in rows[unit])
     click.echo(f"{'':28}{'merging':>10}{'ratio':>8}{'start-up':>10}{'peak RSS':>11}")
     for name, found in rows.items():

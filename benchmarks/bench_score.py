@@ -1,11 +1,11 @@
-"""Scoring against the bare forward and the plain way: speed, peak memory, bytes on disk.
+"""Scoring compared with the forward pass alone and with dense scoring: speed, memory, disk.
 
 One random batch of chats goes through a Qwen3 shape of 100-300M parameters with a vocabulary of
-150k, on CPU, in three ways in turn, each in a process of its own; the best time of each counts:
+150k, on the CPU, with three methods in turn, each in its own process; the best time of each counts:
 
 - bare: the backbone, and the head over the response positions, [positions, vocabulary];
 - plain: `model(...).logits`, `log_softmax`, `topk`: [tokens, vocabulary];
-- ours: `TransformersScorer.score`, which also gives what bare does not: top-k and logsumexp.
+- ours: `TransformersScorer.score`, which in contrast to bare also returns top-k and logsumexp.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build() -> Any:
 
 
 def chats(tokens: int) -> list[Any]:
-    """Chats of 200 to 512 tokens, half of them the response's."""
+    """Chats of 200 to 512 tokens, half of them in the response."""
     from fusechat_distill.scoring.engine import Request
 
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ WAYS = {"bare": bare, "plain": plain, "ours": ours}
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident since its model was made."""
+    """Peak resident memory of this process since its model was created."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -121,7 +121,7 @@ def peak_bytes() -> int:
 
 
 class Worker:
-    """One way in the process that runs it."""
+    """One method, in the process that runs it."""
 
     way: str
     requests: list[Any]
@@ -134,7 +134,7 @@ class Worker:
 
         torch.set_num_threads(threads)
         cls.way, cls.requests, cls.model = way, chats(tokens), build()
-        Path("/proc/self/clear_refs").write_text("5")  # random weights took memory to make
+        Path("/proc/self/clear_refs").write_text("5")  # creating random weights took memory
         cls.run = staticmethod(WAYS[way](cls.model, cls.requests))
 
     @classmethod
@@ -158,7 +158,7 @@ class Worker:
 
 
 def stored_bytes(requests: list[Any], scores: list[Any]) -> int:
-    """What the store makes of the scores; four bytes of text a token."""
+    """Size of the scores in a store, with four bytes of text per token."""
     from fusechat_distill.storage.shards import (
         Manifest,
         SampleRange,
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    # One round after the other through all ways, so that a busy moment of the machine meets all.
+    # Every round runs all methods, so that a busy moment of the machine affects all of them.
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = {way: stack.enter_context(context.Pool(1)) for way in WAYS}

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_train.py
 
-Steps are timed in turns in one process and compared in pairs; memory is the peak of a process of
-its own. Dense targets are the bf16 tensor [batch, length, vocabulary] that fused distributions are
-usually trained on; what its loss needs beyond that is not counted. Exit status 1 if a goal is
+Steps alternate in one process and are compared in pairs; peak memory is measured in a process each.
+Dense targets are the bf16 tensor [batch, length, vocabulary] that is usually used to train on fused
+distributions; what else such a loss needs is not counted. Exit status 1 if a goal is
 missed. On a GPU it measures larger models; that has not been run yet.
 """
 
@@ -32,7 +32,7 @@ DENSE_GOAL = 0.2
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and a batch; sizes such that the vocabulary matters as it does in a real model."""
+    """A model and a batch; the vocabulary is as large in proportion as in a real model."""
 
     name: str
     vocabulary: int
@@ -168,7 +168,7 @@ def measure_time(setting: Setting, pairs: int, device: str) -> list[list[float]]
             for kind in ("sft", "fusion")
         ]
         for turn in turns:
-            next(turn)  # first use of everything
+            next(turn)  # warm-up
         return [[next(turn) for turn in turns] for _ in range(pairs)]
 
 
@@ -210,13 +210,13 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what preparing the dataset left behind
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed after preparing the dataset
         with open("/proc/self/clear_refs", "w") as file:  # Linux: resets VmHWM
             file.write("5")
 
 
 def apart(*what: str) -> Any:
-    """One of the measurements, in a process of its own."""
+    """Run one of the measurements in a separate process."""
     command = [sys.executable, __file__, "--measure", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

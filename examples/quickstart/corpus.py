@@ -1,4 +1,4 @@
-"""Chats about the standard library, whose source lies on every machine.
+"""Chats about the standard library, whose source is on every machine.
 
     python examples/quickstart/corpus.py OUT
 
@@ -44,7 +44,7 @@ class Chat(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Who sees which chats; those of `target` are in no other part."""
+    """The chats that each model is trained on; those of `target` are in no other part."""
 
     target: list[Chat]
     pivot: list[Chat]
@@ -170,7 +170,7 @@ def _definitions() -> Iterator[tuple[str, _Definition, list[str]]]:
 
 def _inside(name: str, node: _Definition) -> Iterator[tuple[str, _Definition]]:
     yield name, node
-    if not isinstance(node, _Function):  # what is inside a function is part of its code
+    if not isinstance(node, _Function):  # nested functions are part of the outer one
         for child in node.body:
             if isinstance(child, _Definition):
                 yield from _inside(f"{name}.{child.name}", child)

@@ -1,10 +1,10 @@
-"""Fuse two small chat models into a third of another family, from nothing and offline.
+"""Fuse two small chat models into a third one of another family, from scratch and offline.
 
     python examples/quickstart/demo.py
 
-Trains the models on text at hand, has `fusechat-distill` make a target for each source, merges the
-targets, and measures what came of it. Every command is printed. What is finished is used again by
-the next run, and made anew once what it was made from has changed.
+Trains the models on local text, makes a target for each source with `fusechat-distill`, merges the
+targets and evaluates the result. Every command is printed. The next run reuses finished parts, and
+makes a part again if its inputs have changed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SOURCES = corpus.DOMAINS
 
 @dataclass(frozen=True)
 class Settings:
-    """What a smaller demo does otherwise."""
+    """Settings with which a smaller demo differs."""
 
     text: tuple[str, ...] = ()
     """Options of corpus.py."""
@@ -49,8 +49,8 @@ def main() -> None:
 
 def run(out: Path, settings: Settings) -> None:
     """Make what isn't there yet below `out`, then print the result."""
-    # Everywhere the same number, since another one would change the last digits; and threads that
-    # wait sleep, since two commands run at a time.
+    # The number of threads affects the last digits, so it is the same everywhere. Waiting threads
+    # sleep, since two commands run at a time.
     export(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
     make = Parts(out).make
 
@@ -113,7 +113,7 @@ def recipe(
     sources: Sequence[Path],
     settings: Settings,
 ) -> dict[str, Any]:
-    """What `fusechat-distill run` shall do: few data, read often, half of the loss from sources."""
+    """The recipe: little data, many epochs, half of the loss from the sources."""
     return {
         "output": str(output),
         "pivot": str(pivot),
@@ -141,7 +141,7 @@ def recipe(
 
 
 def same_bits(one: Path, other: Path) -> bool:
-    """Whether two checkpoints of one file each hold the same tensors, bit for bit."""
+    """Whether two checkpoints of one file each have the same tensors, bit for bit."""
     first, second = (
         dict(deserialize((folder / "model.safetensors").read_bytes())) for folder in (one, other)
     )
@@ -149,7 +149,7 @@ def same_bits(one: Path, other: Path) -> bool:
 
 
 def installed(*packages: str) -> list[str]:
-    """What tells one state of a package from another: its version, or of our own the source."""
+    """What identifies the state of a package: its version, or the source of our own."""
     return [
         digest(sorted(HERE.parents[1].glob(f"{package}/**/*.py")))
         if package.startswith("fusechat_")

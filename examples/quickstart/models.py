@@ -2,7 +2,7 @@
 
     python examples/quickstart/models.py DESIGN CHATS.jsonl OUT [--seed N]
 
-trains the model `DESIGN` (pivot, documentation or code) from nothing on the chats, in one thread,
+trains the model `DESIGN` (pivot, documentation or code) from scratch on the chats, in one thread,
 and writes an ordinary checkpoint with its tokenizer to OUT.
 
 From Python: `train(replace(DESIGNS["code"], layers=2), rows, folder, seed=1)`, with `replace` of
@@ -58,8 +58,8 @@ class Design:
 
     family: str  # transformers' `model_type`
     template: str
-    specials: tuple[str, ...]  # the end of an answer, the padding, then what else there is
-    sentencepiece: bool  # a BPE with ▁ and byte fallback, as Llama's; else byte-level
+    specials: tuple[str, ...]  # end of an answer, padding, then the others
+    sentencepiece: bool  # a BPE with ▁ and byte fallback like Llama's, else byte-level
     vocabulary: int  # at least 512
     hidden: int
     epochs: int
@@ -165,7 +165,7 @@ def _sentencepiece(texts: Iterable[str], size: int, specials: list[AddedToken]) 
         vocab_size=size - 256, special_tokens=specials, limit_alphabet=128, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    # Behind the specials come the 256 bytes that spell what no piece does.
+    # After the special tokens come the 256 bytes, for text that no other token has.
     trained = json.loads(backend.to_str())
     pieces = sorted(trained["model"]["vocab"], key=trained["model"]["vocab"].get)
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -237,7 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     changed = {size: getattr(options, size) for size in sizes if getattr(options, size)}
     torch.set_num_threads(1)  # another number of threads would change the last digits
-    logging.disable_progress_bar()  # of writing so small a model
+    logging.disable_progress_bar()  # not useful for so small a model
     with options.chats.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     train(replace(DESIGNS[options.design], **changed), rows, options.out, seed=options.seed)

@@ -1,4 +1,4 @@
-"""A part of the demo is a folder that a command makes, once for everything that it is made from."""
+"""Parts of the demo: folders that a command makes, again only if its inputs have changed."""
 
 import os
 import shlex
@@ -18,13 +18,13 @@ _log = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Parts:
-    """The folders below `out`; what each was made from is kept in `out/.made`."""
+    """The folders below `out`; the inputs of each are recorded in `out/.made`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
     def are_foreign(self) -> bool:
-        """Whether `out` holds something that no `Parts` made."""
+        """Whether `out` has content that is not from a `Parts`."""
         if not self.out.is_dir():
             return self.out.exists()
         return any(self.out.iterdir()) and not (self.out / ".made").is_dir()
@@ -94,7 +94,7 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def _program(name: str) -> list[str]:
-    """How a command is called in a shell, from the working directory."""
+    """A command as it is typed in a shell, in the working directory."""
     if name.endswith(".py"):
         return [_here(sys.executable), _here(name)]
     scripts = sysconfig.get_path("scripts")

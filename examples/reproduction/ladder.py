@@ -54,7 +54,7 @@ def main() -> None:
 
 def run(out: Path, scale: Scale, results: Path, *, command: str) -> None:
     """Make everything that isn't there below `out`, and the results in the folder `results`."""
-    # One thread a process: more would change the last digits, and cost more than they give.
+    # One thread per process: more would change the last digits, and not save time.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not any(scale.models.values()):
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -96,13 +96,13 @@ def _claim(ladder: Ladder) -> None:
 
 
 def phases(ladder: Ladder) -> list[list[Job]]:
-    """All jobs; those of a phase need nothing of each other."""
+    """All jobs; those of a phase are independent of each other."""
     scale = ladder.scale
     leaders = ladder.leaders()
     first = [_train(ladder, v, 0) for v in CORE]
     core = [_train(ladder, v, s) for s in range(1, scale.seeds) for v in CORE]
     factors = [v for v in scale.variants if v not in CORE]
-    # Their leaders first, and then seed by seed, so that what was stopped early has its use.
+    # Those that others depend on first, then seed by seed, so that an interrupted run is useful.
     single = [_train(ladder, v, 0) for v in factors if v in leaders]
     rest = [
         [_train(ladder, v, s) for v in factors if s or v not in leaders]
@@ -175,7 +175,7 @@ def _carry_out(ladder: Ladder, pool: ProcessPoolExecutor, jobs: list[Job], begun
 
 
 def work(ladder: Ladder, job: Job) -> dict[str, Any]:
-    """Do a job in this process; what it says goes to a log beside."""
+    """Do a job in this process, with its output in a log file."""
     import torch
 
     torch.set_num_threads(1)

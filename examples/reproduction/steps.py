@@ -24,16 +24,16 @@ STAGES = ("scores", "aligned", "fused")
 
 
 class Ladder:
-    """Where everything of one run lies, and how each part of it is made.
+    """The folders of one run, and the steps that make them.
 
-    A part that is there is left as it is; what a stopped run left half made is gone on with.
+    A finished part is left unchanged; an interrupted step is resumed.
     """
 
     def __init__(self, out: Path, scale: Scale):
         self.out = out
         self.scale = scale
 
-    # Where things lie.
+    # Folders.
 
     def model(self, name: str) -> str:
         """The pivot's or a source's folder, or its name on the hub."""
@@ -67,7 +67,7 @@ class Ladder:
     # Targets.
 
     def recipe(self, variant: Variant, seed: int) -> Path:
-        """The recipe's file, written where it is not as it should be."""
+        """The recipe's file, written if it is missing or differs."""
         scale = self.scale
         template = {"template": variant.template}
         content: dict[str, Any] = {
@@ -99,7 +99,7 @@ class Ladder:
         return path
 
     def leaders(self) -> list[Variant]:
-        """The first variant of each k and template: the others take its scores."""
+        """The first variant of each k and template, whose scores the others use."""
         first: dict[tuple[int, str], Variant] = {}
         for variant in self.scale.variants:
             if variant.strategy != "sft":
@@ -107,7 +107,7 @@ class Ladder:
         return list(first.values())
 
     def train(self, variant: Variant, seed: int) -> None:
-        """`fusechat-distill run`, with the stages that another run has done already."""
+        """`fusechat-distill run`, reusing the stages that another run has finished."""
         if seed:
             self._take(STAGES, self.run_folder(variant, 0), self.run_folder(variant, seed))
         for leader in self.leaders():
@@ -116,7 +116,7 @@ class Ladder:
         distill("run", self.recipe(variant, seed))
 
     def _take(self, stages: Sequence[str], source: Path, target: Path) -> None:
-        """Give a run the shards of another one; they are never written to, so links will do."""
+        """Give a run the shards of another one, as links, since shards are never modified."""
         if source == target:
             return
         for stage in stages:
@@ -137,13 +137,13 @@ class Ladder:
         self._merge(merge, models, self.merged(variant.name, merge.name, seed), seed)
 
     def merge_control(self, sft: Variant, name: str, seed: int) -> None:
-        """Two SFT seeds, which is what averaging gains without any source."""
+        """The merge of two SFT seeds: averaging without any source."""
         other = (seed + 1) % self.scale.seeds
         models = [str(self.target(sft, "sft", s)) for s in (seed, other)]
         self._merge(LINEAR, models, self.merged(DEFAULT, name, seed), seed)
 
     def _merge(self, merge: Merge, models: list[str], out: Path, seed: int) -> None:
-        """What `fusechat-merge run` does with the YAML that is written beside the result."""
+        """Write a YAML beside the result and run `fusechat-merge run` with it."""
         from fusechat_merge import merge as run_merge
 
         if out.exists():

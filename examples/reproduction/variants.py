@@ -1,4 +1,4 @@
-"""What is compared: recipes that differ in one factor, ways to merge, and sizes to do it in."""
+"""What is compared: recipes that differ in one factor, merge methods, and scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DOMAINS = ("documentation", "code")
-"""Of the text; where sources are trained on the spot, each is named for the one it is good at."""
+"""Domains of the text; sources that are trained here are named after their domain."""
 
 MODELS = ("pivot", *DOMAINS)
 
@@ -16,11 +16,11 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe by what it has otherwise than the first one."""
+    """A recipe, by its differences from the default."""
 
     name: str
     factor: str
-    """What it varies; variants of one factor are compared with the default."""
+    """The setting that it varies; variants of a factor are compared with the default."""
     level: str
     default_level: str = ""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ VARIANTS = CORE + FACTORS
 
 @dataclass(frozen=True)
 class Merge:
-    """A way to merge two checkpoints, as mergekit is told it."""
+    """A way to merge two checkpoints, in mergekit's terms."""
 
     name: str
     method: str
@@ -77,7 +77,7 @@ class Merge:
     each: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of each model."""
     paper: float | None = None
-    """MT-Bench average in FusionChat, where there is one."""
+    """MT-Bench average in FusionChat, if published."""
 
     def configuration(self, pivot: str, models: tuple[str, str]) -> dict[str, Any]:
         # SLERP goes from one of the two to the other, and linear has no base.
@@ -88,7 +88,7 @@ class Merge:
             **({"base_model": base} if base else {}),
             "models": [{"model": model} | own for model in models],
             **({"parameters": dict(self.parameters)} if self.parameters else {}),
-            "dtype": "float32",  # so that methods are compared, not roundings
+            "dtype": "float32",  # so that methods are compared, not their rounding
         }
 
 
@@ -113,7 +113,7 @@ MERGES = (
 )
 
 CONTROL = "two sft seeds"
-"""A linear merge of two SFT checkpoints: what averaging gains by itself."""
+"""A linear merge of two SFT checkpoints: the gain from averaging alone."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,21 @@ class Scale:
     """How large everything is."""
 
     seeds: int
-    """Of the ladder itself."""
+    """Training seeds of the ladder itself."""
     factor_seeds: int
-    """Of the single factors."""
+    """Training seeds of the single factors."""
     corpus: Mapping[str, int]
     """Bytes of answers, as the quickstart's `corpus.split` takes them."""
     training: Mapping[str, Any]
     chats: int | None = None
-    """How many of the quickstart's chats are dealt out; None: all."""
+    """How many of the quickstart's chats are used; None: all."""
     models: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(MODELS, ""))
     """The pivot and two sources of other families: hub names, or "" for those of the quickstart,
     trained on the spot."""
     designs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What is otherwise than in the quickstart's designs, by model."""
+    """Differences from the quickstart's designs, by model."""
     factor_sources: tuple[str, ...] = ()
-    """Whose targets show the single factors; all sources' (and their merges) where empty."""
+    """Sources whose targets show the single factors; empty: all sources and their merges."""
     processes: int = 2
     eval_fraction: float = 0.5
     max_length: int = 512
@@ -168,7 +168,7 @@ _TRAINING = {
     "weight_decay": 0.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 2,
-    "train_sampling_strategy": "group_by_length",  # on a CPU quicker than packing
+    "train_sampling_strategy": "group_by_length",  # faster than packing on a CPU
     "activation_checkpointing": False,
     "save_strategy": "no",
     "logging_steps": 50,
@@ -221,7 +221,7 @@ SCALES = {
         device="auto",
         dtype="bfloat16",
     ),
-    # Nothing that means anything: the whole ladder in half a minute, for the tests.
+    # For the tests only: the whole ladder in half a minute, with meaningless results.
     "pico": Scale(
         seeds=2,
         factor_seeds=1,
