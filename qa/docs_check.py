@@ -189,9 +189,8 @@ def lacks(shown: Any, there: Any) -> bool:
         return any(key not in there or lacks(value, there[key]) for key, value in shown.items())
     if isinstance(shown, list) and isinstance(there, list):
         known = [item for item in shown if item != "…"]
-        return any(lacks(*pair) for pair in zip(known, there, strict=False)) or len(known) > len(
-            there
-        )
+        pairs = zip(known, there, strict=False)
+        return len(known) > len(there) or any(lacks(*pair) for pair in pairs)
     return bool(shown != there)
 
 
@@ -251,12 +250,10 @@ def check_prose(findings: Findings, path: Path, text: str) -> None:
     """Links lead somewhere, and what is named in passing exists."""
     for number, line in prose(text):
         for target in re.findall(r"\]\(([^)\s]+)\)", line):
-            problem = _link_problem(path, target)
-            if problem:
+            if problem := _link_problem(path, target):
                 findings.add(number, problem)
         for program, rest in re.findall(r"`(fusechat-merge|fusechat-distill) ([^`]+)`", line):
-            problem = unknown_option(program, rest.split())
-            if problem:
+            if problem := unknown_option(program, rest.split()):
                 findings.add(number, problem)
 
 
@@ -274,12 +271,9 @@ def _link_problem(path: Path, target: str) -> str | None:
 
 def anchors(text: str) -> set[str]:
     """The headings' names in links, as GitHub makes them."""
-    found = (re.match(r"#+ (.*)", line) for _, line in prose(text))
-    return {
-        re.sub(r"[^\w\- ]", "", heading[1].lower()).strip().replace(" ", "-")
-        for heading in found
-        if heading
-    }
+    headings = re.findall(r"^#+ (.*)", "\n".join(line for _, line in prose(text)), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
 
 
 _NAMES: dict[str, Any] = {"__name__": "__main__"}
@@ -321,9 +315,8 @@ class PageRun:
     def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
         self._path, self._folder, self._environment = path, folder, environment
         self._python = python(folder, environment)
-        self.findings = Findings(
-            str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
-        )
+        page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        self.findings = Findings(str(page))
 
     def run(self) -> Findings:
         text = self._path.read_text(encoding="utf-8")
@@ -345,8 +338,7 @@ class PageRun:
             return
         output = ""
         if block.language in _WRITTEN:
-            problem = unparsable(block)
-            if problem:
+            if problem := unparsable(block):
                 add(block.line, problem)
             if block.file:
                 path = self._folder / block.file
@@ -364,10 +356,8 @@ class PageRun:
                     add(block.line, f"Python fails\n{_tail(output)}")
         elif block.language in ("sh", "hidden"):
             output = self._shell(block)
-        if block.output is not None:
-            problem = differs(block.output, output)
-            if problem:
-                add(block.output.line, f"{problem}; the output was\n{_tail(output)}")
+        if block.output is not None and (problem := differs(block.output, output)):
+            add(block.output.line, f"{problem}; the output was\n{_tail(output)}")
 
     def _shell(self, block: Block) -> str:
         outputs, before = [], ""
@@ -375,8 +365,7 @@ class PageRun:
             reason = not_run(command)
             if reason is not None:
                 self.findings.not_run.append(f"{self.findings.page}:{line}: {command} ({reason})")
-                problem = unknown_in(command)
-                if problem:
+                if problem := unknown_in(command):
                     self.findings.add(line, problem)
                 continue
             self.findings.run += 1
@@ -427,11 +416,8 @@ def differs(shown: Block, output: str) -> str | None:
             # What comes before the first brace are notes on stderr.
             start = min(i for i in (output.find("{"), output.find("[")) if i >= 0)
             there, _ = json.JSONDecoder().raw_decode(output[start:])
-            return (
-                "the JSON shown has what the output lacks"
-                if lacks(json.loads(shown.text), there)
-                else None
-            )
+            missing = lacks(json.loads(shown.text), there)
+            return "the JSON shown has what the output lacks" if missing else None
         return "JSON is shown, the output is none"
     line = missing_line(shown.lines, output)
     return None if line is None else f"the output has no line {line!r} there"

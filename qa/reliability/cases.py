@@ -11,12 +11,17 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 MEMORY = 12 << 30
+
+
+Case = Callable[[int, random.Random], str]
+"""Number and random numbers of its own -> in a word or two, how it ended."""
 
 
 class Wrong(Exception):
@@ -61,7 +66,7 @@ class Figure:
 
     def try_all(
         self,
-        case: Callable[[int, random.Random], str],
+        case: Case,
         count: int,
         seed: int,
         limit: int = 60,
@@ -71,19 +76,25 @@ class Figure:
         """Try cases 0 to `count - 1` in forked processes; one that crashes or hangs is only counted.
 
         Args:
-            case: is given its number and random numbers of its own; returns in a word or two how it
-                ended, or raises `Wrong` (or anything else).
+            case: raises `Wrong`, or anything else, where it doesn't end as expected.
             limit: seconds that a case may take; then its process is ended by SIGALRM.
             cpu_limit: seconds of CPU time that a case may take.
         """
-        shares = [deque(range(first, count, workers)) for first in range(workers)]
-        running = dict(_start(share, case, seed, limit, cpu_limit) for share in shares if share)
         wrong: dict[int, str] = {}
+        running: dict[int, tuple[deque[int], IO[bytes]]] = {}
+
+        def start(share: deque[int]) -> None:
+            answers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (read when the child ends)
+            pid = forked(partial(_answer_all, case, share, answers, seed, (limit, cpu_limit)))
+            running[pid] = share, answers
+
+        for first in range(min(workers, count)):
+            start(deque(range(first, count, workers)))
         while running:
             pid, status = os.wait()
-            share, lines = running.pop(pid)
-            lines.seek(0)
-            for kind, problem in map(json.loads, lines):
+            share, answers = running.pop(pid)
+            answers.seek(0)
+            for kind, problem in map(json.loads, answers):
                 number = share.popleft()
                 if problem is None:
                     self.kinds[kind] += 1
@@ -92,44 +103,33 @@ class Figure:
             if share:  # the process died in this case
                 wrong[share.popleft()] = f"ended with {os.waitstatus_to_exitcode(status)}"
             if share:
-                running |= [_start(share, case, seed, limit, cpu_limit)]
+                start(share)
         for number in range(count):
             self.count(number not in wrong, f"seed {seed}, case {number}: {wrong.get(number)}")
         return self
 
 
-def _start(
-    share: deque[int],
-    case: Callable[[int, random.Random], str],
-    seed: int,
-    limit: int,
-    cpu_limit: float,
-) -> tuple[int, tuple[deque[int], IO[bytes]]]:
-    """A process that tries the cases of a share and writes a JSON line for each."""
-    answers = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (read in `try_all`)
-
-    def work() -> None:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(nowhere, standard)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for number in share:
-            signal.alarm(limit)
-            began = time.process_time()
-            try:
-                kind, problem = case(number, random.Random(f"{seed} {number}")), None
-            except BaseException as error:  # panics of Rust libraries among them
-                told = (
-                    str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
-                )
-                kind, problem = "", told[:3000]
-            took = time.process_time() - began
-            if problem is None and took > cpu_limit:
-                problem = f"took {took:.1f} s of CPU time"
-            answers.write(json.dumps([kind, problem]).encode() + b"\n")
-
-    return forked(work), (share, answers)
+def _answer_all(
+    case: Case, share: Iterable[int], answers: IO[bytes], seed: int, limits: tuple[int, float]
+) -> None:
+    """Try the cases of a share, in a process for them, and write a JSON line for each."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in share:
+        signal.alarm(limits[0])
+        began = time.process_time()
+        try:
+            kind, problem = case(number, random.Random(f"{seed} {number}")), None
+        except BaseException as error:  # panics of Rust libraries among them
+            told = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
+            kind, problem = "", told[:3000]
+        took = time.process_time() - began
+        if problem is None and took > limits[1]:
+            problem = f"took {took:.1f} s of CPU time"
+        answers.write(json.dumps([kind, problem]).encode() + b"\n")
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -1,6 +1,5 @@
-"""Models for the sections: the tests' pico checkpoints, adapters for them, and what is in a folder."""
+"""Tokenizers and adapters for the tests' pico checkpoints, configurations, contents of folders."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +35,10 @@ def adapter(folder: Path, base: Path, seed: int = 0, rank: int = 2) -> Path:
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for layer in range(config["num_hidden_layers"]):
-        for module, out, into in (
-            ("self_attn.q_proj", hidden, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):
+        for module, into in (("self_attn.q_proj", hidden), ("mlp.down_proj", inner)):
             at = f"base_model.model.model.layers.{layer}.{module}"
             factors[f"{at}.lora_A.weight"] = torch.randn(rank, into, generator=generator)
-            factors[f"{at}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 50
+            factors[f"{at}.lora_B.weight"] = torch.randn(hidden, rank, generator=generator) / 50
     folder.mkdir(parents=True)
     save_file(factors, folder / "adapter_model.safetensors")
     settings = {
@@ -56,24 +52,13 @@ def adapter(folder: Path, base: Path, seed: int = 0, rank: int = 2) -> Path:
 
 def configuration(paths: Sequence[Path], method: str = "varm", **settings: Any) -> dict[str, Any]:
     base, *targets = map(str, paths)
-    return {
-        "merge_method": method,
-        "base_model": base,
-        "models": [{"model": target} for target in targets],
-        **settings,
-    }
+    models = [{"model": target} for target in targets]
+    return {"merge_method": method, "base_model": base, "models": models, **settings}
 
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its name there."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def digest(files: dict[str, bytes]) -> str:
-    whole = hashlib.sha256()
-    for name in sorted(files):
-        whole.update(json.dumps([name, len(files[name])]).encode() + files[name])
-    return whole.hexdigest()
 
 
 def work_of(out: Path) -> Path:
