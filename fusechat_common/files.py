@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fusechat_common.system import NO_FOLLOW
+from fusechat_common.system import NO_FOLLOW, sync
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with open(part, "xb") as file:  # never through a link that lies there
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
     """Have names that were added or changed in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 

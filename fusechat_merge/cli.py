@@ -17,7 +17,11 @@ import click
 from fusechat_common.cli import Commands
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import can_be_made, existing
+from fusechat_common.versions import require_supported
 from fusechat_merge import __version__
+
+NEEDED = ("huggingface_hub", "mergekit", "torch", "transformers")
+"""Packages whose release is checked before a command imports them."""
 
 T = TypeVar("T")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -157,6 +161,7 @@ def run(
     \b
     Example: fusechat-merge run merge.yml merged --memory 512MiB
     """
+    require_supported(*NEEDED)
     from fusechat_merge.engine.execute import carry_out, chosen_device, is_finished, tidy
     from fusechat_merge.planning.planner import plan as make_plan
 
@@ -209,6 +214,7 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
     \b
     Example: fusechat-merge plan merge.yml --json
     """
+    require_supported(*NEEDED)
     from fusechat_merge.engine.execute import peak_memory
     from fusechat_merge.planning.planner import plan as make_plan
 
@@ -251,6 +257,7 @@ def verify(config: Path, out: Path, **options: Any) -> None:
     \b
     Example: fusechat-merge verify merge.yml merged --sample 0.1
     """
+    require_supported(*NEEDED)
     from fusechat_merge.engine.verify import verify as check
 
     with _Meter(None, False) as meter:
@@ -364,6 +371,7 @@ def analyze(
     if out is not None:
         _require_matplotlib()
         _require_writable(out)
+    require_supported(*NEEDED)
     from fusechat_merge.engine.analysis import analyze as measure
     from fusechat_merge.planning.planner import plan as make_plan
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import can_be_made, existing
+from fusechat_common.versions import require_supported
 from fusechat_distill.inputs.models import PLACEMENT, Digests, ModelFiles, open_model
 from fusechat_distill.recipe.schema import PIVOT, Merge, Model, Recipe, read_recipe
 from fusechat_distill.storage.shards import Manifest, Shards, score_bytes, stale
@@ -116,6 +117,7 @@ def open_inputs(
     Raises:
         RequestError: something is wrong; it lists every problem found.
     """
+    require_supported("accelerate", "mergekit", "peft", "torch", "transformers", "trl")
     recipe, problems = read_recipe(path)
     if recipe is None:
         raise RequestError(problems, path)

@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from fusechat_common.errors import RequestError
+from fusechat_common.versions import SUPPORTED, require_supported
 from fusechat_distill.trainer.columns import TARGETS, TOKENS, prepare_dataset
 from fusechat_distill.trainer.loss import FusionLogProbFunction
 
@@ -218,7 +219,7 @@ def _trl_kernel(kernel: _FusionKernel) -> Iterator[None]:
     if kernel.sums is None:
         raise RuntimeError(
             f"TRL {trl.__version__}'s fused head didn't compute its log-probabilities where this "
-            "version of fusechat adds the fusion term; install trl>=1.16,<1.17"
+            f"version of fusechat adds the fusion term; install trl{SUPPORTED['trl']}"
         )
 
 
@@ -431,6 +432,7 @@ class FusionTrainer(SFTTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        require_supported("accelerate", "peft", "torch", "transformers", "trl")
         if args is None:
             name = model if isinstance(model, str) else trl_utils.get_config_model_id(model.config)
             args = FusionConfig(f"{name.split('/')[-1]}-Fusion")

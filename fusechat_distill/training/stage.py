@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import existing, sync_folder, write_json
+from fusechat_common.system import sync
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.inputs.models import ModelFiles
 from fusechat_distill.inputs.open import readable_size
@@ -399,7 +400,7 @@ def _empty(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def train_stages(

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from fusechat_common.errors import RequestError
-from fusechat_common.system import NO_FOLLOW
+from fusechat_common.system import NO_FOLLOW, sync_data
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Journal:
         written = 0
         while written < len(line):
             written += os.pwrite(self._file, line[written:], self._end + written)
-        os.fdatasync(self._file)
+        sync_data(self._file)
         self._end += len(line)
 
     def close(self) -> None:

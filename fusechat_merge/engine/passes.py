@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusechat_common.system import processors, read_into, will_read
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.inputs.lora import TILE, Factors
 from fusechat_merge.mergekit_bridge.loader import DTYPES
@@ -84,7 +85,7 @@ def divide(
     least = block + scratch + gaps + more
     if least > memory:
         raise ValueError(f"--memory: at least {-(-least >> 20)}MiB is needed here")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or processors()
     # Fewer threads with longer segments: short ones wait for the interpreter's lock.
     threads = max(1, min(threads, memory // (4 * (block + scratch) + gaps + more)))
     room = memory // threads - gaps - more
@@ -143,7 +144,7 @@ class SourceFiles:
         with self._lock:
             if key not in self._descriptors:
                 path = self._folders[source.model] / source.location.file
-                self._descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[key] = os.open(path, os.O_RDONLY)
             return self._descriptors[key]
 
     def factors(self, source: Source, device: torch.device) -> Factors | None:
@@ -162,7 +163,7 @@ class SourceFiles:
     def announce(self, source: Source) -> None:
         """Let the system begin to read the whole tensor."""
         at = source.location
-        os.posix_fadvise(self.descriptor(source), at.offset, at.nbytes, os.POSIX_FADV_WILLNEED)
+        will_read(self.descriptor(source), at.offset, at.nbytes)
 
     def close(self) -> None:
         with self._lock:
@@ -187,7 +188,7 @@ class _Reader:
             OSError: the file can't be read, or ends too early.
         """
         offset = self._offset + first * self.itemsize
-        while (count := os.preadv(self._descriptor, [into], offset)) < into.nbytes:
+        while (count := read_into(self._descriptor, into, offset)) < into.nbytes:
             if count == 0:
                 at = self._source.location.file
                 raise OSError(f"{at} of {self._source.model} has become shorter")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import threading
 from contextlib import suppress
@@ -14,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fusechat_common.files import sync_folder
+from fusechat_common.system import NO_FOLLOW, exchange, open_direct, reserve, sync, sync_data
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.planning.plan import Output, Plan
 
 SAVE_EVERY = 64 << 20
 """Bytes after which what was written is forced to the disk and noted in the journal."""
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECT = 1 << 16
 """Fewer bytes are not worth a transfer of their own."""
 
@@ -40,12 +38,13 @@ class ShardFiles:
         self._forget_lost(planned, folder, journal)
         for shard in planned.shards:
             path = folder / shard.name
-            descriptor = os.open(path, _CREATE, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
             self._descriptors[shard.name] = descriptor
             os.ftruncate(descriptor, shard.size)
-            _reserve(descriptor, shard.size)
-            with suppress(OSError, AttributeError):
-                self._direct[shard.name] = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            reserve(descriptor, shard.size)
+            direct = open_direct(path)
+            if direct is not None:
+                self._direct[shard.name] = direct
             self._write(shard.name, 0, memoryview(shard.header))
         sync_folder(folder)
 
@@ -94,7 +93,7 @@ class ShardFiles:
 
     def sync(self) -> None:
         for descriptor in self._descriptors.values():
-            os.fdatasync(descriptor)
+            sync_data(descriptor)
 
     def close(self) -> None:
         for descriptors in (self._descriptors, self._direct):
@@ -181,24 +180,6 @@ class Saver:
                     self._changed.notify_all()
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Have the file's room set aside where the system can, so that a full disk is known at once.
-
-    Writing is also much cheaper then: the room is found once, not page by page.
-
-    Raises:
-        OSError: there is no room.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate"):
-        return
-    offset = ctypes.c_int64  # glibc's and musl's off_t where the processor has 64 bits
-    if libc.fallocate(descriptor, 0, offset(0), offset(size)):
-        code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(code, os.strerror(code))
-
-
 def publish(work: Path, out: Path, overwrite: bool) -> None:
     """Let the complete folder be ``out``, in one step.
 
@@ -209,25 +190,12 @@ def publish(work: Path, out: Path, overwrite: bool) -> None:
     for path in [*made.rglob("*"), made]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
     if overwrite and out.exists() and any(out.iterdir()):
-        _exchange(made, out)
+        exchange(made, out)
     else:
         os.rename(made, out)
     sync_folder(out.parent)
     sync_folder(work)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders' names in one step where the system can, else in two."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    at_cwd, exchange = -100, 2
-    if hasattr(libc, "renameat2") and not libc.renameat2(
-        at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange
-    ):
-        return
-    aside = one.with_name("replaced")
-    os.rename(other, aside)
-    os.rename(one, other)

@@ -156,9 +156,7 @@ class _Comparison:
         self.differing: dict[str, int] = {}
         self._made = made
         self._lock = threading.Lock()
-        self._descriptors = {
-            file: os.open(folder / file, os.O_RDONLY | os.O_CLOEXEC) for file in made.files
-        }
+        self._descriptors = {file: os.open(folder / file, os.O_RDONLY) for file in made.files}
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
         at = self._made.tensors[output.name]

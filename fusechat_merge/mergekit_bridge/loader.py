@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from fusechat_common.system import read_into
 from fusechat_merge.inputs.checkpoint import Checkpoint, Location
 from fusechat_merge.inputs.lora import Factors
 
@@ -82,7 +82,7 @@ class CheckpointLoader:
         into, offset = raw.numpy().data, at.offset
         with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
             while into.nbytes:
-                count = os.preadv(file.fileno(), [into], offset)
+                count = read_into(file.fileno(), into, offset)
                 if not count:
                     raise OSError(f"{at.file} of {self._checkpoint.name} has become shorter")
                 into, offset = into[count:], offset + count

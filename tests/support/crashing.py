@@ -27,9 +27,9 @@ saving.SAVE_EVERY = 20_000
 CALLS = [
     *((os, name) for name in ("pwrite", "fdatasync", "fsync", "ftruncate", "rename")),
     *((os, name) for name in ("open", "mkdir", "unlink", "rmdir")),
-    (saving, "_reserve"), (saving, "_exchange"), (result_folder, "_write"), (shutil, "copyfile"),
+    (saving, "reserve"), (saving, "exchange"), (result_folder, "_write"), (shutil, "copyfile"),
 ]  # fmt: skip
-WRITING = {"pwrite", "fdatasync", "fsync", "_reserve", "_write", "copyfile", "mkdir"}
+WRITING = {"pwrite", "fdatasync", "fsync", "reserve", "_write", "copyfile", "mkdir"}
 
 
 def child(order: dict, answer: int) -> None:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -424,29 +423,6 @@ def test_a_disk_that_fails_when_it_is_to_be_sure(
     assert content(execute.merge(config, tmp_path / "out")) == expected
 
 
-def test_a_system_that_neither_reserves_nor_exchanges(
-    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = content(execute.merge(config, tmp_path / "whole"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
-    monkeypatch.setattr(saving, "ctypes", SimpleNamespace(CDLL=lambda *_, **__: object()))
-    assert content(execute.merge(config, tmp_path / "out", overwrite=True)) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-
-
-def test_room_is_reserved_where_it_can_be(tmp_path: Path) -> None:
-    with open(tmp_path / "file", "wb") as file:
-        saving._reserve(file.fileno(), 1 << 20)
-        assert os.stat(file.name).st_size == 1 << 20
-        with pytest.raises(OSError) as caught:
-            saving._reserve(file.fileno(), (1 << 63) - 1)
-        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
-    read, write = os.pipe()
-    saving._reserve(write, 1)  # not a file that room can be reserved for
-    os.close(read), os.close(write)
-
-
 def test_an_unfinished_merge_is_kept_while_out_is_in_use(
     tmp_path: Path, yml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,7 +482,7 @@ def test_a_lost_shard_is_made_again(
     if full:
         with monkeypatch.context() as patched:
             no_room = OSError(errno.ENOSPC, "No space left on device")
-            patched.setattr(saving, "_reserve", Mock(side_effect=no_room))
+            patched.setattr(saving, "reserve", Mock(side_effect=no_room))
             with pytest.raises(FusechatError, match="no room left"):
                 execute.merge(config, tmp_path / "out", **options)
     assert content(execute.merge(config, tmp_path / "out", **options)) == expected
