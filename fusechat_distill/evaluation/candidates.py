@@ -22,6 +22,7 @@ from fusechat_distill.inputs.models import open_checkpoint
 from fusechat_distill.inputs.open import Inputs, OpenModel, limits, rendering_problems
 from fusechat_distill.recipe.schema import FOLDER_NAME, PIVOT
 from fusechat_distill.storage.shards import stale
+from fusechat_distill.training.card import publishable
 from fusechat_distill.training.stage import train_stages
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _trained_on(where: str, folder: Path, inputs: Inputs) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     here = inputs.recipe.dataset
-    if path != here.path or fraction >= here.eval_fraction:
+    if path != publishable(here.path) or fraction >= here.eval_fraction:
         return []
     return [
         f"{where}: was trained with eval_fraction {fraction:g}, so on rows of the "

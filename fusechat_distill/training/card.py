@@ -1,10 +1,11 @@
-"""The model card of a target: from what it was made, and how."""
+"""What a target says of its origin to those it is published for: its model card, without paths of
+this machine."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,28 +13,40 @@ import yaml
 
 def model_card(made_of: Mapping[str, Any]) -> str:
     """Markdown with the hub's metadata, from `TrainStage.made_of`."""
-    return "\n".join(_lines(made_of)) + "\n"
+    from huggingface_hub import ModelCard, ModelCardData
+
+    pivot, dataset = made_of["pivot"], made_of["dataset"]["path"]
+    metadata = ModelCardData(
+        base_model=None if is_local(pivot) else pivot,
+        datasets=None if is_local(dataset) else [dataset],
+        library_name="transformers" if made_of["training"]["lora"] is None else "peft",
+        pipeline_tag="text-generation",
+        tags=["fusechat", "trl", "knowledge-fusion"],
+    )
+    text = "\n".join(_lines(publishable(made_of)))
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"))
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or dataset is a path here and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
+
+
+def publishable(value: Any) -> Any:
+    """JSON values in which the last part of a local path stands for the path."""
+    if isinstance(value, Mapping):
+        return {key: publishable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(part) for part in value]
+    if isinstance(value, str) and "://" not in value and is_local(value):
+        return os.path.basename(os.path.normpath(value))
+    return value
 
 
 def _lines(made_of: Mapping[str, Any]) -> Iterator[str]:
-    pivot, sources = made_of["pivot"], made_of["sources"]
-    metadata: dict[str, Any] = {
-        "library_name": "peft" if made_of["training"]["lora"] is not None else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["fusechat", "trl", "knowledge-fusion"],
-    }
-    # The hub takes names of its own only.
-    if _on_hub(pivot):
-        metadata["base_model"] = pivot
-    if _on_hub(made_of["dataset"]["path"]):
-        metadata["datasets"] = [made_of["dataset"]["path"]]
-    yield "---"
-    yield yaml.safe_dump(metadata, sort_keys=True).rstrip()
-    yield "---"
-    yield ""
     yield f"# {made_of['target']}"
     yield ""
-    yield from _origin(made_of, pivot, sources)
+    yield from _origin(made_of)
     won = made_of["decisions"]["won"]
     if won:
         yield ""
@@ -60,12 +73,12 @@ def _lines(made_of: Mapping[str, Any]) -> Iterator[str]:
     yield "```"
 
 
-def _origin(made_of: Mapping[str, Any], pivot: str, sources: Mapping[str, str]) -> Iterator[str]:
-    name = _name(pivot)
+def _origin(made_of: Mapping[str, Any]) -> Iterator[str]:
+    name, sources = f"`{made_of['pivot']}`", made_of["sources"]
     if not sources:
         yield f"{name}, fine-tuned on a dataset's answers alone: the baseline for fusion."
         return
-    others = ", ".join(_name(source) for source in sources.values())
+    others = ", ".join(f"`{source}`" for source in sources.values())
     method = {"min_ce": "MinCE", "avg_ce": "AvgCE"}[made_of["fusion"]["function"]]
     weight = made_of["training"]["lambda"]
     yield (
@@ -81,11 +94,3 @@ def _shares(won: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     yield "|---" * (len(columns) + 1) + "|"
     for model, shares in won.items():
         yield f"| {model} | {' | '.join(f'{shares.get(c, 0.0):.1%}' for c in columns)} |"
-
-
-def _on_hub(name: str) -> bool:
-    return name.count("/") <= 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
-
-
-def _name(model: str) -> str:
-    return f"`{model if _on_hub(model) else Path(model).name}`"

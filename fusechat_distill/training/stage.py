@@ -27,7 +27,7 @@ from fusechat_distill.inputs.trl_settings import (
 )
 from fusechat_distill.storage.shards import Manifest, Shards, stale
 from fusechat_distill.storage.stage import Progress, StageStatus
-from fusechat_distill.training.card import model_card
+from fusechat_distill.training.card import model_card, publishable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -253,11 +253,15 @@ class TrainStage:
             )
         copy_tokenizer(self.inputs.pivot.files, part)
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+        trainer.state.best_model_checkpoint = publishable(trainer.state.best_model_checkpoint)
         trainer.state.save_to_json(str(part / STATE))
-        if (runs := self.work / "runs").exists():  # what `report_to` wrote
-            shutil.copytree(runs, part / "runs")
+        if (
+            runs := self.work / "runs"
+        ).exists():  # what `report_to` wrote, with paths of this machine
+            kept_runs = self.inputs.recipe.output_folder / "report" / "runs" / self.name
+            shutil.copytree(runs, kept_runs, dirs_exist_ok=True)
         made_of = self.made_of(metrics)
-        write_json(part / "fusechat_distill.json", made_of)
+        write_json(part / "fusechat_distill.json", publishable(made_of))
         files = sorted(path.name for path in part.glob("*") if path.is_file())
         (part / "README.md").write_text(model_card(made_of), encoding="utf-8")
         write_json(part / "manifest.json", self.manifest().as_json() | {"files": files})

@@ -416,7 +416,7 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
     shutil.copytree(models / "twin", pickled, ignore=shutil.ignore_patterns("*.safetensors"))
     seen = recipe.parent / "seen"
     shutil.copytree(models / "twin", seen)
-    made_of = {"dataset": {"path": content["dataset"]["path"], "eval_fraction": 0.01}}
+    made_of = {"dataset": {"path": "chats.jsonl", "eval_fraction": 0.01}}
     (seen / "fusechat_distill.json").write_text(json.dumps(made_of), encoding="utf-8")
     torn, orphan = recipe.parent / "torn", recipe.parent / "orphan"
     for folder, adapter in ((torn, "{"), (orphan, '{"base_model_name_or_path": "./nowhere"}')):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def run(stage: TrainStage) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def assert_publishable(folder: Path, but: str = "") -> None:
+    """No file holds a path of this machine."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != but:
+            assert str(Path(tempfile.gettempdir())).encode() + b"/" not in path.read_bytes(), path
+
+
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -120,7 +128,8 @@ def test_a_target_is_an_ordinary_checkpoint(make, models):
     assert "`pivot`" in text
     assert "with λ = 0.5" in text
     made_of = json.loads((stage.folder / "fusechat_distill.json").read_text("utf-8"))
-    assert made_of["sources"] == {"neox": str(models / "neox")}
+    assert made_of["sources"] == {"neox": "neox"}
+    assert_publishable(stage.folder)
     assert made_of["decisions"]["won"].keys() == {"pivot", "neox"}
     assert made_of["metrics"]["eval_loss"] == pytest.approx(
         (made_of["metrics"]["eval_clm_loss"] + made_of["metrics"]["eval_fusion_loss"]) / 2, abs=1e-4
@@ -179,6 +188,7 @@ def test_an_adapter_stays_one(make, models):
     torch.testing.assert_close(after, before + delta)
     config = json.loads((stage.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(models / "pivot")
+    assert_publishable(stage.folder, but="adapter_config.json")  # PEFT loads the base from there
     assert config["task_type"] == "CAUSAL_LM"
     card = (stage.folder / "README.md").read_text("utf-8")
     assert "library_name: peft" in card
@@ -496,7 +506,8 @@ def test_what_lies_under_a_targets_name_is_left_alone(make, tmp_path):
 
 
 def test_a_link_to_elsewhere_is_not_written_through(make, tmp_path):
-    stage = make(max_steps=1)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    stage = make(metric_for_best_model="eval_loss", **evaluated)
     stage.work.mkdir(parents=True)
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -505,13 +516,20 @@ def test_a_link_to_elsewhere_is_not_written_through(make, tmp_path):
     (stage.work / "runs" / "today" / "events").write_text("what `report_to` wrote")
     run(stage)
     assert victim.read_text() == "mine"
-    assert (stage.folder / "runs" / "today" / "events").read_text() == "what `report_to` wrote"
+    state = json.loads((stage.folder / "trainer_state.json").read_text("utf-8"))
+    assert state["best_model_checkpoint"].startswith("checkpoint-")
+    assert not (stage.folder / "runs").exists()
+    runs = stage.inputs.recipe.output_folder / "report" / "runs" / stage.name
+    assert (runs / "today" / "events").read_text() == "what `report_to` wrote"
 
 
 def test_the_card_of_a_target_of_models_on_the_hub(make):
     made_of = make().made_of({})
     dataset = made_of["dataset"] | {"path": "org/chats"}
-    card = model_card(made_of | {"pivot": "org/pivot", "dataset": dataset})
+    training = made_of["training"] | {"deepspeed": "~/me/zero.json", "hub_url": "https://hub/me/x"}
+    card = model_card(made_of | {"pivot": "org/pivot", "dataset": dataset, "training": training})
+    assert "deepspeed: zero.json" in card
+    assert "hub_url: https://hub/me/x" in card
     metadata = yaml.safe_load(card.split("---")[1])
     assert (metadata["base_model"], metadata["datasets"]) == ("org/pivot", ["org/chats"])
     assert "`org/pivot`, fine-tuned on" in card
