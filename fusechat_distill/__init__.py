@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusechat_common.errors import RequestError as RequestError
     from fusechat_distill.alignment.positions import match_positions as match_positions
     from fusechat_distill.alignment.stage import aligned_samples as aligned_samples
     from fusechat_distill.alignment.vocabularies import PairCounts as PairCounts
@@ -29,6 +30,7 @@ _HOME = {
     "FusionConfig": "fusechat_distill.trainer.trainer",
     "FusionTrainer": "fusechat_distill.trainer.trainer",
     "PairCounts": "fusechat_distill.alignment.vocabularies",
+    "RequestError": "fusechat_common.errors",
     "ScoreStore": "fusechat_distill.storage.shards",
     "Shards": "fusechat_distill.storage.shards",
     "VocabularyMap": "fusechat_distill.alignment.vocabularies",

@@ -116,7 +116,9 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
     from fusechat_distill.inputs.open import open_inputs, readable_size
 
     _quieten()
-    facts = _facts(open_inputs(recipe, trust_remote_code=trust_remote_code, further=run_problems))
+    facts = _facts(
+        open_inputs(recipe, trust_remote_code=trust_remote_code, more_problems=run_problems)
+    )
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -348,7 +350,9 @@ def evaluate(
     planner = EvaluationPlanner(
         models, generate=generate, questions=questions, trust_remote_code=trust_remote_code
     )
-    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, further=planner.problems)
+    inputs = open_inputs(
+        recipe, trust_remote_code=trust_remote_code, more_problems=planner.problems
+    )
     plan = planner.plan(inputs)
     processes = Processes(inputs.recipe.scoring.device)
     if processes.count > 1:
@@ -396,7 +400,7 @@ def _run(
     from fusechat_distill.recipe.schema import PIVOT, read_recipe
     from fusechat_distill.storage.processes import Processes
 
-    def further(inputs: Inputs) -> list[str]:
+    def more_problems(inputs: Inputs) -> list[str]:
         found = stages(inputs)
         problems = [problem for stage in found for problem in stage.problems()]
         for option, names in asked.items():
@@ -412,7 +416,9 @@ def _run(
         return problems
 
     def check() -> Inputs:
-        return open_inputs(recipe, only=only, trust_remote_code=trust_remote_code, further=further)
+        return open_inputs(
+            recipe, only=only, trust_remote_code=trust_remote_code, more_problems=more_problems
+        )
 
     readable, _ = read_recipe(recipe)
     processes = Processes(readable.scoring.device if readable else "cpu")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusechat_merge import _autoload
 
 if TYPE_CHECKING:
+    from fusechat_common.errors import RequestError as RequestError
     from fusechat_merge.engine.execute import merge as merge
     from fusechat_merge.methods.sce import sce as sce
     from fusechat_merge.methods.varm import varm as varm
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "RequestError": "fusechat_common.errors",
     "merge": "fusechat_merge.engine.execute",
     "plan": "fusechat_merge.planning.planner",
     "sce": "fusechat_merge.methods.sce",

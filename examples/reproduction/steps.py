@@ -184,7 +184,7 @@ class Ladder:
         from fusechat_distill.storage.processes import Processes
 
         planner = EvaluationPlanner([f"{name}={p}" for name, paths in names.items() for p in paths])
-        inputs = open_inputs(self.evaluation_recipe(), further=planner.problems)
+        inputs = open_inputs(self.evaluation_recipe(), more_problems=planner.problems)
         plan = planner.plan(inputs)
         processes = Processes(self.scale.device)
         bits = {

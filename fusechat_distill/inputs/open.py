@@ -103,7 +103,7 @@ def open_inputs(
     *,
     only: Collection[str] | None = None,
     trust_remote_code: bool = False,
-    further: Callable[[Inputs], list[str]] = lambda inputs: [],
+    more_problems: Callable[[Inputs], list[str]] = lambda inputs: [],
 ) -> Inputs:
     """Open everything that the recipe at `path` names, except weights.
 
@@ -112,7 +112,7 @@ def open_inputs(
         only: names of the models to open; the pivot is always opened, for its tokenizer. None: all
             models.
         trust_remote_code: whether the models' own code may run.
-        further: called with the opened inputs; returns problems of the command itself.
+        more_problems: called with the opened inputs; returns problems of the command itself.
 
     Raises:
         RequestError: something is wrong; it lists every problem found.
@@ -134,7 +134,7 @@ def open_inputs(
         )
         problems += rendering_problems(inputs)
         if len(models) == len({PIVOT, *asked} & set(recipe.models)):
-            problems += _store_problems(inputs, asked) + further(inputs)
+            problems += _store_problems(inputs, asked) + more_problems(inputs)
         if not problems:
             return inputs
     raise RequestError(problems, path)

@@ -292,7 +292,7 @@ def test_what_a_change_makes_stale(whole, models, sections, stages):
         sections = {"sources": sources}
     path = recipe(whole.parent, models, "stale", load_recipe(whole).output_folder, **sections)
     try:
-        open_inputs(path, further=run_problems)
+        open_inputs(path, more_problems=run_problems)
         found = []
     except RequestError as error:
         found = [problem.split()[0] for problem in error.problems]
