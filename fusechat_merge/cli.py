@@ -378,7 +378,7 @@ def analyze(
     planned = _planned(config, make_plan, options)
     with _Meter(sum(o.nbytes for o in planned.outputs), False) as meter:
         report = measure(planned, memory=memory, threads=threads, progress=meter)
-    text = json.dumps(report.as_json(), indent=1)
+    text = report.model_dump_json(indent=1)
     if as_json:
         click.echo(text)
     else:

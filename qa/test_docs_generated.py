@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fusechat_distill.cli import commands
 from fusechat_distill.recipe.reference import commented_recipe
 from fusechat_distill.recipe.schema import Recipe
+from fusechat_merge.methods.units import GRANULARITIES
 from qa import mutation
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,23 @@ def test_reference_pages_are_generated() -> None:
         assert (DOCS / name).read_text(encoding="utf-8") == content, (
             f"docs/{name}: python docs/reference.py"
         )
+
+
+def test_tables_of_merging_are_generated() -> None:
+    text = (DOCS / "merging.md").read_text(encoding="utf-8")
+    assert _script(DOCS / "merge_reference.py").page(text) == text, "python docs/merge_reference.py"
+
+
+def test_granularities_are_listed_where_they_are_explained() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^  granularity: .*# (.*)$", readme, re.MULTILINE)
+    assert listed.replace(" (default)", "").split(", ") == list(GRANULARITIES)
+    (section,) = re.findall(
+        r"^## Granularities\n(.*?)^## ",
+        (DOCS / "merging.md").read_text("utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert re.findall(r"^- `(\w+)`: ", section, re.MULTILINE) == list(GRANULARITIES)
 
 
 def test_schema_command_prints_the_published_schema() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusechat_merge import merge, plan
 from fusechat_merge.engine.analysis import analyze
-from fusechat_merge.methods.granularity import GRANULARITIES
+from fusechat_merge.methods.units import GRANULARITIES
 from fusechat_merge.results.report import place_of
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 24, 32, 40

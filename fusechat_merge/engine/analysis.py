@@ -10,7 +10,7 @@ from fusechat_merge.engine.journal import Done
 from fusechat_merge.engine.merger import Merger, Progress
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.planning.plan import NATIVE, Output, Plan
-from fusechat_merge.results.report import Report
+from fusechat_merge.results.record import Analysis
 
 
 def analyze(
@@ -19,10 +19,10 @@ def analyze(
     memory: int = MEMORY,
     threads: int | None = None,
     progress: Progress = lambda tensor, nbytes: None,
-) -> Report:
+) -> Analysis:
     """Compute the statistics and merge weights of every unit in bounded memory.
 
-    With ``granularity: element`` every element has weights of its own; the report then shows each
+    With ``granularity: element`` every element has weights of its own; the analysis then shows each
     matrix with the weights that granularity matrix would give.
 
     Args:
@@ -57,7 +57,7 @@ def analyze(
         raise RequestError(
             [f"merge_method {planned.config.merge_method} has no weights to analyze"]
         )
-    return Report(
+    return Analysis(
         method=planned.config.merge_method,
         base=outputs[0].sources[0].model,
         targets=targets.pop(),

@@ -33,6 +33,7 @@ from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.planning.plan import Plan
 from fusechat_merge.planning.planner import plan
 from fusechat_merge.results.folder import write_side_files
+from fusechat_merge.results.record import read_record
 
 MEMORY = 256 << 20
 """Default bound of all buffers together, bytes."""
@@ -232,14 +233,12 @@ def digest(planned: Plan) -> str:
 
 
 def is_finished(planned: Plan, out: Path) -> bool:
-    """Whether ``out`` is what this plan makes, going by its report and its files' sizes."""
-    try:
-        made = json.loads((out / "fusechat_merge.json").read_text(encoding="utf-8"))
-        return made["identity"] == digest(planned) and all(
-            (out / shard.name).stat().st_size == shard.size for shard in planned.shards
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+    """Whether ``out`` is what this plan makes, going by its record and its files' sizes."""
+    record = read_record(out)
+    if record is None or record.identity != digest(planned):
         return False
+    files = [(out / shard.name, shard.size) for shard in planned.shards]
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list[str]:

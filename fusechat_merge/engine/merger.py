@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
 from fusechat_merge.methods.units import Unit
 from fusechat_merge.planning.plan import Output, Plan
+from fusechat_merge.results.record import UnitWeights
 
 varm.compiled_loops()  # half a second, spent with the other imports
 _AHEAD = 128 << 20
@@ -55,7 +55,7 @@ class Merger:
         self._plan, self._sources, self._sink = planned, sources, sink
         self._ring, self._progress = ring, progress
         self._by_name = {output.name: output for output in planned.outputs}
-        self._units: dict[str, dict[str, float]] = {}
+        self._units: dict[Unit, dict[str, float]] = {}
 
     def run(self, outputs: Sequence[Output]) -> None:
         """Make them, a few at a time."""
@@ -106,7 +106,7 @@ class Merger:
                 self._sink.note("weights", output.name, eta)
                 sce.write(passes, eta, selection, variant)
             elif how != "varm":
-                raise NotImplementedError(f"{how} is known to `parameters`, but not written here")
+                raise NotImplementedError(f"{how} is one of `METHODS`, but not written here")
             elif shares is None:
                 varm.write_elements(
                     passes, parameters["weight"], parameters["statistic"], parameters["lambda"]
@@ -159,15 +159,14 @@ class Merger:
         statistic = output.parameters["statistic"]
         if output.unit is None:
             return self._tensor_sums(output, statistic)
-        unit = f"{statistic} {output.unit}"
-        found = self._units.get(unit)
+        found = self._units.get(output.unit)
         if found is None:
-            found = self._units[unit] = self._unit_sums(output.unit, statistic)
+            found = self._units[output.unit] = self._unit_sums(output.unit)
         return [found.get(source.model, 0.0) for source in output.sources[1:]]
 
-    def _unit_sums(self, unit: str, statistic: str) -> dict[str, float]:
+    def _unit_sums(self, unit: Unit) -> dict[str, float]:
         """Σ over the unit of δ² (or |δ|), by target."""
-        members = self._plan.units[unit].members
+        statistic, members = unit.statistic, self._plan.units[unit]
         by_key = {f"{statistic} {name}": self._by_name[name] for name in members}
         self._crew.once(list(by_key), lambda key: self._tensor_sums(by_key[key], statistic))
         found: dict[str, list[float]] = {}
@@ -187,20 +186,22 @@ class Merger:
             self._progress(output.name, 0)
         return known
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[UnitWeights]:
         """The units with their statistics and weights, in the order of the outputs."""
         done = self._sink.done
-        units: dict[tuple[str, tuple[float, ...]], Unit] = {}
+        units: dict[tuple[Unit | str, tuple[float, ...]], UnitWeights] = {}
         for output in self._plan.outputs:
             weights = done.weights.get(output.name)
             if weights is None:
                 continue
-            key = (output.unit or f"tensor {output.name}", tuple(weights))
+            # Priors may differ within a unit, where filters set them: then it has several rows.
+            key = (output.unit or output.name, tuple(weights))
             if key in units:
-                units[key] = replace(units[key], tensors=(*units[key].tensors, output.name))
+                tensors = (*units[key].tensors, output.name)
+                units[key] = units[key].model_copy(update={"tensors": tensors})
                 continue
-            shared = self._plan.units.get(output.unit or "")
-            members = [self._by_name[n] for n in shared.members] if shared else [output]
+            names = self._plan.units[output.unit] if output.unit else (output.name,)
+            members = [self._by_name[name] for name in names]
             numel = sum(member.numel for member in members)
             statistic = output.parameters.get("statistic", "square")
             sums = [
@@ -208,8 +209,8 @@ class Merger:
                 for member in members
                 if (found := done.statistics.get(f"{statistic} {member.name}")) is not None
             ]
-            units[key] = Unit(
-                name=shared.name if shared else output.name,
+            units[key] = UnitWeights(
+                name=output.unit.name if output.unit else output.name,
                 granularity=output.parameters.get("granularity", "matrix"),
                 tensors=(output.name,),
                 numel=numel,

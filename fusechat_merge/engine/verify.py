@@ -22,6 +22,7 @@ from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.planning.plan import Output, Plan
 from fusechat_merge.planning.planner import plan
 from fusechat_merge.planning.side_files import merged_config, side_files
+from fusechat_merge.results.record import read_record
 
 _PIECE = 4 << 20
 
@@ -98,12 +99,9 @@ def verify(
 
 
 def _device(out: Path) -> str:
-    """Where the merged model was computed, going by its report."""
-    try:
-        report = json.loads((out / "fusechat_merge.json").read_text(encoding="utf-8"))
-        return "cuda" if report["device"] == "cuda" else "cpu"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "cpu"
+    """Where the merged model was computed, going by its record."""
+    record = read_record(out)
+    return record.device if record else "cpu"
 
 
 def _structure_problems(planned: Plan, made: Checkpoint) -> list[str]:

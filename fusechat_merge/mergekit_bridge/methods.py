@@ -6,7 +6,7 @@ mergekit may be half imported when this is: only its submodules are imported her
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from mergekit.merge_methods.base import (
@@ -21,19 +21,29 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.dtype import align_dtype
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError, RequestError
-from fusechat_merge.mergekit_bridge.parameters import weightless
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import InMemory, NonFiniteError
-from fusechat_merge.methods.granularity import SHARED, unit_of
+from fusechat_merge.methods.units import Granularity, members_of, shared_unit
 
 Statistics = Mapping[Hashable, float]
 """Σ δ² (or Σ |δ|) over a unit, by target."""
 
-_FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+def _not_a_boolean(value: Any) -> Any:
+    """Refuse what pydantic would take for 1 or 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_a_boolean)]
+_NumberFrom0 = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_boolean)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_not_a_boolean)]
 
 
 class VarmMethod(GroupMergeMethod):
@@ -46,31 +56,31 @@ class VarmMethod(GroupMergeMethod):
         parameters=(
             ParameterSpec(
                 "granularity",
-                Literal["matrix", "module", "layer", "model", "element"],
+                Granularity,
                 ParameterScope.SHARED,
                 default="matrix",
-                description="what shares one set of weights",
+                description="which tensors share one set of weights",
             ),
             ParameterSpec(
                 "statistic",
-                Literal["square", "absolute"],
+                varm.Statistic,
                 ParameterScope.SHARED,
                 default="square",
-                description="what a target's movement is measured by",
+                description="how far a target has moved: mean of δ², or of |δ|",
             ),
             ParameterSpec(
                 "lambda",
-                _FiniteFloat,
+                _Number,
                 ParameterScope.SHARED,
                 default=1.0,
-                description="scale of the merged update",
+                description="scale of the merged update; 0 keeps the pivot",
             ),
             ParameterSpec(
                 "weight",
-                Annotated[float, Field(ge=0, allow_inf_nan=False)],
+                _NumberFrom0,
                 ParameterScope.NON_BASE,
                 default=1.0,
-                description="prior of a target",
+                description="prior: W is in proportion to weight · statistic",
             ),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),
@@ -98,26 +108,24 @@ class VarmMethod(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
     ) -> list[dict[str, Any]]:
         """The parameters and, where a granularity spans tensors, the statistics of the unit."""
-        named = [
-            (group.metadata.name, align)
-            for group, dtype in zip(groups, input_dtypes, strict=True)
-            if group.metadata.name is not None
-            for align in [lambda group=group, dtype=dtype: align_dtype(group, dtype)]
+        names = [entry.metadata.name for entry in groups]
+        units = [
+            None if name is None else shared_unit(name, given)
+            for name, given in zip(names, parameters, strict=True)
         ]
-        units: dict[tuple[str, str, str], Statistics] = {}
-        result = []
-        for group, given in zip(groups, parameters, strict=True):
-            name, granularity = group.metadata.name, given["granularity"]
-            if name is not None and granularity in SHARED:
-                key = (granularity, unit_of(name, granularity), given["statistic"])
-                if key not in units:
-                    members = (
-                        align() for other, align in named if unit_of(other, granularity) == key[1]
-                    )
-                    units[key] = unit_statistics(members, given["statistic"])
-                given = {**given, "unit_statistics": units[key]}
-            result.append(given)
-        return result
+        named = [i for i, name in enumerate(names) if name is not None]
+        members = members_of((unit for unit in units if unit), [names[i] or "" for i in named])
+        found = {
+            unit: unit_statistics(
+                (align_dtype(groups[named[i]], input_dtypes[named[i]]) for i in positions),
+                unit.statistic,
+            )
+            for unit, positions in members.items()
+        }
+        return [
+            {**given, "unit_statistics": found[unit]} if unit else given
+            for unit, given in zip(units, parameters, strict=True)
+        ]
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         base = _base_of(group)
@@ -150,17 +158,18 @@ class SceMethod(GroupMergeMethod):
         parameters=(
             ParameterSpec(
                 "select_topk",
-                Annotated[float, Field(ge=0, le=1)],
+                _Share,
                 ParameterScope.SHARED,
                 default=1.0,
-                description="share of the elements that is selected, by variance across targets",
+                description="τ: the share of a matrix's elements that is selected, those with the"
+                " largest variance across targets",
             ),
             ParameterSpec(
                 "variant",
-                Literal["paper", "fork"],
+                sce.Variant,
                 ParameterScope.SHARED,
                 default="paper",
-                description="Algorithm 1 as published, or as the authors' code has it",
+                description="Algorithm 1, or what the authors' released code does",
             ),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED),
@@ -174,6 +183,10 @@ class SceMethod(GroupMergeMethod):
         with _naming(group):
             sce.merge(passes, parameters["select_topk"], parameters["variant"])
         return passes.output
+
+
+METHODS = (VarmMethod(), SceMethod())
+"""What this package adds to mergekit: each method's `spec` declares its parameters, once."""
 
 
 def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics:
@@ -217,3 +230,12 @@ def non_finite(model: Hashable, name: str | None) -> str:
     """The message for NaN or Inf in a model's tensor."""
     tensor = f"tensor {name}" if name else "a tensor"
     return f"{tensor} of model {model} holds NaN or Inf: that checkpoint is broken, replace it"
+
+
+def weightless(tensors: Sequence[str]) -> str:
+    """The problem of tensors for which every target's weight is 0, after filters."""
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return (
+        f"weight: every target's is 0 for {tensors[0]}{more}; give at least one target a weight"
+        " above 0, or use lambda: 0 to keep the pivot's"
+    )

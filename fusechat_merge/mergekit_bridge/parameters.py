@@ -1,4 +1,4 @@
-"""The YAML parameters of our methods: which exist, where they count, which values they take.
+"""The YAML parameters of our methods, checked by what each method's `spec` declares of them.
 
 mergekit lets unknown names pass and ignores a setting in a place where it has no meaning; here
 both are problems.
@@ -6,54 +6,17 @@ both are problems.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, ParameterSpec
+from pydantic import ValidationError
 
 from fusechat_common.errors import nearest
-from fusechat_merge.methods.granularity import GRANULARITIES
-from fusechat_merge.methods.sce import VARIANTS
-from fusechat_merge.methods.varm import STATISTICS
+from fusechat_merge.mergekit_bridge.methods import METHODS
 
-_Check = Callable[[Any], str | None]
-
-
-def _one_of(names: tuple[str, ...]) -> _Check:
-    def check(value: Any) -> str | None:
-        if value in names:
-            return None
-        return f"{value!r} is unknown{nearest(str(value), names)}; use one of {', '.join(names)}"
-
-    return check
-
-
-def _number(lowest: float = -math.inf, highest: float = math.inf) -> _Check:
-    def check(value: Any) -> str | None:
-        try:
-            # YAML 1.1 reads 1e-3 as a string; mergekit takes it as a number.
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            return f"{value!r} is not a finite number"
-        if number < lowest:
-            return f"{value!r} is below {lowest:g}"
-        if number > highest:
-            return f"{value!r} is above {highest:g}"
-        return None
-
-    return check
-
-
-SHARED: dict[str, dict[str, _Check]] = {
-    "varm": {
-        "granularity": _one_of(GRANULARITIES),
-        "statistic": _one_of(STATISTICS),
-        "lambda": _number(),
-    },
-    "fusechat_sce": {"select_topk": _number(0.0, 1.0), "variant": _one_of(VARIANTS)},
-}
-PER_TARGET: dict[str, dict[str, _Check]] = {"varm": {"weight": _number(0.0)}, "fusechat_sce": {}}
+SPECS: dict[str, MergeMethodSpec] = {method.spec.name: method.spec for method in METHODS}
+"""Our methods by name."""
 
 
 def parameter_problems(config: Any) -> list[str]:
@@ -64,27 +27,18 @@ def parameter_problems(config: Any) -> list[str]:
             method has no problems here.
     """
     method = config.merge_method
-    if method not in SHARED:
+    if method not in SPECS:
         return []
     problems = [] if _has_base(config) else [f"base_model is missing: {method} needs the pivot"]
     for place, settings, owner in _places(config):
         for name, setting in (settings or {}).items():
-            problems += _setting_problems(method, f"{place}.{name}", name, setting, owner)
+            problems += _setting_problems(SPECS[method], f"{place}.{name}", name, setting, owner)
     return problems
-
-
-def weightless(tensors: Sequence[str]) -> str:
-    """The problem of tensors for which every target's weight is 0, after filters."""
-    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-    return (
-        f"weight: every target's is 0 for {tensors[0]}{more}; give at least one target a weight"
-        " above 0, or use lambda: 0 to keep the pivot's"
-    )
 
 
 def idle_filters(config: Any, tensors: Sequence[str]) -> list[str]:
     """The filters of our methods' settings that are part of no tensor's name: misspelt ones."""
-    if config.merge_method not in SHARED:
+    if config.merge_method not in SPECS:
         return []
     words = sorted({word for tensor in tensors for word in tensor.split(".")})
     return [
@@ -111,26 +65,45 @@ def _has_base(config: Any) -> bool:
 
 
 def _setting_problems(
-    method: str, place: str, name: str, setting: Any, owner: str
+    spec: MergeMethodSpec, place: str, name: str, setting: Any, owner: str
 ) -> Iterator[str]:
-    shared, per_target = SHARED[method], PER_TARGET[method]
-    known = (*shared, *per_target)
-    check = shared.get(name) or per_target.get(name)
-    if check is None:
+    known = {parameter.name: parameter for parameter in spec.parameters}
+    parameter = known.get(name)
+    if parameter is None:
         yield (
-            f"{place}: {method} has no parameter {name!r}{nearest(name, known)};"
+            f"{place}: {spec.name} has no parameter {name!r}{nearest(name, list(known))};"
             f" it takes {', '.join(known)}"
         )
-    elif owner == "model" and name in shared:
+        return
+    shared = parameter.scope is ParameterScope.SHARED
+    if owner == "model" and shared:
         yield f"{place}: {name!r} counts for all models: move it from the model to parameters"
     elif owner == "base":
-        remedy = "move it to parameters" if name in shared else "give it to the targets"
+        remedy = "move it to parameters" if shared else "give it to the targets"
         yield f"{place}: {name!r} has no meaning under the base model: {remedy}"
     else:
         for value in _values(setting):
-            problem = check(value)
+            problem = _value_problem(parameter, value)
             if problem:
                 yield f"{place}: {problem}"
+
+
+def _value_problem(parameter: ParameterSpec, value: Any) -> str | None:
+    try:
+        parameter.validate(value)
+    except ValidationError as error:
+        found = error.errors()[0]
+        if found["type"] == "literal_error":
+            values = get_args(parameter.value_type)
+            return (
+                f"{value!r} is unknown{nearest(str(value), values)}; use one of {', '.join(values)}"
+            )
+        if found["type"] == "greater_than_equal":
+            return f"{value!r} is below {found['ctx']['ge']:g}"
+        if found["type"] == "less_than_equal":
+            return f"{value!r} is above {found['ctx']['le']:g}"
+        return f"{value!r} is not a finite number"
+    return None
 
 
 def _values(setting: Any) -> Iterator[Any]:

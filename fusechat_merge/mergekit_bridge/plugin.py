@@ -14,9 +14,9 @@ from mergekit.graph import Task
 from mergekit.merge_methods import registry
 
 from fusechat_common.errors import RequestError
-from fusechat_merge.mergekit_bridge.methods import SceMethod, VarmMethod
-from fusechat_merge.mergekit_bridge.parameters import parameter_problems
-from fusechat_merge.methods.granularity import SHARED
+from fusechat_merge.mergekit_bridge.methods import METHODS
+from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
+from fusechat_merge.methods.units import SHARED
 
 
 def _check(config: Any) -> None:
@@ -35,9 +35,9 @@ def _once(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
 
 
 def register_methods() -> None:
-    """Make ``varm`` and ``fusechat_sce`` known by name; a second call changes nothing."""
+    """Make our methods known to mergekit by name; a second call changes nothing."""
     known = {method.spec.name for method in registry.registered_methods()}
-    for method in (VarmMethod(), SceMethod()):
+    for method in METHODS:
         if method.spec.name not in known:
             registry.register(method)
 
@@ -98,7 +98,7 @@ def extend_genome() -> None:
     def wrap(make: Callable[..., Any]) -> Callable[..., Any]:
         def genotype_merge_config(self: Any, genotype: Any) -> Any:
             config = make(self, genotype)
-            return _evolved(config) if config.merge_method in ("varm", "fusechat_sce") else config
+            return _evolved(config) if config.merge_method in SPECS else config
 
         return genotype_merge_config
 

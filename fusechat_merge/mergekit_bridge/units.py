@@ -6,7 +6,6 @@ tasks when it registers its methods.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +20,13 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError, RequestError
-from fusechat_merge.mergekit_bridge.methods import Statistics, non_finite, unit_statistics
-from fusechat_merge.mergekit_bridge.parameters import weightless
-from fusechat_merge.methods.granularity import SHARED, unit_of
+from fusechat_merge.mergekit_bridge.methods import (
+    Statistics,
+    non_finite,
+    unit_statistics,
+    weightless,
+)
+from fusechat_merge.methods.units import Unit, members_of, shared_unit
 
 
 class UnitStatistics(Task[Statistics]):
@@ -106,31 +109,23 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
     """
     names = _weightless(tasks)
     problems = [weightless(names)] if names else []
-    members: dict[tuple[str, str], list[ExecuteMergeMethodTask]] = defaultdict(list)
-    for granularity in SHARED & {task.parameters["granularity"] for task in tasks}:
-        for task in tasks:
-            members[granularity, unit_of(task.output_weight.name, granularity)].append(task)
-    units: dict[tuple[str, str, str], UnitStatistics] = {}
+    units = [shared_unit(task.output_weight.name, task.parameters) for task in tasks]
+    tensors = [task.output_weight.name for task in tasks]
+    members = members_of((unit for unit in units if unit), tensors)
+    statistics: dict[Unit, UnitStatistics] = {}
     permuted: dict[str, None] = {}
-    result = []
-    for task in tasks:
-        granularity = task.parameters["granularity"]
-        if granularity in SHARED:
-            unit = unit_of(task.output_weight.name, granularity)
-            statistic = task.parameters["statistic"]
-            key = (granularity, unit, statistic)
-            if key not in units:
-                of_unit = members[granularity, unit]
-                # mergekit schedules by label: before the first tensor of the unit is loaded.
-                label = min(t.output_weight.name for t in of_unit)
-                units[key] = UnitStatistics(members=of_unit, label=label, statistic=statistic)
-                permuted |= {
-                    t.output_weight.name: None
-                    for t in of_unit
-                    if isinstance(t.gather_tensors, PermutedVocabulary)
-                }
-            task = MergeWithUnit(**_fields(task), unit=units[key])
-        result.append(task)
+    for unit, positions in members.items():
+        of_unit = [tasks[i] for i in positions]
+        names = [task.output_weight.name for task in of_unit]
+        # mergekit schedules by label: before the first tensor of the unit is loaded.
+        statistics[unit] = UnitStatistics(
+            members=of_unit, label=min(names), statistic=unit.statistic
+        )
+        permuted |= {
+            name: None
+            for name, task in zip(names, of_unit, strict=True)
+            if isinstance(task.gather_tensors, PermutedVocabulary)
+        }
     if permuted:
         problems.append(
             "granularity module, layer and model can't be combined with a tokenizer merge"
@@ -139,7 +134,10 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
         )
     if problems:
         raise RequestError(problems)
-    return result
+    return [
+        MergeWithUnit(**_fields(task), unit=statistics[unit]) if unit else task
+        for unit, task in zip(units, tasks, strict=True)
+    ]
 
 
 def _fields(task: ExecuteMergeMethodTask) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from fusechat_merge.methods.blocks import (
 )
 from fusechat_merge.methods.varm import weights
 
-VARIANTS: tuple[str, ...] = ("paper", "fork")
+Variant = Literal["paper", "fork"]
+"""Algorithm 1 as published, or as the authors' code has it."""
+VARIANTS: tuple[str, ...] = get_args(Variant)
 _DIGIT = 16
 CANDIDATES = 1 << 17
 """Variances, at most, that are collected to be sorted."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from fusechat_merge.methods.blocks import (
     half_cell_sums,
     scratch,
 )
-from fusechat_merge.methods.granularity import check_granularity
+from fusechat_merge.methods.units import check_granularity
 
 Statistic = Literal["square", "absolute"]
-STATISTICS: tuple[str, ...] = ("square", "absolute")
+"""How far a target has moved from the base: δ² or |δ|."""
+STATISTICS: tuple[str, ...] = get_args(Statistic)
 
 
 @lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from fusechat_merge.inputs.checkpoint import (
 from fusechat_merge.inputs.lora import with_adapter
 from fusechat_merge.inputs.yaml_file import read_yaml
 from fusechat_merge.mergekit_bridge.loader import DTYPES
-from fusechat_merge.mergekit_bridge.parameters import SHARED, parameter_problems
+from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
 from fusechat_merge.planning.plan import Options, Plan
 
 
@@ -151,7 +151,7 @@ def _model_problems(config: MergeConfiguration) -> list[str]:
                 problems.append(f"{place}: {entry.model} is the base_model {base}; leave it out")
             elif before is not entry.model and before != base:
                 problems.append(f"{place}: {entry.model} is there already; name a target once")
-        if piece.models and len(seen) == 1 and base and config.merge_method in SHARED:
+        if piece.models and len(seen) == 1 and base and config.merge_method in SPECS:
             problems.append(f"{prefix}models: name a target beside the base_model {base}")
     return problems
 

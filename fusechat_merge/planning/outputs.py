@@ -23,7 +23,7 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from fusechat_common.errors import one_line
 from fusechat_merge.mergekit_bridge.loader import DTYPES
-from fusechat_merge.methods.granularity import SHARED, layer_of
+from fusechat_merge.methods.units import layer_of, shared_unit
 from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.plan import NATIVE, LeftOut, Output, Plan, Source
 
@@ -132,7 +132,6 @@ class OutputMaker:
         self.weightless: list[str] = []  # outputs for which all weights are 0
         self.regular: dict[str, ExecuteMergeMethodTask] = {}  # varm's, those by name aside
         self.complete: set[str] = set()  # outputs to which every model contributes
-        self.coarse: set[str] = set()  # outputs whose own unit has other tensors too
 
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
         """One planned tensor; ``alone`` keeps it out of every unit of several tensors."""
@@ -178,6 +177,7 @@ class OutputMaker:
         if how == "task" and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
+        regular = task.method_name == "varm" and how != "copy" and not alone
         output = Output(
             name=name,
             how=how,
@@ -187,7 +187,7 @@ class OutputMaker:
                 for source in self._sources(model, found, rows)
             ),
             parameters=self._parameters(task, ordered) if how in NATIVE else {},
-            unit=None,
+            unit=shared_unit(name, task.parameters) if regular else None,
             merged_dtype=merged,
             dtype=dtype_from_name(weight.force_dtype or self.config.out_dtype) or merged,
             shape=shape,
@@ -199,12 +199,10 @@ class OutputMaker:
             targets = [model for model, _ in ordered if model != base]
             if not any(task.input_parameters[m]["weight"] for m in targets):
                 self.weightless.append(name)
-            if not alone:
-                self.regular[name] = task
-                if len(present) == len(task.model_order) and merged.is_floating_point:
-                    self.complete.add(name)
-                if task.parameters["granularity"] in SHARED:
-                    self.coarse.add(name)
+        if regular:
+            self.regular[name] = task
+            if len(present) == len(task.model_order) and merged.is_floating_point:
+                self.complete.add(name)
 
     def copy(self, name: str, model: ModelReference, tensor: str) -> None:
         """The base's tensor under another name: converted like any other if it is floating."""

@@ -14,11 +14,12 @@ from mergekit.options import MergeOptions
 
 from fusechat_merge.inputs.checkpoint import Checkpoint, Location, LowRank
 from fusechat_merge.mergekit_bridge.loader import DTYPES
-from fusechat_merge.mergekit_bridge.parameters import SHARED
+from fusechat_merge.mergekit_bridge.parameters import SPECS
+from fusechat_merge.methods.units import Unit
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-NATIVE = tuple(SHARED)
+NATIVE = tuple(SPECS)
 """Methods that are computed block by block; the others run as mergekit's own tasks."""
 
 
@@ -82,7 +83,7 @@ class Output:
         how: ``varm``, ``fusechat_sce``, ``copy`` (of the one source) or ``task`` (mergekit's own).
         sources: the inputs, the base first where the method is one of ours.
         parameters: of our methods, resolved for this tensor; ``weight`` is a list, one a target.
-        unit: key into the plan's units; None where weights are not shared or have no unit.
+        unit: of several tensors, a key of the plan's units; None where it is a unit by itself.
         merged_dtype: what the method returns, the promoted dtype of its inputs.
         dtype, shape: as written.
         file, offset, nbytes: its place; ``offset`` counts from the start of the file.
@@ -92,7 +93,7 @@ class Output:
     how: str
     sources: tuple[Source, ...]
     parameters: Mapping[str, Any]
-    unit: str | None
+    unit: Unit | None
     merged_dtype: torch.dtype
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -106,22 +107,6 @@ class Output:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class SharedUnit:
-    """Tensors that share their statistics.
-
-    Attributes:
-        name: such as ``model.layers.3``.
-        granularity, statistic: as the parameters of ``varm``.
-        members: names of the outputs whose deltas count.
-    """
-
-    name: str
-    granularity: str
-    statistic: str
-    members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -153,7 +138,7 @@ class Plan:
         donor: the model whose configuration and side files the output gets.
         outputs: in the order in which they are made, which is the order of the donor's files.
         shards: the files.
-        units: by key, for the granularities that span tensors.
+        units: of several tensors: names of the outputs whose deltas count.
         by_name: outputs that the architecture's table doesn't know, merged by name.
         copied: outputs that it doesn't know and that not every model has, the base's.
         left_out: input tensors that are not used.
@@ -172,7 +157,7 @@ class Plan:
     donor: str = ""
     outputs: list[Output] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
-    units: dict[str, SharedUnit] = field(default_factory=dict)
+    units: dict[Unit, tuple[str, ...]] = field(default_factory=dict)
     by_name: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)

@@ -23,9 +23,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 from fusechat_common.errors import RequestError, one_line
 from fusechat_merge.inputs.checkpoint import CheckpointError
 from fusechat_merge.mergekit_bridge.loader import loading
-from fusechat_merge.mergekit_bridge.parameters import idle_filters, weightless
+from fusechat_merge.mergekit_bridge.methods import weightless
+from fusechat_merge.mergekit_bridge.parameters import idle_filters
 from fusechat_merge.mergekit_bridge.units import with_units
-from fusechat_merge.methods.granularity import unit_of
+from fusechat_merge.methods.units import members_of
 from fusechat_merge.planning.configuration import (
     name_adapters,
     read_config,
@@ -40,7 +41,6 @@ from fusechat_merge.planning.plan import (
     Output,
     Plan,
     Shard,
-    SharedUnit,
 )
 from fusechat_merge.planning.side_files import links_that_escape
 
@@ -243,10 +243,11 @@ def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:
 
 
 def _plan_units(planned: Plan, maker: OutputMaker) -> None:
-    """Give every output whose granularity spans tensors its unit."""
-    if not maker.coarse:
+    """Find the tensors of every unit; where only mergekit's tasks can read them, use those."""
+    in_units = {output.name for output in planned.outputs if output.unit}
+    if not in_units:
         return
-    if any(maker.outputs[name].how == "task" for name in maker.complete | maker.coarse):
+    if any(maker.outputs[name].how == "task" for name in maker.complete | in_units):
         # Converted or permuted tensors: only mergekit's tasks can read units that hold such.
         try:
             united = with_units(list(maker.regular.values()))
@@ -254,29 +255,19 @@ def _plan_units(planned: Plan, maker: OutputMaker) -> None:
             planned.problems += error.problems
             return
         for name, task in zip(maker.regular, united, strict=True):
-            if name in maker.coarse:
+            if name in in_units:
                 maker.tasks[name] = task
         planned.outputs = [
-            replace(output, how="task", parameters={}) if output.name in maker.coarse else output
+            replace(output, how="task", parameters={}, unit=None) if output.unit else output
             for output in planned.outputs
         ]
         return
-    members: dict[tuple[str, str], list[str]] = defaultdict(list)
-    used = {maker.outputs[name].parameters["granularity"] for name in maker.coarse}
-    for output in planned.outputs:
-        if output.name in maker.complete:
-            for granularity in used:
-                members[granularity, unit_of(output.name, granularity)].append(output.name)
-    for index, output in enumerate(planned.outputs):
-        if output.name in maker.coarse:
-            granularity = output.parameters["granularity"]
-            statistic = output.parameters["statistic"]
-            unit = unit_of(output.name, granularity)
-            key = f"{granularity} {statistic} {unit}"
-            planned.outputs[index] = replace(output, unit=key)
-            planned.units.setdefault(
-                key, SharedUnit(unit, granularity, statistic, tuple(members[granularity, unit]))
-            )
+    # An output that a model lacks is merged by the unit's weights, but isn't measured.
+    measured = [output.name for output in planned.outputs if output.name in maker.complete]
+    members = members_of((output.unit for output in planned.outputs if output.unit), measured)
+    planned.units = {
+        unit: tuple(measured[i] for i in positions) for unit, positions in members.items()
+    }
 
 
 def _place(planned: Plan) -> None:

@@ -78,6 +78,10 @@ def _changed_keys(before: dict[str, Any], planned: Plan) -> list[tuple[list[str]
         keys += [module.architecture.num_layers_config_key() for module in modules]
     if planned.tokenizer is not None:
         keys.append(planned.architecture.vocab_size_config_key or "vocab_size")
+    # Old versions of transformers write where they had the model from.
+    origin = before.get("_name_or_path")
+    if isinstance(origin, str) and (origin.startswith(("/", "~", ".")) or os.path.isdir(origin)):
+        changed.append((["_name_or_path"], ""))
     changed += [(key.split("."), get_config_value(planned.out_config, key)) for key in keys if key]
     return [(path, value) for path, value in changed if _value_at(before, path) != value]
 

@@ -2,53 +2,56 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from fusechat_merge.methods.units import Unit
-from fusechat_merge.planning.plan import Plan
+from fusechat_merge.results.record import MergeRecord
 from fusechat_merge.results.report import place_of, short_names
 
+_PAPERS = {"varm": "VaRM (arXiv 2402.16107)", "fusechat_sce": "SCE (arXiv 2408.07990)"}
 
-def model_card(planned: Plan, units: Sequence[Unit]) -> str:
-    """Markdown with the hub's metadata on top."""
-    config = planned.config
-    models = list(planned.models)
-    base = str(config.base_model) if config.base_model else None
-    hub = [model for model in models if not os.path.exists(model.split("@")[0].split("+")[0])]
-    metadata = {
-        "library_name": "transformers",
-        "tags": ["merge", "mergekit", "fusechat"],
-        **({"base_model": hub} if hub else {}),
-    }
-    names = {"varm": "VaRM (arXiv 2402.16107)", "fusechat_sce": "SCE (arXiv 2408.07990)"}
+
+def model_card(record: MergeRecord, hub_ids: Sequence[str], configuration: str) -> str:
+    """Markdown with the hub's metadata on top.
+
+    Args:
+        record: of the merge.
+        hub_ids: of the merged models that are on the hub.
+        configuration: the merge's YAML, as it may be published.
+    """
+    metadata = ModelCardData(
+        base_model=list(hub_ids) or None,
+        library_name="transformers",
+        tags=["merge", "mergekit", "fusechat"],
+    )
+    method = _PAPERS.get(record.merge_method, record.merge_method)
+    targets = [model for model in record.models if model != record.base_model]
     lines = [
         "---",
-        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+        metadata.to_yaml(),
         "---",
         "",
         "# Merged model",
         "",
-        f"A merge of {len(models)} checkpoints by"
-        f" {names.get(config.merge_method, config.merge_method)}, made with fusechat-merge.",
+        f"A merge of {len(record.models)} checkpoints by {method}, made with fusechat-merge.",
         "",
-        *([f"Base: `{base}`", ""] if base else []),
-        *(f"- `{model}`" for model in models if model != base),
+        *([f"Base: `{record.base_model}`", ""] if record.base_model else []),
+        *(f"- `{target}`" for target in targets),
         "",
-        *_weights(units, [model for model in models if model != base]),
+        *_weights(record, targets),
         "## Configuration",
         "",
         "```yaml",
-        planned.source.rstrip(),
+        configuration.rstrip(),
         "```",
     ]
-    return "\n".join(lines) + "\n"
+    return str(ModelCard("\n".join(lines) + "\n"))
 
 
-def _weights(units: Sequence[Unit], targets: Sequence[str]) -> list[str]:
-    units = [unit for unit in units if len(unit.weights) == len(targets)]
+def _weights(record: MergeRecord, targets: Sequence[str]) -> list[str]:
+    """The mean weights by kind of module, as a table; nothing where there are none."""
+    units = [unit for unit in record.units if len(unit.weights) == len(targets)]
     if not units or not targets:
         return []
     rows: dict[str, list[Sequence[float]]] = {"all": [unit.weights for unit in units]}

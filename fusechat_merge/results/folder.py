@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from fusechat_merge import __version__
-from fusechat_merge.methods.units import Unit
+from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.plan import Plan
 from fusechat_merge.planning.side_files import (
     as_json,
@@ -19,10 +18,17 @@ from fusechat_merge.planning.side_files import (
     side_files,
 )
 from fusechat_merge.results.card import model_card
+from fusechat_merge.results.published import PublicNames
+from fusechat_merge.results.record import RECORD, MergeRecord, UnitWeights
 
 
 def write_side_files(
-    planned: Plan, units: Sequence[Unit], identity: str, device: str, folder: Path, report: bool
+    planned: Plan,
+    units: Sequence[UnitWeights],
+    identity: str,
+    device: str,
+    folder: Path,
+    report: bool,
 ) -> None:
     """Put every file but the weights into ``folder``; what is there is replaced.
 
@@ -49,10 +55,14 @@ def write_side_files(
     _write(folder / "config.json", merged_config(original, planned))
     if len(planned.shards) > 1:
         _write(folder / "model.safetensors.index.json", index(planned))
-    _write(folder / "fusechat_merge.json", as_json(_record(planned, units, identity, device)))
+    names = PublicNames(planned.config)
+    record = _record(planned, names, units, identity, device)
+    _write(folder / RECORD, as_json(record.model_dump()))
     if report:
-        _write(folder / "README.md", model_card(planned, units))
-        _write(folder / "mergekit_config.yml", planned.source)
+        source = names.configuration(planned.source)
+        hub_ids = names.hub_ids(referenced_models(planned.config))
+        _write(folder / "README.md", model_card(record, hub_ids, source))
+        _write(folder / "mergekit_config.yml", source)
 
 
 def _copy_without_chat_template(donor: Path, folder: Path) -> None:
@@ -63,22 +73,27 @@ def _copy_without_chat_template(donor: Path, folder: Path) -> None:
         _write(folder / "tokenizer_config.json", as_json(settings))
 
 
-def _record(planned: Plan, units: Sequence[Unit], identity: str, device: str) -> dict[str, Any]:
+def _record(
+    planned: Plan, names: PublicNames, units: Sequence[UnitWeights], identity: str, device: str
+) -> MergeRecord:
     config = planned.config
     granularities = sorted({unit.granularity for unit in units})
-    return {
-        "fusechat": __version__,
-        "merge_method": config.merge_method,
-        "base_model": str(config.base_model) if config.base_model else None,
-        "models": list(planned.models),
-        "granularity": granularities[0] if len(granularities) == 1 else granularities or None,
-        "units": [asdict(unit) for unit in units],
-        "merged_by_name": planned.by_name,
-        "copied_from_base": planned.copied,
-        "left_out": [asdict(left) for left in planned.left_out],
-        "identity": identity,
-        "device": device,
-    }
+    public = {str(model): names.of(model) for model in referenced_models(config)}
+    return MergeRecord.model_validate(
+        {
+            "fusechat": __version__,
+            "merge_method": config.merge_method,
+            "base_model": names.of(config.base_model) if config.base_model else None,
+            "models": list(public.values()),
+            "granularity": granularities[0] if len(granularities) == 1 else granularities or None,
+            "units": units,
+            "merged_by_name": planned.by_name,
+            "copied_from_base": planned.copied,
+            "left_out": [asdict(left) | {"model": public[left.model]} for left in planned.left_out],
+            "identity": identity,
+            "device": device,
+        }
+    )
 
 
 def _write(path: Path, text: str) -> None:

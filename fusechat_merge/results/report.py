@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_merge.methods.granularity import layer_of
-from fusechat_merge.methods.units import Unit
+from fusechat_merge.methods.units import layer_of
+from fusechat_merge.results.record import Analysis
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,24 +15,6 @@ if TYPE_CHECKING:
 
 _READABLE = 8
 """With at most so many layers the heat map's cells show their numbers."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The units of one merge, in the order of the output's tensors."""
-
-    method: str
-    base: str
-    targets: tuple[str, ...]
-    units: tuple[Unit, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for ``json.dump``."""
-        return asdict(self)
-
-    def by_tensor(self) -> dict[str, Unit]:
-        """The unit of every output tensor."""
-        return {tensor: unit for unit in self.units for tensor in unit.tensors}
 
 
 def place_of(tensor: str) -> tuple[int | None, str]:
@@ -45,7 +26,7 @@ def place_of(tensor: str) -> tuple[int | None, str]:
     return (int(number) if layer != tensor else None), kind
 
 
-def tables(report: Report, most: int = 10) -> list[Table]:
+def tables(report: Analysis, most: int = 10) -> list[Table]:
     """The mean weights by module kind and by layer, and the units with the most uneven ones."""
     from rich.table import Table
 
@@ -105,7 +86,7 @@ def short_names(models: Sequence[str]) -> list[str]:
     return list(models)
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: Analysis, path: Path) -> None:
     """Draw the weights as a heat map (layers × modules, a panel a target) into a PNG.
 
     Raises:

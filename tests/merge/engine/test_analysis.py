@@ -20,9 +20,9 @@ from fusechat_merge.cli import main
 from fusechat_merge.engine.analysis import _NothingWritten, analyze
 from fusechat_merge.engine.merger import Merger
 from fusechat_merge.engine.passes import SourceFiles, divide
-from fusechat_merge.methods.units import Unit
 from fusechat_merge.planning.planner import plan
-from fusechat_merge.results.report import Report, draw, short_names, tables
+from fusechat_merge.results.record import Analysis, UnitWeights
+from fusechat_merge.results.report import draw, short_names, tables
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,16 @@ def _config(family: list[Path], **parameters: object) -> dict:
         "parameters": parameters,
         "dtype": "float32",
     }
+
+
+def _unit(name: str, *weights: float) -> UnitWeights:
+    return UnitWeights(
+        name=name, granularity="matrix", tensors=(name,), numel=1, statistics=(), weights=weights
+    )
+
+
+def _analysis(targets: tuple[str, ...], units: tuple[UnitWeights, ...]) -> Analysis:
+    return Analysis(method="varm", base="p", targets=targets, units=units)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,14 +149,14 @@ def test_nan_is_named(tmp_path: Path, llama_family: Callable[..., list[Path]]) -
 
 def test_rows_of_the_tables_are_means() -> None:
     units = tuple(
-        Unit(name, "matrix", (name,), 1, (), weights)
+        _unit(name, *weights)
         for name, weights in [
             ("model.layers.0.a.weight", (0.25, 0.75)),
             ("model.layers.1.a.weight", (0.75, 0.25)),
             ("model.norm.weight", (1.0, 0.0)),
         ]
     )
-    modules, layers, uneven = tables(Report("varm", "p", ("x/one", "x/two"), units))
+    modules, layers, uneven = tables(_analysis(("x/one", "x/two"), units))
     assert [list(column.cells) for column in modules.columns] == [
         ["a", "model.norm"],
         ["2", "1"],
@@ -164,8 +174,7 @@ def test_models_of_the_same_folder_name_are_told_apart() -> None:
 
 
 def test_picture_of_a_model_without_layers(tmp_path: Path) -> None:
-    units = (Unit("only", "matrix", ("only",), 1, (), (1.0,)),)
-    draw(Report("varm", "p", ("t",), units), tmp_path / "x.png")
+    draw(_analysis(("t",), (_unit("only", 1.0),)), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
@@ -184,7 +193,7 @@ def test_a_method_that_nothing_writes_is_not_taken_for_another(family: list[Path
     files = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
     ring = divide(outputs, 1 << 26, 1)
     merger = Merger(planned, files, _NothingWritten(), ring, lambda tensor, nbytes: None)
-    with pytest.raises(NotImplementedError, match="median is known to `parameters`, but not"):
+    with pytest.raises(NotImplementedError, match="median is one of `METHODS`, but not"):
         merger.run(outputs)
     files.close()
 
@@ -231,18 +240,8 @@ def test_numbers_are_left_out_where_they_could_not_be_read(
     drawn = []
     monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: drawn.append(text))
     for layers in (8, 9):
-        units = tuple(
-            Unit(
-                f"model.layers.{n}.a.weight",
-                "matrix",
-                (f"model.layers.{n}.a.weight",),
-                1,
-                (),
-                (1.0,),
-            )
-            for n in range(layers)
-        )
-        draw(Report("varm", "p", ("t",), units), tmp_path / f"{layers}.png")
+        units = tuple(_unit(f"model.layers.{n}.a.weight", 1.0) for n in range(layers))
+        draw(_analysis(("t",), units), tmp_path / f"{layers}.png")
     assert drawn == ["1.00"] * 8
     assert (tmp_path / "9.png").stat().st_size > 1000
 

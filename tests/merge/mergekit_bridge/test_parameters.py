@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from fusechat_common.errors import RequestError
-from fusechat_merge.mergekit_bridge.parameters import PER_TARGET, SHARED, parameter_problems
+from fusechat_merge import sce, varm
+from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
 
 
 def problems(text: str, method: str = "varm", base: str | None = "base") -> list[str]:
@@ -49,16 +50,14 @@ def test_accepted_by_sce(parameters: str) -> None:
     assert of_all(parameters, "fusechat_sce") == []
 
 
-def test_our_methods_take_what_they_declare_to_mergekit() -> None:
-    ours = [m.spec for m in registered_methods() if type(m).__module__.startswith("fusechat_merge")]
-    assert {spec.name for spec in ours} == SHARED.keys() == PER_TARGET.keys()
-    for spec in ours:
-        for known, scope in (
-            (SHARED, ParameterScope.SHARED),
-            (PER_TARGET, ParameterScope.NON_BASE),
-        ):
-            declared = {p.name for p in spec.parameters if p.scope == scope}
-            assert known[spec.name].keys() == declared, spec.name
+def test_the_python_functions_have_the_declared_defaults() -> None:
+    """`varm` and `sce` take the same parameters in Python, `lambda` as `lambda_`."""
+    for spec, function in ((SPECS["varm"], varm), (SPECS["fusechat_sce"], sce)):
+        taken = signature(function).parameters
+        for parameter in spec.parameters:
+            if parameter.scope is ParameterScope.SHARED:
+                name = {"lambda": "lambda_"}.get(parameter.name, parameter.name)
+                assert taken[name].default == parameter.default, parameter.name
 
 
 VARM_TAKES = "it takes granularity, statistic, lambda, weight"
@@ -117,6 +116,8 @@ def test_refused(parameters: str, expected: str) -> None:
     [
         ("select_topk: 1.5", "parameters.select_topk: 1.5 is above 1"),
         ("select_topk: -0.1", "parameters.select_topk: -0.1 is below 0"),
+        ("select_topk: .nan", "parameters.select_topk: nan is not a finite number"),
+        ("select_topk: false", "parameters.select_topk: False is not a finite number"),
         ("select_topk: 10%", "parameters.select_topk: '10%' is not a finite number"),
         (
             "variant: forks",

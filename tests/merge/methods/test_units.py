@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusechat_merge.methods.granularity import GRANULARITIES, unit_of
+from fusechat_merge.methods.units import Unit, members_of, shared_unit, unit_name
 
 
 @pytest.mark.parametrize(
@@ -44,25 +44,36 @@ from fusechat_merge.methods.granularity import GRANULARITIES, unit_of
     ],
 )
 def test_units(name: str, module: str, layer: str) -> None:
-    assert unit_of(name, "matrix") == name
-    assert unit_of(name, "element") == name
-    assert unit_of(name, "module") == module
-    assert unit_of(name, "layer") == layer
-    assert unit_of(name, "model") == "model"
+    assert unit_name(name, "matrix") == name
+    assert unit_name(name, "element") == name
+    assert unit_name(name, "module") == module
+    assert unit_name(name, "layer") == layer
+    assert unit_name(name, "model") == "model"
 
 
 def test_an_unknown_granularity_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
-        unit_of("w", "block")
+        unit_name("w", "block")
     assert str(caught.value) == (
         "unknown granularity 'block': use one of matrix, module, layer, model, element"
     )
 
 
-def test_mergekit_is_told_the_same_granularities() -> None:
-    from typing import get_args
+SHARED_BY = {"granularity": "layer", "statistic": "absolute"}
 
-    from fusechat_merge.mergekit_bridge.methods import VarmMethod
 
-    (spec,) = (p for p in VarmMethod.spec.parameters if p.name == "granularity")
-    assert get_args(spec.value_type) == GRANULARITIES
+def test_only_some_granularities_have_units_of_several_tensors() -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert shared_unit(name, SHARED_BY) == Unit("model.layers.3", "layer", "absolute")
+    assert shared_unit(name, SHARED_BY | {"granularity": "matrix"}) is None
+    assert shared_unit(name, SHARED_BY | {"granularity": "element"}) is None
+
+
+def test_members_are_found_by_name_in_the_order_of_the_tensors() -> None:
+    names = ["layers.1.b", "lm_head", "layers.0.a", "layers.1.a", "lm_head"]
+    layer, head = Unit("layers.1", "layer", "square"), Unit("lm_head", "module", "square")
+    everything = Unit("model", "model", "absolute")
+    nothing = Unit("layers.7", "layer", "square")
+    found = members_of([layer, head, everything, layer, nothing], names)
+    assert list(found) == [layer, head, everything, nothing]
+    assert list(found.values()) == [[0, 3], [1, 4], [0, 1, 2, 3, 4], []]
