@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import RequestError
 from fusechat_common.files import write_text
-from fusechat_distill.alignment.stage import align_stages, align_status
+from fusechat_distill.alignment.stage import AlignStage, align_stages
 from fusechat_distill.fusion.fuse import target_models
-from fusechat_distill.fusion.stage import fuse_status
+from fusechat_distill.fusion.stage import FuseStage
 from fusechat_distill.inputs.merge_yaml import edited, merge_yaml
 from fusechat_distill.recipe.schema import Recipe
-from fusechat_distill.scoring.stage import score_stages, score_status
+from fusechat_distill.scoring.stage import ScoreStage, score_stages
 from fusechat_distill.storage.shards import Shards
-from fusechat_distill.storage.stage import Progress, Stage, StageStatus
+from fusechat_distill.storage.stage import Details, Progress, ShardedStage, Stage, StageStatus
 from fusechat_distill.training.stage import train_stages, train_status
 
 if TYPE_CHECKING:
@@ -42,23 +42,24 @@ class MergeStage:
                 ]
         return []
 
-    def status(self) -> StageStatus:
+    def status(self) -> StageStatus[Details]:
         done = self.path.exists() and self.path.read_text("utf-8") == self._text()
         targets = target_names(self.recipe)
         # What is there without being as the recipe wants it is not done.
         return StageStatus(
-            self.stage,
-            self.name,
+            stage=self.stage,
+            name=self.name,
             done=len(targets) if done else 0,
             total=len(targets) if done else None,
+            details=Details(),
             bytes=self.path.stat().st_size if done else 0,
             unit="targets",
         )
 
-    def run(self, processes: Processes, progress: Progress) -> StageStatus:
+    def run(self, processes: Processes, progress: Progress) -> StageStatus[Details]:
         return processes.first(self._write)
 
-    def _write(self) -> StageStatus:
+    def _write(self) -> StageStatus[Details]:
         folders = [self.recipe.targets_folder / name for name in target_names(self.recipe)]
         if all((folder / "manifest.json").exists() for folder in folders):
             if problem := next(iter(self.problems()), None):
@@ -95,22 +96,22 @@ def target_stages(
     return [*(stage.fused for stage in trained), *trained, *merged]
 
 
-def run_status(recipe: Recipe) -> list[StageStatus]:
+def run_status(recipe: Recipe) -> list[StageStatus[Any]]:
     """How far every stage is, from what lies in its folder; opens no model and no dataset."""
     sources = [source.title for source in recipe.sources]
     targets = target_names(recipe)
-    folders: list[tuple[str, str, Path, Callable[[str, Shards], StageStatus]]] = [
-        *(("score", name, recipe.scores_folder / name, score_status) for name in recipe.models),
-        *(("align", name, recipe.aligned_folder / name, align_status) for name in sources),
+    folders: list[tuple[type[ShardedStage[Any, Any]], str, Path]] = [
+        *((ScoreStage, name, recipe.scores_folder / name) for name in recipe.models),
+        *((AlignStage, name, recipe.aligned_folder / name) for name in sources),
     ]
     if recipe.fusion.strategy == "sft":  # needs neither
         folders = [entry for entry in folders if entry[2].exists()]
-    folders += [("fuse", name, recipe.fused_folder / name, fuse_status) for name in targets]
-    states = [
-        state_of(name, Shards.open(folder))
+    folders += [(FuseStage, name, recipe.fused_folder / name) for name in targets]
+    states: list[StageStatus[Any]] = [
+        kind.status_of(name, Shards.open(folder))
         if (folder / "manifest.json").exists()
-        else StageStatus(stage, name, 0, None)
-        for stage, name, folder, state_of in folders
+        else StageStatus(stage=kind.stage, name=name, done=0, total=None, details=kind.summary())
+        for kind, name, folder in folders
     ]
     states += [
         train_status(name, recipe.targets_folder / name, recipe.training_folder / name)

@@ -17,9 +17,13 @@ from fusechat_common.cli import Commands
 from fusechat_common.errors import RequestError
 
 if TYPE_CHECKING:
+    from fusechat_distill.alignment.stage import AlignSummary
+    from fusechat_distill.fusion.decisions import FuseSummary
     from fusechat_distill.inputs.open import Inputs
+    from fusechat_distill.scoring.stage import ScoreSummary
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.storage.stage import Stage, StageStatus
+    from fusechat_distill.training.stage import Losses
 
 LISTED_ROWS = 20
 """Rows that are left out of the dataset and shown; `--json` lists all."""
@@ -501,7 +505,7 @@ def _facts(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _entry(state: StageStatus) -> dict[str, Any]:
+def _entry(state: StageStatus[Any]) -> dict[str, Any]:
     return {
         "stage": state.stage,
         "name": state.name,
@@ -510,17 +514,17 @@ def _entry(state: StageStatus) -> dict[str, Any]:
         "bytes": state.bytes,
         "tokens_per_second": state.tokens_per_second,
         "seconds_left": _seconds_left(state),
-        **state.details,
+        **state.details.model_dump(exclude_none=True),
     }
 
 
-def _line(state: StageStatus) -> str:
+def _line(state: StageStatus[Any]) -> str:
     from fusechat_distill.inputs.open import readable_size
 
     if state.total is None:
         return f"{state.stage} {state.name}: not begun"
     parts = [f"{state.done:,} of {state.total:,} {state.unit}"]
-    facts = {
+    facts: dict[str, Callable[[Any], list[str]]] = {
         "score": _score_facts,
         "align": _align_facts,
         "fuse": _fuse_facts,
@@ -537,47 +541,46 @@ def _line(state: StageStatus) -> str:
     return f"{state.stage} {state.name}: " + "; ".join(parts)
 
 
-def _score_facts(details: dict[str, Any]) -> list[str]:
+def _score_facts(summary: ScoreSummary) -> list[str]:
     counts = {
-        "response tokens": details["response_tokens"],
-        "cut at max_length": details["cut"],
-        "with the system prompt in the first user message": details["system_folded"],
-        "left out": len(details["left_out"]),
-        "left out with NaN or Inf": len(details["non_finite"]),
+        "response tokens": summary.response_tokens,
+        "cut at max_length": summary.cut,
+        "with the system prompt in the first user message": summary.system_folded,
+        "left out": len(summary.left_out),
+        "left out with NaN or Inf": len(summary.non_finite),
     }
     facts = [f"{count:,} {what}" for what, count in counts.items() if count]
-    skipped = sum(details["turns_skipped"].values())
-    if skipped:
-        reasons = ", ".join(f"{count} {why}" for why, count in details["turns_skipped"].items())
-        facts.append(f"{skipped:,} answers as context only ({reasons})")
+    if skipped := summary.turns_skipped:
+        reasons = ", ".join(f"{count} {why}" for why, count in skipped.items())
+        facts.append(f"{sum(skipped.values()):,} answers as context only ({reasons})")
     return facts
 
 
-def _align_facts(details: dict[str, Any]) -> list[str]:
+def _align_facts(summary: AlignSummary) -> list[str]:
     from fusechat_distill.alignment.stage import alignment_shares
 
-    shares = alignment_shares(details)
+    shares = alignment_shares(summary)
     return [
         f"{shares['positions_matched']:.1%} of the pivot's positions matched",
         f"{shares['mass_kept']:.1%} of the mass kept",
     ]
 
 
-def _fuse_facts(details: dict[str, Any]) -> list[str]:
-    facts = [f"{details['held_out']:,} held out"]
-    if details.get("positions"):
-        share = details.get("positions_with_target", 0) / details["positions"]
+def _fuse_facts(summary: FuseSummary) -> list[str]:
+    facts = [f"{summary.held_out:,} held out"]
+    if summary.positions:
+        share = (summary.positions_with_target or 0) / summary.positions
         facts.append(f"{share:.1%} of the positions have a distribution")
     return facts
 
 
-def _train_facts(details: dict[str, Any]) -> list[str]:
-    return [f"{name} {value:.4g}" for name, value in details.items()]
+def _train_facts(losses: Losses) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in losses if value is not None]
 
 
-def _seconds_left(state: StageStatus) -> float | None:
+def _seconds_left(state: StageStatus[Any]) -> float | None:
     """At the rate so far, for one process."""
     if state.total is None or not 0 < state.done < state.total or not state.tokens_per_second:
         return None
-    tokens = state.details["input_tokens"] / state.done * (state.total - state.done)
+    tokens = state.details.input_tokens / state.done * (state.total - state.done)
     return tokens / state.tokens_per_second

@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
-from fusechat_common.errors import FusechatError
 from fusechat_common.files import replacing
 from fusechat_distill.alignment.positions import (
     DROPPED,
@@ -39,9 +39,8 @@ from fusechat_distill.storage.shards import (
     ScoredSample,
     ScoreStore,
     Shards,
-    stale,
 )
-from fusechat_distill.storage.stage import Progress, Stage, StageStatus
+from fusechat_distill.storage.stage import ShardedStage, Stage, Summary, require_complete
 from fusechat_distill.text.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
 
 if TYPE_CHECKING:
@@ -52,6 +51,64 @@ log = logging.getLogger(__name__)
 
 WORST = 3
 """Samples of each shard that its summary names as the worst aligned."""
+
+
+Worst = tuple[int, float, float]
+"""A row, the share of its positions that match, the share of their mass that arrives."""
+
+
+def worst_aligned(entries: Sequence[Worst], number: int) -> list[Worst]:
+    """The samples of which least arrives."""
+    return sorted(entries, key=lambda entry: (entry[1] * entry[2], entry[0]))[:number]
+
+
+class AlignSummary(Summary):
+    """Sums over the samples that both models scored; `alignment_shares` says what they mean."""
+
+    worst: list[Worst] = Field(default_factory=list)
+    """The samples of which least arrives, first."""
+    begins_matched: int = 0
+    """Responses whose first state has a match."""
+    ends: int = 0
+    """Responses of the pivot's that end with a stop at their last byte."""
+    ends_matched: int = 0
+    gold_first_after: int = 0
+    """Matched positions whose most probable token is the gold one, in the pivot's tokens."""
+    gold_first_before: int = 0
+    """The same in the source's tokens."""
+    mass_after: float = 0.0
+    """Probability of the entries at matched positions, in the pivot's tokens."""
+    mass_before: float = 0.0
+    """The same in the source's tokens: the sum of the four that follow."""
+    mass_dropped: float = 0.0
+    mass_exact: float = 0.0
+    mass_mapped: float = 0.0
+    mass_special: float = 0.0
+    matched: int = 0
+    """Positions of the pivot's that match one of the source's."""
+    pivot_bytes: int = 0
+    pivot_nll: float = 0.0
+    """In nats, over the whole samples."""
+    pivot_run_over: int = 0
+    """Responses whose last token runs over their end."""
+    pivot_tokens: int = 0
+    positions: int = 0
+    responses: int = 0
+    samples: int = 0
+    source_bytes: int = 0
+    source_nll: float = 0.0
+    source_run_over: int = 0
+    source_tokens: int = 0
+    source_won: int = 0
+    """Samples of which the source needs fewer nats per byte."""
+
+    @property
+    def tokens_processed(self) -> int:
+        return self.positions
+
+    def __add__(self, other: Self) -> Self:
+        sums = super().__add__(other)
+        return sums.model_copy(update={"worst": worst_aligned(sums.worst, 10 * WORST)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +227,8 @@ def _starts(sample: ScoredSample) -> Iterator[tuple[int, ScoredResponse]]:
 
 def align_samples(
     joined: Joined, vocabulary: VocabularyMap, positions: Positions
-) -> tuple[list[AlignedSample], dict[str, Any]]:
-    """The source's distributions of every sample, and what is to be said about them in sums."""
+) -> tuple[list[AlignedSample], AlignSummary]:
+    """The source's distributions of every sample, and sums over them."""
     aligned = align(joined.pivot, joined.source, vocabulary, positions)
     matches = [
         np.full(sum(len(r.tokens) for r in pivot.responses), -1, dtype=np.int32)
@@ -199,8 +256,7 @@ def align_samples(
 
 def _summary(
     joined: Joined, vocabulary: VocabularyMap, samples: Sequence[AlignedSample]
-) -> dict[str, Any]:
-    """Sums over samples that the report is made of; JSON values."""
+) -> AlignSummary:
     pivot, source = joined.pivot, joined.source
     sums: dict[str, Any] = defaultdict(int)
     kinds = np.zeros(4)
@@ -243,7 +299,7 @@ def _summary(
         sums["source_won"] += int(won)
         share = len(rows) / max(1, len(aligned.matches))
         kept = float(after.sum() / before.sum()) if len(rows) else 0.0
-        worst.append([aligned.row, round(share, 4), round(kept, 4)])
+        worst.append((aligned.row, round(share, 4), round(kept, 4)))
     for name, side in (("pivot", pivot), ("source", source)):
         reached = np.bincount(
             side.response,
@@ -252,23 +308,18 @@ def _summary(
         )
         last = side.ends[side.offsets[1:] - 1]
         sums[f"{name}_run_over"] += int(((reached == 0) & (last < 0)).sum())
-    return {
+    return AlignSummary(
         **sums,
-        "responses": len(pivot.begins),
-        "begins_matched": _matched_at(joined, samples, pivot.is_begin),
-        "ends": int(pivot.is_end.sum()),
-        "ends_matched": _matched_at(joined, samples, pivot.is_end),
-        "mass_exact": float(kinds[EXACT]),
-        "mass_mapped": float(kinds[MAPPED]),
-        "mass_special": float(kinds[SPECIAL]),
-        "mass_dropped": float(kinds[DROPPED]),
-        "worst": _worst(worst, WORST),
-    }
-
-
-def _worst(entries: list[list[Any]], number: int) -> list[list[Any]]:
-    """The samples of which least arrives: [row, share of positions, share of mass]."""
-    return sorted(entries, key=lambda entry: (entry[1] * entry[2], entry[0]))[:number]
+        responses=len(pivot.begins),
+        begins_matched=_matched_at(joined, samples, pivot.is_begin),
+        ends=int(pivot.is_end.sum()),
+        ends_matched=_matched_at(joined, samples, pivot.is_end),
+        mass_exact=float(kinds[EXACT]),
+        mass_mapped=float(kinds[MAPPED]),
+        mass_special=float(kinds[SPECIAL]),
+        mass_dropped=float(kinds[DROPPED]),
+        worst=worst_aligned(worst, WORST),
+    )
 
 
 def _matched_at(joined: Joined, samples: Sequence[AlignedSample], states: NDArray[np.bool_]) -> int:
@@ -279,10 +330,19 @@ def _matched_at(joined: Joined, samples: Sequence[AlignedSample], states: NDArra
     return found
 
 
-class AlignStage:
+class Stores(NamedTuple):
+    """What a source is aligned with."""
+
+    pivot: ScoreStore
+    source: ScoreStore
+    vocabulary: VocabularyMap
+
+
+class AlignStage(ShardedStage[AlignSummary, Stores]):
     """A source's distributions over the pivot's tokens, in `aligned/<source>/`."""
 
     stage = "align"
+    summary = AlignSummary
 
     def __init__(self, inputs: Inputs, source: OpenModel):
         recipe = inputs.recipe
@@ -308,66 +368,28 @@ class AlignStage:
             shard_samples=pivot.shard_samples,
         )
 
-    def problems(self) -> list[str]:
-        # The manifest hashes a local model's weights: only where there is one to compare with.
-        problem = stale(self.folder, self.manifest()) if self.folder.exists() else None
-        return [f"aligned {self.name}: {self.folder} {problem}"] if problem else []
+    def require(self) -> None:
+        for model in (self.inputs.pivot, self.source):
+            shards = Shards(self.inputs.scores_folder(model), self.inputs.scores_manifest(model))
+            command = f"score RECIPE --model {model.name}"
+            require_complete(shards, model.name, "have no scores", command)
 
-    def status(self) -> StageStatus:
-        return align_status(self.name, Shards(self.folder, self.manifest()))
+    def prepare(self, missing: Sequence[SampleRange]) -> None:
+        if missing:
+            self._make_vocabulary()
 
-    def run(self, processes: Processes, progress: Progress) -> StageStatus:
-        """Align what is missing.
-
-        Raises:
-            FusechatError: a model's scores are not complete.
-            RequestError: the folder was made with another fingerprint.
-        """
-        with contextlib.ExitStack() as stack:
-
-            def prepare() -> tuple[Shards, list[SampleRange]]:
-                for model in (self.inputs.pivot, self.source):
-                    self._check_scores(model)
-                shards = Shards.create(self.folder, self.manifest())
-                stack.enter_context(shards.exclusive())
-                for line in shards.clean():
-                    log.warning("%s", line)
-                missing = shards.missing()
-                if missing:
-                    self._make_vocabulary()
-                return shards, missing
-
-            shards, missing = processes.first(prepare)
-            mine = missing[processes.index :: processes.count]
-            if mine:
-                self._align(shards, mine, progress)
-            processes.wait()
-            return processes.first(lambda: align_status(self.name, shards))
-
-    def _check_scores(self, model: OpenModel) -> None:
-        shards = Shards(self.inputs.scores_folder(model), self.inputs.scores_manifest(model))
-        if left := shards.missing():
-            missing = sum(samples.stop - samples.start for samples in left)
-            raise FusechatError(
-                f"{model.name}: {missing} of {shards.manifest.samples} samples have no scores; "
-                f"run `fusechat-distill score RECIPE --model {model.name}` first"
-            )
-
-    def _align(self, shards: Shards, ranges: Sequence[SampleRange], progress: Progress) -> None:
-        pivot, source = self._stores()
+    @contextlib.contextmanager
+    def open(self, processes: Processes) -> Iterator[Stores]:
         vocabulary_map = self._read_vocabulary()
         assert vocabulary_map is not None
-        progress.start(f"align {self.name}", sum(r.stop - r.start for r in ranges))
-        try:
-            for samples in ranges:
-                joined = join(pivot.shard(samples), source)
-                aligned, summary = (
-                    align_samples(joined, vocabulary_map, self.positions) if joined else ([], {})
-                )
-                shards.write(samples, aligned_table(aligned), summary)
-                progress.advance(samples.stop - samples.start, summary.get("positions", 0))
-        finally:
-            progress.stop()
+        yield Stores(*self._stores(), vocabulary_map)
+
+    def make(self, context: Stores, samples: SampleRange) -> tuple[pa.Table, AlignSummary]:
+        joined = join(context.pivot.shard(samples), context.source)
+        if joined is None:
+            return aligned_table([]), AlignSummary()
+        aligned, summary = align_samples(joined, context.vocabulary, self.positions)
+        return aligned_table(aligned), summary
 
     def _stores(self) -> tuple[ScoreStore, ScoreStore]:
         pivot, source = (
@@ -439,26 +461,8 @@ class AlignStage:
         return counts
 
 
-def align_status(name: str, shards: Shards) -> StageStatus:
-    """What the shards that are there add up to, from their footers."""
-    present = shards.present()
-    details: dict[str, Any] = {"worst": []}
-    for samples in present:
-        for key, value in shards.summary(samples).items():
-            details[key] = details.get(key, type(value)()) + value
-    details["worst"] = _worst(details["worst"], 10 * WORST)
-    return StageStatus(
-        stage="align",
-        name=name,
-        done=sum(samples.stop - samples.start for samples in present),
-        total=shards.manifest.samples,
-        bytes=sum(shards.path(samples).stat().st_size for samples in present),
-        details=details,
-    )
-
-
-def alignment_shares(details: dict[str, Any]) -> dict[str, float]:
-    """What the report says of a source, from the sums of `align_status`.
+def alignment_shares(summary: AlignSummary) -> dict[str, float]:
+    """What the report says of a source, from its summary.
 
     Shares of the pivot's positions (all, first and last of an answer) that match, of the source's
     top-k mass that arrives and how it was mapped, of positions where the most probable token is the
@@ -467,7 +471,8 @@ def alignment_shares(details: dict[str, Any]) -> dict[str, float]:
     """
 
     def share(part: str, whole: str) -> float:
-        return details.get(part, 0) / details[whole] if details.get(whole) else 0.0
+        total = getattr(summary, whole)
+        return getattr(summary, part) / total if total else 0.0
 
     return {
         "positions_matched": share("matched", "positions"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fusechat_common.errors import FusechatError
-from fusechat_common.files import write_json
 from fusechat_distill.alignment.stage import AlignedSample, AlignStage, aligned_samples
+from fusechat_distill.fusion.decisions import NAME, Decisions, FuseSummary
 from fusechat_distill.fusion.fuse import Fused, Scores, fuse, segment_sums, target_models
 from fusechat_distill.recipe.schema import PIVOT
 from fusechat_distill.storage.shards import (
@@ -23,16 +22,13 @@ from fusechat_distill.storage.shards import (
     ScoredSample,
     ScoreStore,
     Shards,
-    stale,
 )
-from fusechat_distill.storage.stage import Progress, StageStatus
+from fusechat_distill.storage.stage import ShardedStage, StageStatus, require_complete
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.text.conversations import Conversation, Rendering, Response
-
-log = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token that is no part of an answer, as everywhere in PyTorch."""
@@ -173,10 +169,21 @@ def byte_counts(response: Response) -> NDArray[np.int64]:
     return counts
 
 
-class FuseStage:
+@dataclass(frozen=True, eq=False)
+class Stores:
+    """What a target is fused from."""
+
+    scores: dict[str, ScoreStore]
+    """By model."""
+    aligned: dict[str, Shards]
+    """By source."""
+
+
+class FuseStage(ShardedStage[FuseSummary, Stores]):
     """What one target learns from, in `fused/<target>/`; beside it `decisions.json`."""
 
     stage = "fuse"
+    summary = FuseSummary
 
     def __init__(self, inputs: Inputs, target: str, sources: Sequence[str]):
         self.inputs = inputs
@@ -217,9 +224,7 @@ class FuseStage:
         return Manifest("fused", len(self.inputs.conversations), made_of)
 
     def problems(self) -> list[str]:
-        problems = []
-        if self.folder.exists() and (problem := stale(self.folder, self.manifest())):
-            problems.append(f"fused {self.name}: {self.folder} {problem}")
+        problems = super().problems()
         out = self.held_out()
         if out == len(self.inputs.conversations):
             problems.append(
@@ -232,101 +237,66 @@ class FuseStage:
         fraction = self.inputs.recipe.dataset.eval_fraction
         return sum(held_out(key, fraction) for key in self.inputs.conversations.keys)
 
-    def status(self) -> StageStatus:
-        return fuse_status(self.name, Shards(self.folder, self.manifest()))
+    def require(self) -> None:
+        for aligned in self._aligned:
+            command = f"align RECIPE --source {aligned.name}"
+            shards = Shards(aligned.folder, aligned.manifest())
+            require_complete(shards, aligned.name, "are not aligned", command)
 
-    def run(self, processes: Processes, progress: Progress) -> StageStatus:
-        """Fuse what is missing.
-
-        Raises:
-            FusechatError: a model's scores or distributions are not complete.
-            RequestError: the folder was made with another fingerprint.
-        """
-        with contextlib.ExitStack() as stack:
-
-            def prepare() -> tuple[Shards, list[SampleRange]]:
-                for aligned in self._aligned:
-                    self._check(aligned)
-                shards = Shards.create(self.folder, self.manifest())
-                stack.enter_context(shards.exclusive())
-                for line in shards.clean():
-                    log.warning("%s", line)
-                return shards, shards.missing()
-
-            shards, missing = processes.first(prepare)
-            mine = missing[processes.index :: processes.count]
-            if mine:
-                self._fuse(shards, mine, progress)
-            processes.wait()
-            return processes.first(lambda: self._finish(shards))
-
-    def _check(self, aligned: AlignStage) -> None:
-        shards = Shards(aligned.folder, aligned.manifest())
-        if left := shards.missing():
-            missing = sum(samples.stop - samples.start for samples in left)
-            raise FusechatError(
-                f"{aligned.name}: {missing} of {shards.manifest.samples} samples are not aligned; "
-                f"run `fusechat-distill align RECIPE --source {aligned.name}` first"
-            )
-
-    def _fuse(self, shards: Shards, ranges: Sequence[SampleRange], progress: Progress) -> None:
-        stores = {
-            name: ScoreStore(self.inputs.scores_folder(self.inputs.models[name]))
-            for name in self.models
+    @contextlib.contextmanager
+    def open(self, processes: Processes) -> Iterator[Stores]:
+        folders = {
+            name: self.inputs.scores_folder(self.inputs.models[name]) for name in self.models
         }
-        progress.start(f"{self.stage} {self.name}", sum(r.stop - r.start for r in ranges))
-        try:
-            for samples in ranges:
-                joined = self._joined(samples, stores)
-                table, summary = self._shard(joined)
-                shards.write(samples, table, summary)
-                progress.advance(samples.stop - samples.start, summary["tokens"])
-        finally:
-            progress.stop()
+        yield Stores(
+            {name: ScoreStore(folder) for name, folder in folders.items()},
+            {stage.name: Shards.open(stage.folder) for stage in self._aligned},
+        )
 
-    def _joined(self, samples: SampleRange, stores: dict[str, ScoreStore]) -> list[Sample]:
+    def make(self, context: Stores, samples: SampleRange) -> tuple[pa.Table, FuseSummary]:
+        return self._shard(self._joined(samples, context))
+
+    def finish(self, status: StageStatus[FuseSummary]) -> StageStatus[FuseSummary]:
+        if not (self.folder / NAME).exists():
+            Decisions.of(self.models, status.details).write(self.folder)
+        return status
+
+    def _joined(self, samples: SampleRange, stores: Stores) -> list[Sample]:
         """The range's conversations that the pivot has an answer in."""
         conversations = self.inputs.conversations[samples.start : samples.stop]
         renderings = [r for r, _ in self.inputs.rendered(self.inputs.pivot, conversations)]
         aligned = [
-            {
-                sample.key: sample
-                for sample in aligned_samples(Shards.open(stage.folder).read(samples))
-            }
-            for stage in self._aligned
+            {sample.key: sample for sample in aligned_samples(shards.read(samples))}
+            for shards in stores.aligned.values()
         ]
         joined = []
         for conversation, rendering in zip(conversations, renderings, strict=True):
             if not rendering.responses:
                 continue
             key = conversation.key
-            pivot = stores[PIVOT].get(key) if self.models else None
+            pivot = stores.scores[PIVOT].get(key) if self.models else None
             sources = [
-                (found[key], stores[name][key]) if key in found else None
+                (found[key], stores.scores[name][key]) if key in found else None
                 for name, found in zip(self.sources, aligned, strict=True)
             ]
             joined.append(join_sample(conversation, rendering, pivot, sources))
         return joined
 
-    def _shard(self, joined: Sequence[Sample]) -> tuple[pa.Table, dict[str, Any]]:
+    def _shard(self, joined: Sequence[Sample]) -> tuple[pa.Table, FuseSummary]:
         fused = [self._fused(block) for block in self._blocks(joined)] if self.models else []
         ids = np.concatenate([np.zeros((0, self.width), np.int32), *(f.ids for f in fused)])
         probs = np.concatenate([np.zeros((0, self.width), np.float32), *(f.probs for f in fused)])
-        fraction = self.inputs.recipe.dataset.eval_fraction
-        table = target_table(joined, ids, probs, fraction)
-        summary: dict[str, Any] = {
-            "samples": len(joined),
-            "held_out": int(sum(table["held_out"].to_pylist())),
-            "tokens": sum(len(sample.rendering.input_ids) for sample in joined),
-            "positions": sum(len(sample.num_bytes) for sample in joined),
-        }
+        table = target_table(joined, ids, probs, self.inputs.recipe.dataset.eval_fraction)
+        summary = FuseSummary(
+            samples=len(joined),
+            held_out=int(sum(table["held_out"].to_pylist())),
+            tokens=sum(len(sample.rendering.input_ids) for sample in joined),
+            positions=sum(len(sample.num_bytes) for sample in joined),
+            positions_with_target=int((probs.sum(axis=1) > 0).sum()) if self.models else None,
+        )
         if self.models:
-            blocks = zip(self._blocks(joined), fused, strict=True)
-            won = [self._won(block, decided) for block, decided in blocks]
-            summary |= {
-                "positions_with_target": int((probs.sum(axis=1) > 0).sum()),
-                **{name: _add(entry[name] for entry in won) for name in (won[0] if won else ())},
-            }
+            for block, decided in zip(self._blocks(joined), fused, strict=True):
+                summary += self._won(block, decided)
         return table, summary
 
     def _blocks(self, joined: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
@@ -358,26 +328,21 @@ class FuseStage:
         narrow = ((0, 0), (0, self.width - fused.ids.shape[1]))
         return replace(fused, ids=np.pad(fused.ids, narrow), probs=np.pad(fused.probs, narrow))
 
-    def _won(self, block: Sequence[Sample], fused: Fused) -> dict[str, Any]:
+    def _won(self, block: Sequence[Sample], fused: Fused) -> FuseSummary:
         """Sums of each model's share, over what more than one model scored."""
         lengths = np.array([len(sample.num_bytes) for sample in block])
         several = np.array([sum(bool(s.present[0]) for s in sample.scores) > 1 for sample in block])
-        rows = fused.weights
-        sums: dict[str, Any] = {"samples_compared": int(several.sum())}
+        rows, samples_won = fused.weights, None
         if self.inputs.recipe.fusion.level == "sequence":
-            sums["samples_won"] = rows[several].sum(axis=0, dtype=np.float64).tolist()
+            samples_won = rows[several].sum(axis=0, dtype=np.float64).tolist()
             rows = np.repeat(rows, lengths, axis=0)
         compared = np.repeat(several, lengths)
-        sums["positions_compared"] = int(compared.sum())
-        sums["positions_won"] = rows[compared].sum(axis=0, dtype=np.float64).tolist()
-        return sums
-
-    def _finish(self, shards: Shards) -> StageStatus:
-        status = fuse_status(self.name, shards)
-        path = self.folder / "decisions.json"
-        if not path.exists():
-            write_json(path, decisions(self.models, status.details))
-        return status
+        return FuseSummary(
+            samples_compared=int(several.sum()),
+            samples_won=samples_won,
+            positions_compared=int(compared.sum()),
+            positions_won=rows[compared].sum(axis=0, dtype=np.float64).tolist(),
+        )
 
 
 def target_table(
@@ -415,49 +380,6 @@ def target_table(
             nested = pa.FixedSizeListArray.from_arrays(full.reshape(-1), width)
             columns.append(pa.ListArray.from_arrays(offsets, nested))
     return pa.table(columns, schema=schema)
-
-
-def fuse_status(name: str, shards: Shards) -> StageStatus:
-    """What the shards that are there add up to, from their footers."""
-    present = shards.present()
-    details: dict[str, Any] = {"samples": 0, "held_out": 0, "tokens": 0, "positions": 0}
-    for samples in present:
-        for key, value in shards.summary(samples).items():
-            details[key] = _add([details[key], value]) if key in details else value
-    return StageStatus(
-        stage="fuse",
-        name=name,
-        done=sum(samples.stop - samples.start for samples in present),
-        total=shards.manifest.samples,
-        bytes=sum(shards.path(samples).stat().st_size for samples in present),
-        details=details,
-    )
-
-
-def decisions(models: Sequence[str], details: dict[str, Any]) -> dict[str, Any]:
-    """What was decided, from the sums of `fuse_status`: the share that each model won.
-
-    Of the samples that more than one model scored, where whole samples are decided on, and of
-    these samples' positions. AvgCE gives a model its weight.
-    """
-    counts = {name: value for name, value in details.items() if not name.endswith("_won")}
-    won: dict[str, dict[str, float]] = {model: {} for model in models}
-    for what in ("samples", "positions"):
-        total = details.get(f"{what}_compared", 0)
-        for model, share in zip(models, details.get(f"{what}_won", ()), strict=False):
-            won[model][what] = share / total if total else 0.0
-    return counts | {"won": won}
-
-
-def _add(values: Any) -> Any:
-    """Numbers or equally long lists of numbers, added up."""
-    first, *others = values
-    for other in others:
-        if isinstance(first, list):
-            first = [a + b for a, b in zip(first, other, strict=True)]
-        else:
-            first += other
-    return first
 
 
 def fuse_stages(inputs: Inputs, names: Sequence[str] | None = None) -> list[FuseStage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ from fusechat_distill.alignment.stage import (
     join,
     side_by_side,
 )
+from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.fuse import CrossEntropy, Scores, fuse
-from fusechat_distill.fusion.stage import fuse_stages
+from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.report.schema import (
     REASONS,
     AlignedSource,
@@ -107,15 +107,15 @@ def _missing(inputs: Inputs, stage: AlignStage) -> tuple[int, str | None]:
     )
 
 
-def _decisions(stage: Any) -> dict[str, Any] | None:
+def _decisions(stage: FuseStage) -> dict[str, Any] | None:
     """What the fuse stage decided for its target, if it is done with these inputs."""
     if not stage.models or stage.problems() or not stage.status().complete:
         return None
     try:
-        decided: dict[str, Any] = json.loads((stage.folder / "decisions.json").read_text("utf-8"))
+        decisions = Decisions.read(stage.folder)
     except FileNotFoundError:
         return None
-    return decided
+    return decisions.model_dump(exclude={"format"}, exclude_none=True)
 
 
 def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:

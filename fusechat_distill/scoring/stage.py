@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from fusechat_common.errors import FusechatError
-from fusechat_common.files import no_link
 from fusechat_distill.inputs.open import Inputs, OpenModel
 from fusechat_distill.scoring.engine import Request, Scorer, Scores, checked_scores
 from fusechat_distill.storage.shards import (
+    Manifest,
     SampleRange,
     ScoredResponse,
     ScoredSample,
-    Shards,
     scores_table,
 )
-from fusechat_distill.storage.stage import Progress, Stage, StageStatus
+from fusechat_distill.storage.stage import ShardedStage, Stage, StageStatus, Summary
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.text.conversations import Conversation, Rendering
+
+    Rendered = tuple[list[Conversation], list[tuple[Rendering, bool]]]
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,46 @@ NON_FINITE_SHARE = 0.01
 """Share of samples with NaN or Inf from which on a model's scores are no use."""
 
 
-class ScoreStage:
+class ScoreSummary(Summary):
+    """What became of a model's samples."""
+
+    samples: int = 0
+    """Those that were scored."""
+    response_tokens: int = 0
+    response_bytes: int = 0
+    input_tokens: int = 0
+    cut: int = 0
+    """Samples cut at `max_length`."""
+    system_folded: int = 0
+    """Samples whose system prompt stands in the first user message."""
+    turns_skipped: dict[str, int] = Field(default_factory=dict)
+    """Answers that are context only, by reason."""
+    left_out: list[tuple[int, str]] = Field(default_factory=list)
+    """Rows without an answer to score, and why."""
+    non_finite: list[int] = Field(default_factory=list)
+    """Rows left out because of NaN or Inf in the model's output."""
+
+    @property
+    def tokens_processed(self) -> int:
+        return self.input_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """A loaded model, and the conversations that are rendered while it scores others."""
+
+    scorer: Scorer
+    pool: ThreadPoolExecutor
+    """Of one thread, because tokenizers can't be shared by several."""
+    rendered: dict[SampleRange, Future[Rendered]] = field(default_factory=dict)
+
+
+class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
     """A model's scores of every conversation, in `scores/<name>/`."""
 
     stage = "score"
+    summary = ScoreSummary
+    timed = True
 
     def __init__(self, inputs: Inputs, model: OpenModel, *, trust_remote_code: bool = False):
         self.inputs = inputs
@@ -48,43 +87,22 @@ class ScoreStage:
         self.folder = inputs.scores_folder(model)
         self._trust_remote_code = trust_remote_code
 
+    def manifest(self) -> Manifest:
+        return self.inputs.scores_manifest(self.model)
+
     def problems(self) -> list[str]:
         return []  # `open_inputs` has compared the stores already
 
-    def status(self) -> StageStatus:
-        return score_status(self.name, Shards(self.folder, self.inputs.scores_manifest(self.model)))
+    def prepare(self, missing: Sequence[SampleRange]) -> None:
+        self.inputs.digests.save()
+        if missing and not self.model.files.weights:
+            raise FusechatError(
+                f"{self.name} ({self.model.spec.model}): has no weights to make the scores "
+                f"that are missing with ({_listed(missing)}); copy the one or the other"
+            )
 
-    def run(self, processes: Processes, progress: Progress) -> StageStatus:
-        with contextlib.ExitStack() as stack:
-
-            def prepare() -> tuple[Shards, list[SampleRange]]:
-                shards = Shards.create(self.folder, self.inputs.scores_manifest(self.model))
-                self.inputs.digests.save()
-                stack.enter_context(shards.exclusive())
-                for line in shards.clean():
-                    log.warning("%s", line)
-                missing = shards.missing()
-                if missing and not self.model.files.weights:
-                    raise FusechatError(
-                        f"{self.name} ({self.model.spec.model}): has no weights to make the scores "
-                        f"that are missing with ({_listed(missing)}); copy the one or the other"
-                    )
-                return shards, missing
-
-            shards, missing = processes.first(prepare)
-            mine = missing[processes.index :: processes.count]
-            if mine:
-                self._score(shards, mine, processes, progress)
-            processes.wait()
-            return processes.first(lambda: self._finish(shards))
-
-    def _score(
-        self,
-        shards: Shards,
-        ranges: Sequence[SampleRange],
-        processes: Processes,
-        progress: Progress,
-    ) -> None:
+    @contextlib.contextmanager
+    def open(self, processes: Processes) -> Iterator[Scoring]:
         try:
             scorer = self._scorer(processes)
         except (ImportError, OSError, TypeError, ValueError) as error:
@@ -92,23 +110,34 @@ class ScoreStage:
                 f"{self.name} ({self.model.spec.model}): can't be loaded, check its `load` and its "
                 f"weights: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-        total = shards.manifest.samples
-        non_finite = 0
-        mine = sum(samples.stop - samples.start for samples in ranges)
-        progress.start(f"{self.stage} {self.name}", mine)
-        try:
-            for samples, conversations, renderings in self._rendered(ranges):
-                started = time.perf_counter()
-                table, summary = self._shard(scorer, samples, conversations, renderings)
-                shards.write(samples, table, summary)
-                seconds = time.perf_counter() - started
-                self._note(samples, summary["input_tokens"], seconds, processes)
-                progress.advance(samples.stop - samples.start, summary["input_tokens"])
-                non_finite += len(summary["non_finite"])
-                if non_finite > NON_FINITE_SHARE * total:
-                    break  # `_finish` counts over all processes and says so
-        finally:
-            progress.stop()
+        with ThreadPoolExecutor(1) as pool:
+            yield Scoring(scorer, pool)
+
+    def read_ahead(self, context: Scoring, ranges: Sequence[SampleRange]) -> None:
+        for samples in ranges:
+            if samples not in context.rendered:
+                context.rendered[samples] = context.pool.submit(self._rendered, samples)
+
+    def make(self, context: Scoring, samples: SampleRange) -> tuple[pa.Table, ScoreSummary]:
+        self.read_ahead(context, [samples])
+        conversations, renderings = context.rendered.pop(samples).result()
+        return self._shard(context.scorer, conversations, renderings)
+
+    def hopeless(self, made: ScoreSummary) -> bool:
+        return len(made.non_finite) > NON_FINITE_SHARE * len(self.inputs.conversations)
+
+    def finish(self, status: StageStatus[ScoreSummary]) -> StageStatus[ScoreSummary]:
+        # Over all processes; each stops early at its own.
+        if self.hopeless(status.details):
+            rows = status.details.non_finite
+            shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
+            raise FusechatError(
+                f"{self.name} ({self.model.spec.model}): NaN or Inf in its output for "
+                f"{len(rows)} of {status.total} samples, more than {NON_FINITE_SHARE:.0%} (rows "
+                f"{shown}); score it in another dtype (`dtype: float32`) after deleting "
+                f"{self.folder}, or check its weights"
+            )
+        return status
 
     def _scorer(self, processes: Processes) -> Scorer:
         scoring, spec = self.inputs.recipe.scoring, self.model.spec
@@ -144,30 +173,16 @@ class ScoreStage:
         config = self.model.files.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
-    def _rendered(
-        self, ranges: Sequence[SampleRange]
-    ) -> Iterator[tuple[SampleRange, list[Conversation], list[tuple[Rendering, bool]]]]:
-        """The ranges' conversations; the next ones are rendered while these are scored."""
-
-        def work(samples: SampleRange) -> Any:
-            conversations = self.inputs.conversations[samples.start : samples.stop]
-            return samples, conversations, self.inputs.rendered(self.model, conversations)
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(work, ranges[0])
-            for following in [*ranges[1:], None]:
-                ready = ahead.result()
-                if following is not None:
-                    ahead = pool.submit(work, following)
-                yield ready
+    def _rendered(self, samples: SampleRange) -> Rendered:
+        conversations = self.inputs.conversations[samples.start : samples.stop]
+        return conversations, self.inputs.rendered(self.model, conversations)
 
     def _shard(
         self,
         scorer: Scorer,
-        samples: SampleRange,
         conversations: Sequence[Conversation],
         renderings: Sequence[tuple[Rendering, bool]],
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[pa.Table, ScoreSummary]:
         left_out: list[tuple[int, str]] = []
         skipped: Counter[str] = Counter()
         scorable = []
@@ -188,91 +203,17 @@ class ScoreStage:
                 non_finite.append(conversation.row)
                 log.warning("%s: NaN or Inf at row %d; left out", self.name, conversation.row)
         responses = [response for sample in scored for response in sample.responses]
-        summary = {
-            "samples": len(scored),
-            "response_tokens": sum(len(response.tokens) for response in responses),
-            "response_bytes": sum(response.end - response.begin for response in responses),
-            "input_tokens": sum(len(request.input_ids) for request in requests),
-            "cut": sum(cut for _, cut in renderings),
-            "system_folded": sum(rendering.system_folded for rendering, _ in renderings),
-            "turns_skipped": dict(sorted(skipped.items())),
-            "left_out": left_out,
-            "non_finite": non_finite,
-        }
-        return scores_table(scored), summary
-
-    def _note(
-        self, samples: SampleRange, tokens: int, seconds: float, processes: Processes
-    ) -> None:
-        """Append to the log of rates, which is no part of the content."""
-        entry = {
-            "samples": list(samples),
-            "input_tokens": tokens,
-            "seconds": round(seconds, 3),
-            "process": processes.index,
-        }
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8", opener=no_link) as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _finish(self, shards: Shards) -> StageStatus:
-        status = score_status(self.name, shards)
-        rows = status.details["non_finite"]
-        total = shards.manifest.samples
-        if len(rows) > NON_FINITE_SHARE * total:
-            shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
-            raise FusechatError(
-                f"{self.name} ({self.model.spec.model}): NaN or Inf in its output for "
-                f"{len(rows)} of {total} samples, more than {NON_FINITE_SHARE:.0%} (rows {shown}); "
-                f"score it in another dtype (`dtype: float32`) after deleting {self.folder}, or "
-                "check its weights"
-            )
-        return status
-
-
-def score_status(name: str, shards: Shards) -> StageStatus:
-    """What the shards that are there add up to, from their footers."""
-    details: dict[str, Any] = {
-        "samples": 0,
-        "response_tokens": 0,
-        "response_bytes": 0,
-        "input_tokens": 0,
-        "cut": 0,
-        "system_folded": 0,
-        "turns_skipped": {},
-        "left_out": [],
-        "non_finite": [],
-    }
-    present = shards.present()
-    for samples in present:
-        summary = shards.summary(samples)
-        for key, value in summary.items():
-            if isinstance(value, dict):
-                details[key] = dict(Counter(details[key]) + Counter(value))
-            else:
-                details[key] += value
-    return StageStatus(
-        stage="score",
-        name=name,
-        done=sum(samples.stop - samples.start for samples in present),
-        total=shards.manifest.samples,
-        bytes=sum(shards.path(samples).stat().st_size for samples in present),
-        tokens_per_second=_rate(shards),
-        details=details,
-    )
-
-
-def _rate(shards: Shards) -> float | None:
-    try:
-        lines = (shards.folder / "log.jsonl").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    tokens = seconds = 0.0
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError):  # a line that a stopped run tore
-            entry = json.loads(line)
-            tokens += entry["input_tokens"]
-            seconds += entry["seconds"]
-    return tokens / seconds if seconds else None
+        return scores_table(scored), ScoreSummary(
+            samples=len(scored),
+            response_tokens=sum(len(response.tokens) for response in responses),
+            response_bytes=sum(response.end - response.begin for response in responses),
+            input_tokens=sum(len(request.input_ids) for request in requests),
+            cut=sum(cut for _, cut in renderings),
+            system_folded=sum(rendering.system_folded for rendering, _ in renderings),
+            turns_skipped=dict(sorted(skipped.items())),
+            left_out=left_out,
+            non_finite=non_finite,
+        )
 
 
 def score_stages(

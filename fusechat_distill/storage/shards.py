@@ -36,6 +36,10 @@ class SampleRange(NamedTuple):
     stop: int
 
     @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
     def file_name(self) -> str:
         return f"{self.start:08d}-{self.stop:08d}.parquet"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import existing, sync_folder, write_json
 from fusechat_common.system import sync
+from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.inputs.models import ModelFiles
 from fusechat_distill.inputs.open import readable_size
@@ -26,7 +27,7 @@ from fusechat_distill.inputs.trl_settings import (
     lora_config,
 )
 from fusechat_distill.storage.shards import Manifest, Shards, stale
-from fusechat_distill.storage.stage import Progress, StageStatus
+from fusechat_distill.storage.stage import Details, Progress, StageStatus
 from fusechat_distill.training.card import model_card, publishable
 
 if TYPE_CHECKING:
@@ -53,6 +54,24 @@ STATE = "trainer_state.json"
 """The trainer's own account of itself: steps, and all that it logged."""
 
 PACKAGES = ("fusechat", "trl", "transformers", "torch")
+
+
+class Losses(Details):
+    """The last of each loss that the trainer logged."""
+
+    loss: float | None = None
+    clm_loss: float | None = None
+    fusion_loss: float | None = None
+    eval_loss: float | None = None
+    eval_clm_loss: float | None = None
+
+    @classmethod
+    def last_of(cls, state: dict[str, Any]) -> Losses:
+        """From what the trainer keeps in `trainer_state.json`."""
+        logged: dict[str, Any] = {}
+        for entry in state.get("log_history", ()):
+            logged |= {name: entry[name] for name in cls.model_fields if name in entry}
+        return cls(**logged)
 
 
 class TrainStage:
@@ -122,10 +141,10 @@ class TrainStage:
             "training.lora, or set `output` to another disk"
         ]
 
-    def status(self) -> StageStatus:
+    def status(self) -> StageStatus[Losses]:
         return train_status(self.name, self.folder, self.work)
 
-    def run(self, processes: Processes, progress: Progress) -> StageStatus:
+    def run(self, processes: Processes, progress: Progress) -> StageStatus[Losses]:
         """Train the target where it is not there.
 
         Raises:
@@ -275,7 +294,7 @@ class TrainStage:
     def made_of(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What the target was made from, and how; JSON values."""
         recipe = self.inputs.recipe
-        decided = self.fused.folder / "decisions.json"
+        decisions = Decisions.read(self.fused.folder)
         packages = PACKAGES if recipe.training.lora is None else (*PACKAGES, "peft")
         return {
             "target": self.name,
@@ -291,7 +310,7 @@ class TrainStage:
             "alignment": recipe.alignment.model_dump(),
             "fusion": recipe.fusion.model_dump(),
             "training": recipe.training.sft | determining(recipe),
-            "decisions": json.loads(decided.read_text("utf-8")),
+            "decisions": decisions.model_dump(exclude={"format"}, exclude_none=True),
             "metrics": {
                 key: value
                 for key, value in sorted(metrics.items())
@@ -347,7 +366,7 @@ def _resumable(names: Collection[str]) -> bool:
     return len(state) == 1 and has("model", "adapter_model", "pytorch_model")
 
 
-def train_status(name: str, target: Path, work: Path) -> StageStatus:
+def train_status(name: str, target: Path, work: Path) -> StageStatus[Losses]:
     """Steps done and to be done, from the target or from its last checkpoint."""
     if (target / "manifest.json").exists() and not incomplete(target):
         folders = [target]
@@ -363,22 +382,10 @@ def train_status(name: str, target: Path, work: Path) -> StageStatus:
                 # Training may end before the last step (`max_steps` of a callback, early stopping).
                 total=state["global_step" if folder is target else "max_steps"],
                 bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-                details=_losses(state),
+                details=Losses.last_of(state),
                 unit="steps",
             )
-    return StageStatus("train", name, 0, None, unit="steps")
-
-
-def _losses(state: dict[str, Any]) -> dict[str, Any]:
-    """The last of each loss that was logged."""
-    losses: dict[str, Any] = {}
-    for entry in state.get("log_history", ()):
-        losses |= {
-            key: entry[key]
-            for key in ("loss", "clm_loss", "fusion_loss", "eval_loss", "eval_clm_loss")
-            if key in entry
-        }
-    return losses
+    return StageStatus(stage="train", name=name, done=0, total=None, details=Losses(), unit="steps")
 
 
 def _path(files: ModelFiles) -> str:

@@ -17,7 +17,6 @@ from fusechat_distill.alignment.stage import (
     AlignedSample,
     AlignStage,
     align_stages,
-    align_status,
     aligned_samples,
     aligned_table,
     alignment_shares,
@@ -162,7 +161,7 @@ def test_every_sample_is_aligned_as_it_is_alone(inputs):
     for name, stage in stages(inputs).items():
         status = stage.run(Alone(), Silent())
         assert status.complete
-        assert status.details["samples"] == 300
+        assert status.details.samples == 300
         pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
         source = ScoreStore(inputs.scores_folder(inputs.models[name]))
         shards = Shards.open(stage.folder)
@@ -218,7 +217,7 @@ def test_two_processes_give_what_one_gives(inputs, tmp_path):
     shards = Shards.create(one.folder, one.manifest())
     for index in (1, 0):
         stage = stages(inputs)["twin"]
-        stage._align(shards, shards.manifest.ranges()[index::2], Silent())
+        stage.make_shards(shards, shards.manifest.ranges()[index::2], Alone(), Silent())
     assert files(one) == expected
 
 
@@ -282,9 +281,9 @@ def test_the_summary_adds_up(inputs):
             assert mine.turn == theirs.turn
             positions += len(mine.tokens)
             matched += 1 + int((match_positions(mine.ends[:-1], theirs.ends[:-1]) >= 0).sum())
-    assert details["positions"] == positions
-    assert details["matched"] == pytest.approx(matched, rel=0.02)  # begins and ends have rules
-    assert details["source_won"] == won
+    assert details.positions == positions
+    assert details.matched == pytest.approx(matched, rel=0.02)  # begins and ends have rules
+    assert details.source_won == won
     shares = alignment_shares(details)
     assert all(0 <= share <= 1 for name, share in shares.items() if "entropy" not in name)
     parts = ("exact", "mapped", "special", "dropped")
@@ -292,8 +291,8 @@ def test_the_summary_adds_up(inputs):
     assert shares["mass_exact"] > shares["mass_special"] > 0
     assert shares["begins_matched"] > 0.9
     assert shares["pivot_cross_entropy"] > 0
-    json.dumps(details)
-    assert align_status("other", Shards.open(stage.folder)).details == details
+    json.dumps(details.model_dump())
+    assert AlignStage.status_of("other", Shards.open(stage.folder)).details == details
 
 
 def test_one_sample_side_by_side(inputs):

@@ -158,7 +158,7 @@ def test_bytes_against_what_a_run_writes(tmp_path, models):
     assert (found.assumed, found.missing) == ([], [])
     assert run("run", path).exit_code == 0
     written = {(s.stage, s.name): s for s in run_status(load_recipe(path))}
-    tokens = written["score", "pivot"].details["response_tokens"]
+    tokens = written["score", "pivot"].details.response_tokens
     # 256 of the 300 rows stand for all; the rows repeat.
     assert found.text.response_tokens * 300 == pytest.approx(tokens, rel=0.02)
     for cost in found.costs:

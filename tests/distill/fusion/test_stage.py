@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.alignment.stage import AlignedSample, align_stages, aligned_samples
-from fusechat_distill.fusion.stage import byte_counts, decisions, fuse_stages, held_out, join_sample
+from fusechat_distill.fusion.stage import byte_counts, fuse_stages, held_out, join_sample
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Fusion
 from fusechat_distill.scoring.stage import score_stages
@@ -402,7 +402,7 @@ def test_a_shard_without_an_answer_that_the_pivot_can_be_given(aligned, tmp_path
     (stage,) = fuse_all(open_inputs(path), tmp_path / "fused")
     assert [row["row"] for row in read(stage)] == list(range(256))
     table, summary = fuse_stages(changed(aligned))[0]._shard([])
-    assert (len(table), summary["positions"], summary["positions_with_target"]) == (0, 0, 0)
+    assert (len(table), summary.positions, summary.positions_with_target) == (0, 0, 0)
 
 
 def test_who_is_held_out_depends_on_the_conversation_alone():
@@ -410,11 +410,3 @@ def test_who_is_held_out_depends_on_the_conversation_alone():
     assert sum(held_out(key, 0.25) for key in keys) == 64
     assert not any(held_out(key, 0.0) for key in keys)
     assert {k for k in keys if held_out(k, 0.1)} <= {k for k in keys if held_out(k, 0.2)}
-
-
-def test_nothing_compared_is_said_as_nothing():
-    details = {"samples": 1, "samples_compared": 0, "samples_won": [0.0, 0.0]}
-    assert decisions(("pivot", "a"), details)["won"] == {
-        "pivot": {"samples": 0.0},
-        "a": {"samples": 0.0},
-    }

@@ -136,7 +136,7 @@ def test_a_target_is_an_ordinary_checkpoint(make, models):
     )
     status = stage.status()
     assert (status.done, status.total, status.unit) == (4, 4, "steps")
-    assert status.details["fusion_loss"] > 0
+    assert status.details.fusion_loss > 0
 
 
 def test_lambda_weighs_what_is_learnt(make):

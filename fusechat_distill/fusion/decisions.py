@@ -1,0 +1,115 @@
+"""What fusing decided, as data: the sums of a target's shards, and `decisions.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError
+
+from fusechat_common.errors import FusechatError, one_line
+from fusechat_common.files import write_json
+from fusechat_distill.storage.stage import Details, Summary, added
+
+NAME = "decisions.json"
+
+
+class Counts(Summary):
+    """How much a target learns from."""
+
+    samples: int = 0
+    held_out: int = 0
+    """Samples that are kept from training."""
+    tokens: int = 0
+    positions: int = 0
+    """Tokens that are part of an answer."""
+    positions_compared: int | None = None
+    """Those of the samples that more than one model scored."""
+    positions_with_target: int | None = None
+    """Those that have a distribution to learn from."""
+    samples_compared: int | None = None
+    """Samples that more than one model scored."""
+
+    @property
+    def tokens_processed(self) -> int:
+        return self.tokens
+
+
+class FuseSummary(Counts):
+    """Counts, and the sum of each model's share of what was compared, the pivot's first."""
+
+    positions_won: list[float] | None = None
+    samples_won: list[float] | None = None
+    """None where segments and not whole samples are decided on."""
+
+    def __add__(self, other: Self) -> Self:
+        sums = super().__add__(other)
+        won = {
+            name: added_shares(getattr(self, name), getattr(other, name))
+            for name in ("positions_won", "samples_won")
+        }
+        return sums.model_copy(update=won)
+
+
+def added_shares(one: list[float] | None, other: list[float] | None) -> list[float] | None:
+    if one is None or other is None:
+        return added(one, other)
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+class Share(Details):
+    """What one model won, from 0 to 1; AvgCE gives a model its weight."""
+
+    positions: float | None = None
+    """Of `positions_compared`."""
+    samples: float | None = None
+    """Of `samples_compared`; only with `fusion.level: sequence`."""
+
+
+class Decisions(Counts):
+    """What a target learns from, and which model won how often."""
+
+    format: Literal[1] = 1
+    won: dict[str, Share] = Field(default_factory=dict)
+    """By model, the pivot first; empty for the baseline, where nothing is compared."""
+
+    @classmethod
+    def of(cls, models: Sequence[str], summary: FuseSummary) -> Decisions:
+        """From the sum of all shards; `models` in the order of its shares."""
+
+        def share(won: list[float] | None, compared: int | None, model: int) -> float | None:
+            if won is None:
+                return None
+            return won[model] / compared if compared else 0.0
+
+        return cls(
+            **summary.model_dump(include=set(Counts.model_fields)),
+            won={
+                model: Share(
+                    positions=share(summary.positions_won, summary.positions_compared, i),
+                    samples=share(summary.samples_won, summary.samples_compared, i),
+                )
+                for i, model in enumerate(models)
+            },
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Decisions:
+        """Of a target's folder.
+
+        Raises:
+            FileNotFoundError: there are none.
+            FusechatError: they can't be read.
+        """
+        path = folder / NAME
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise FusechatError(
+                f"{path}: can't be read ({one_line(error)}); delete it, and `fusechat-distill "
+                "train RECIPE` writes it again"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / NAME, self.model_dump(exclude_none=True))
