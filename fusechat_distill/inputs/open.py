@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import can_be_made, existing
 from fusechat_common.versions import require_supported
 from fusechat_distill.inputs.models import PLACEMENT, Digests, ModelFiles, open_model
+from fusechat_distill.inputs.renderings import Renderings
 from fusechat_distill.recipe.schema import PIVOT, Merge, Model, Recipe, read_recipe
 from fusechat_distill.storage.shards import Manifest, Shards, score_bytes, stale
 
@@ -36,6 +38,10 @@ class OpenModel:
     def spec(self) -> Model:
         return self.files.spec
 
+    @cached_property
+    def renderings(self) -> Renderings:
+        return Renderings(self.renderer)
+
 
 @dataclass(eq=False)
 class Inputs:
@@ -54,12 +60,13 @@ class Inputs:
         self, model: OpenModel, conversations: Sequence[Conversation]
     ) -> list[tuple[Rendering, bool]]:
         """The conversations rendered for `model`, and whether `max_length` cut each."""
-        cuts = [r.cut_to(self.recipe.max_length) for r in self.pivot.renderer(conversations)]
+        pivot, max_length = self.pivot.renderings, self.recipe.max_length
         if model is self.pivot:
-            return [(rendering, cut is not None) for rendering, cut in cuts]
+            return [(r, cut is not None) for r, cut in pivot(conversations, max_length)]
+        cuts = pivot.cuts(conversations, max_length)
         return [
             (rendering.cut_at(cut), cut is not None)
-            for rendering, (_, cut) in zip(model.renderer(conversations), cuts, strict=True)
+            for rendering, cut in zip(model.renderer(conversations), cuts, strict=True)
         ]
 
     def scores_folder(self, model: OpenModel) -> Path:

@@ -393,7 +393,7 @@ class Skipped(NamedTuple):
 class Rendering:
     """A conversation as one model sees it."""
 
-    input_ids: NDArray[np.int64]
+    input_ids: NDArray[np.integer[Any]]
     """[length], up to the last scored token."""
     responses: tuple[Response, ...]
     """In order; empty if nothing can be scored."""
