@@ -40,8 +40,8 @@ from fusechat_distill.alignment.positions import (
     match_states,
     pair_counts,
 )
-from fusechat_distill.storage.shards import ScoredResponse
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
+from fusechat_distill.text.scored import ScoredResponse
 from tests.support import real_tokenizers
 
 K = 10
@@ -82,7 +82,7 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
                 found.append(None)
                 continue
             (response,) = rendering.responses
-            gold = rendering.input_ids[response.tokens()].astype(np.uint32)
+            gold = rendering.input_ids[response.token_slice()].astype(np.uint32)
             # Random entries are tokens of the text itself, as a model's would be.
             ids = rng.choice(rendering.input_ids, (len(gold), K)).astype(np.uint32)
             ids[:, K // 2 :] = rng.integers(0, size, (len(gold), K - K // 2))

@@ -162,11 +162,10 @@ def stored_bytes(requests: list[Any], scores: list[Any]) -> int:
     from fusechat_distill.storage.shards import (
         Manifest,
         SampleRange,
-        ScoredResponse,
-        ScoredSample,
         Shards,
         scores_table,
     )
+    from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
     samples = []
     for row, (request, score) in enumerate(zip(requests, scores, strict=True)):

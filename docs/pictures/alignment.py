@@ -58,7 +58,7 @@ def answered(renderer: Renderer, line: str) -> tuple[list[bytes], np.ndarray, by
     rendering = renderer([chat])[0]
     (response,) = rendering.responses
     table = vocabulary(renderer.tokenizer)
-    tokens = [table.tokens[i] for i in rendering.input_ids[response.tokens()]]
+    tokens = [table.tokens[i] for i in rendering.input_ids[response.token_slice()]]
     return tokens, response.ends, response.pending
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from fusechat_distill.alignment.vocabularies import (
     collapse,
     match_roles,
 )
+from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import Vocabulary
 
 __all__ = [
@@ -134,35 +135,12 @@ def _costs(
     return costs, rows, columns
 
 
-class Scored(Protocol):
-    """A response as `store.ScoredResponse` holds it."""
-
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def pending(self) -> bytes: ...
-    @property
-    def stop(self) -> str: ...
-    @property
-    def tokens(self) -> NDArray[np.uint32]: ...
-    @property
-    def ends(self) -> NDArray[np.int32]: ...
-    @property
-    def ids(self) -> NDArray[np.uint32]: ...
-    @property
-    def logprobs(self) -> NDArray[np.float16]: ...
-    @property
-    def gold_logprobs(self) -> NDArray[np.float32]: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Responses:
     """Many responses of one model end to end: R responses, T tokens, k entries a token.
 
     State t predicts token t. What `begins` to `gold_logprobs` mean is said in
-    `conversations.Response` and `store.ScoredResponse`; `offsets` [R + 1] says which tokens are a
+    `conversations.Response` and `scored.ScoredResponse`; `offsets` [R + 1] says which tokens are a
     response's.
     """
 
@@ -180,7 +158,7 @@ class Responses:
     gold_logprobs: NDArray[np.float32]
 
     @classmethod
-    def of(cls, responses: Sequence[Scored]) -> Responses:
+    def of(cls, responses: Sequence[ScoredResponse]) -> Responses:
         """Put together at least one response."""
         return cls(
             offsets=np.cumsum([0, *(len(r.tokens) for r in responses)]),
@@ -303,7 +281,7 @@ class Aligned:
         there are fewer than k entries. logprobs: [M, k] float16, natural, -inf there.
     """
 
-    matches: NDArray[np.int64]
+    matches: NDArray[np.integer]
     ids: NDArray[np.uint32]
     logprobs: NDArray[np.float16]
 

@@ -23,6 +23,7 @@ from fusechat_distill.alignment.positions import (
     EXACT,
     MAPPED,
     SPECIAL,
+    Aligned,
     PairCounts,
     Positions,
     Responses,
@@ -35,12 +36,11 @@ from fusechat_distill.alignment.positions import (
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
-    ScoredResponse,
-    ScoredSample,
     ScoreStore,
     Shards,
 )
 from fusechat_distill.storage.stage import ShardedStage, Stage, Summary, require_complete
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 from fusechat_distill.text.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
 
 if TYPE_CHECKING:
@@ -112,20 +112,12 @@ class AlignSummary(Summary):
 
 
 @dataclass(frozen=True, eq=False)
-class AlignedSample:
-    """A source's distributions at the pivot's positions of one conversation.
-
-    `matches` [n] int32, for each of the pivot's n scored tokens (all responses in order) the index
-    of the source's scored token whose state has consumed the same text, rising; -1 where there is
-    none. `ids` [m, k] uint32 and `logprobs` [m, k] float16 (natural): pivot tokens at the m
-    positions that match, most probable first; -inf where there are fewer than k.
-    """
+class AlignedSample(Aligned):
+    """Of one conversation: T are the pivot's scored tokens of all its responses, in order, and
+    `matches`, which is int32 in the store, are indices into the source's scored tokens."""
 
     key: str
     row: int
-    matches: NDArray[np.int32]
-    ids: NDArray[np.uint32]
-    logprobs: NDArray[np.float16]
 
 
 ALIGNED = pa.schema(
@@ -174,15 +166,9 @@ def aligned_samples(table: pa.Table) -> list[AlignedSample]:
             name: flat[name][offsets[name][i] : offsets[name][i + 1]] for name in ALIGNED.names[2:]
         }
         matched = max(1, int((parts["matches"] >= 0).sum()))
-        samples.append(
-            AlignedSample(
-                key.hex(),
-                row,
-                parts["matches"],
-                parts["ids"].reshape(-1, max(1, len(parts["ids"]) // matched)),
-                parts["logprobs"].reshape(-1, max(1, len(parts["ids"]) // matched)),
-            )
-        )
+        k = max(1, len(parts["ids"]) // matched)
+        ids, logprobs = parts["ids"].reshape(-1, k), parts["logprobs"].reshape(-1, k)
+        samples.append(AlignedSample(parts["matches"], ids, logprobs, key.hex(), row))
     return samples
 
 
@@ -243,11 +229,11 @@ def align_samples(
     rows = np.cumsum([0, *(int((m >= 0).sum()) for m in matches)])
     samples = [
         AlignedSample(
-            pivot.key,
-            pivot.row,
             matches[i],
             aligned.ids[rows[i] : rows[i + 1]],
             aligned.logprobs[rows[i] : rows[i + 1]],
+            pivot.key,
+            pivot.row,
         )
         for i, (pivot, _) in enumerate(joined.samples)
     ]
@@ -264,12 +250,10 @@ def _summary(
     for aligned, (left, right) in zip(samples, joined.samples, strict=True):
         rows = np.flatnonzero(aligned.matches >= 0)
         states = aligned.matches[rows]
-        gold = np.concatenate([r.tokens for r in left.responses])[rows]
-        own_gold = np.concatenate([r.tokens for r in right.responses])[states]
-        ids = np.concatenate([r.ids for r in right.responses])[states]
-        before = np.exp(
-            np.concatenate([r.logprobs for r in right.responses])[states], dtype=np.float64
-        )
+        gold = left.column("tokens")[rows]
+        own_gold = right.column("tokens")[states]
+        ids = right.column("ids")[states]
+        before = np.exp(right.column("logprobs")[states], dtype=np.float64)
         after = np.exp(aligned.logprobs, dtype=np.float64)
         inside = ids < len(vocabulary.kinds)
         kind = np.where(inside, vocabulary.kinds[np.where(inside, ids, 0)], DROPPED)
@@ -514,14 +498,8 @@ def side_by_side(
     entries: int = 3,
 ) -> list[Segment]:
     """One sample of both models, cut where positions match, for a person to read."""
-    left, right = (
-        np.concatenate([response.tokens for response in sample.responses])
-        for sample in (pivot, source)
-    )
-    lost, others = (
-        np.concatenate([response.gold_logprobs for response in sample.responses])
-        for sample in (pivot, source)
-    )
+    left, right = (sample.column("tokens") for sample in (pivot, source))
+    lost, others = (sample.column("gold_logprobs") for sample in (pivot, source))
     rows = np.flatnonzero(aligned.matches >= 0)
     states = aligned.matches[rows]
     starts = [0, *rows.tolist()] if not len(rows) or rows[0] else rows.tolist()

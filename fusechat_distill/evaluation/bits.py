@@ -68,7 +68,6 @@ def answer_request(
 
     `vocabulary` is that of the model's tokenizer; `rendering` has at least one answer.
     """
-    positions = [np.arange(r.states().start, r.states().stop) for r in rendering.responses]
     sets: list[tuple[int, np.ndarray]] = []
     parts = []
     row = 0
@@ -81,9 +80,7 @@ def answer_request(
             sets.append((row + part.tokens - 1, vocabulary.beginning_with(part.rest)))
         parts.append(part)
         row += len(response.ends)
-    return AnswerRequest(
-        Request(rendering.input_ids, np.concatenate(positions), tuple(sets)), parts
-    )
+    return AnswerRequest(Request(rendering.input_ids, rendering.positions(), tuple(sets)), parts)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def _part(
     row: int,
     sets: int,
 ) -> _Part:
-    ids = rendering.input_ids[response.tokens()]
+    ids = rendering.input_ids[response.token_slice()]
     tokens = _text_tokens(response, vocabulary.lengths[ids])
     ends = response.ends
     last = tokens - 1

@@ -19,11 +19,11 @@ from fusechat_distill.recipe.schema import PIVOT
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
-    ScoredSample,
     ScoreStore,
     Shards,
 )
 from fusechat_distill.storage.stage import ShardedStage, StageStatus, require_complete
+from fusechat_distill.text.scored import ScoredSample
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
@@ -92,7 +92,7 @@ def join_sample(
     if pivot is None:
         scores = [Scores.absent(positions) for _ in (None, *sources)]
         return Sample(conversation, rendering, tuple(scores), _counted(responses, None))
-    own = _turns(pivot)
+    own = pivot.turns
     if len(own) != positions:
         raise FusechatError(
             f"scores of {PIVOT}, key {conversation.key}: {len(own)} positions where the "
@@ -100,14 +100,16 @@ def join_sample(
         )
     # A source that has no answer in common with the pivot is as good as absent.
     sources = [
-        entry if entry is not None and np.isin(own, _turns(entry[1])).any() else None
+        entry if entry is not None and np.isin(own, entry[1].turns).any() else None
         for entry in sources
     ]
     shared = set(own.tolist())
     for entry in sources:
         if entry is not None:
-            shared &= set(_turns(entry[1]).tolist())
-    scores = [_scores(np.arange(positions), pivot, _ids(pivot), _logprobs(pivot), shared)]
+            shared &= set(entry[1].turns.tolist())
+    scores = [
+        _scores(np.arange(positions), pivot, pivot.column("ids"), pivot.column("logprobs"), shared)
+    ]
     for entry in sources:
         if entry is None:
             scores.append(Scores.absent(positions))
@@ -124,25 +126,11 @@ def _scores(
     logprobs: NDArray[Any],
     shared: set[int],
 ) -> Scores:
-    counted = np.isin(_turns(scored), list(shared))
-    nll = np.concatenate([-r.gold_logprobs.astype(np.float64) for r in scored.responses])
+    counted = np.isin(scored.turns, list(shared))
+    nll = -scored.column("gold_logprobs").astype(np.float64)
     scores = Scores.of(matches, ids, logprobs, np.where(counted, nll, 0.0))
     tokens, _ = segment_sums(matches, counted)
     return replace(scores, tokens=tokens)
-
-
-def _turns(scored: ScoredSample) -> NDArray[np.int64]:
-    """For each scored token the turn that it is part of."""
-    lengths = [len(response.tokens) for response in scored.responses]
-    return np.repeat([response.turn for response in scored.responses], lengths)
-
-
-def _ids(scored: ScoredSample) -> NDArray[np.uint32]:
-    return np.concatenate([response.ids for response in scored.responses])
-
-
-def _logprobs(scored: ScoredSample) -> NDArray[np.float16]:
-    return np.concatenate([response.logprobs for response in scored.responses])
 
 
 def _counted(responses: Sequence[Response], shared: set[int] | None) -> NDArray[np.int64]:
@@ -363,7 +351,7 @@ def target_table(
     live = np.zeros(len(tokens), dtype=np.bool_)
     for offset, sample in zip(offsets[:-1].tolist(), samples, strict=True):
         for response in sample.rendering.responses:
-            part = response.tokens()
+            part = response.token_slice()
             live[offset + part.start : offset + part.stop] = True
     keys = [sample.conversation.key for sample in samples]
     columns = [

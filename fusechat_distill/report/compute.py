@@ -42,7 +42,8 @@ from fusechat_distill.report.schema import (
     UnalignedSource,
     WorstSample,
 )
-from fusechat_distill.storage.shards import ScoredSample, ScoreStore, Shards
+from fusechat_distill.storage.shards import ScoreStore, Shards
+from fusechat_distill.text.scored import ScoredSample
 from fusechat_distill.text.tokens import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class Sums:
         # Share of the pivot's positions that match, times the share of the mass that arrives there.
         rows = np.flatnonzero(aligned.matches >= 0)
         matched = len(rows) / max(1, len(aligned.matches))
-        entries = np.concatenate([r.logprobs for r in source.responses])[aligned.matches[rows]]
+        entries = source.column("logprobs")[aligned.matches[rows]]
         before, after = (
             float(np.exp(logprobs, dtype=np.float64).sum())
             for logprobs in (entries, aligned.logprobs)

@@ -19,11 +19,10 @@ from fusechat_distill.scoring.engine import Request, Scorer, Scores, checked_sco
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
-    ScoredResponse,
-    ScoredSample,
     scores_table,
 )
 from fusechat_distill.storage.stage import ShardedStage, Stage, StageStatus, Summary
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -192,7 +191,7 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
                 scorable.append((conversation, rendering))
             else:
                 left_out.append((conversation.row, _why_nothing(rendering)))
-        requests = [Request(r.input_ids, _positions(r)) for _, r in scorable]
+        requests = [Request(r.input_ids, r.positions()) for _, r in scorable]
         scored: list[ScoredSample] = []
         non_finite: list[int] = []
         found = checked_scores(scorer, requests, self.inputs.recipe.scoring.top_k)
@@ -243,13 +242,6 @@ def _listed(ranges: Sequence[SampleRange]) -> str:
     return names + (f" and {len(ranges) - 3} more" if len(ranges) > 3 else "")
 
 
-def _positions(rendering: Rendering) -> Any:
-    """The states before each response token, over all responses."""
-    return np.concatenate(
-        [np.arange(r.states().start, r.states().stop) for r in rendering.responses]
-    )
-
-
 def _why_nothing(rendering: Rendering) -> str:
     if rendering.problem:
         return rendering.problem
@@ -268,14 +260,8 @@ def _scored_sample(
         at = part.stop
         responses.append(
             ScoredResponse(
-                turn=response.turn,
-                begin=response.begin,
-                end=response.end,
-                first=response.first,
-                pending=response.pending,
-                stop=response.stop,
-                tokens=rendering.input_ids[response.tokens()].astype(np.uint32),
-                ends=response.ends,
+                **vars(response),
+                tokens=rendering.input_ids[response.token_slice()].astype(np.uint32),
                 ids=scores.ids[part],
                 logprobs=scores.logprobs[part].astype(np.float16),
                 gold_logprobs=scores.gold_logprobs[part],

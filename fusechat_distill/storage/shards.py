@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import lock_descriptor
-from numpy.typing import NDArray
 
 from fusechat_common.errors import FusechatError, RequestError, one_line
 from fusechat_common.files import no_link, replacing, write_json
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
 SHARD_SAMPLES = 256
 FORMAT = 1
@@ -286,39 +286,8 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredResponse:
-    """What one model thinks of one assistant answer: n tokens, the k best guesses for each.
-
-    The fields `turn` to `stop` are those of `conversations.Response`.
-    """
-
-    turn: int
-    begin: int
-    end: int
-    first: int
-    pending: bytes
-    stop: str
-    tokens: NDArray[np.uint32]
-    """[n] the gold tokens."""
-    ends: NDArray[np.int32]
-    """[n] the answer's byte where each token ends, or -1."""
-    ids: NDArray[np.uint32]
-    """[n, k] most probable first."""
-    logprobs: NDArray[np.float16]
-    """[n, k] natural log-probabilities over the model's whole vocabulary."""
-    gold_logprobs: NDArray[np.float32]
-    """[n]"""
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredSample:
-    """A conversation's scored answers; `key` and `row` as in `conversations.Conversation`."""
-
-    key: str
-    row: int
-    responses: tuple[ScoredResponse, ...]
-
+SPAN = ("turn", "begin", "end", "first", "pending", "stop")
+"""Fields of a response that are one value each."""
 
 RESPONSE = pa.struct(
     [
@@ -369,11 +338,7 @@ def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
 
     responses = [
         [
-            {
-                name: getattr(r, name)
-                for name in ("turn", "begin", "end", "first", "pending", "stop")
-            }
-            | {"tokens": len(r.tokens)}
+            {name: getattr(r, name) for name in SPAN} | {"tokens": len(r.tokens)}
             for r in sample.responses
         ]
         for sample in samples

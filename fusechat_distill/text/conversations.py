@@ -365,12 +365,12 @@ class Response:
     stop: Stop
     """The kind of stop that token n - 1 is, if it is one."""
 
-    def tokens(self) -> slice:
-        """The response's tokens in `input_ids`: `gold = input_ids[response.tokens()]`."""
+    def token_slice(self) -> slice:
+        """The response's tokens in `input_ids`: `gold = input_ids[response.token_slice()]`."""
         return slice(self.first, self.first + len(self.ends))
 
-    def states(self) -> slice:
-        """The tokens before the response's: `logits[response.states()]` predict the gold tokens."""
+    def state_slice(self) -> slice:
+        """The tokens before the response's: `logits[response.state_slice()]` predict the gold."""
         return slice(self.first - 1, self.first - 1 + len(self.ends))
 
     def _upto(self, byte: int, tokens: int) -> Response | None:
@@ -403,11 +403,16 @@ class Rendering:
     problem: str | None = None
     """Why the whole conversation is skipped for this model (the template rejects it)."""
 
+    def positions(self) -> NDArray[np.int64]:
+        """Of all responses' states in `input_ids`; there is at least one response."""
+        states = (response.state_slice() for response in self.responses)
+        return np.concatenate([np.arange(state.start, state.stop) for state in states])
+
     def cut_to(self, max_length: int) -> tuple[Rendering, Cut | None]:
         """Keep at most `max_length` tokens (the pivot's rendering); the cut is None if all fit."""
         if len(self.input_ids) <= max_length:
             return self, None
-        kept = [r for r in self.responses if r.tokens().stop <= max_length]
+        kept = [r for r in self.responses if r.token_slice().stop <= max_length]
         response = self.responses[len(kept)]  # the last one ends where `input_ids` do
         part = response._upto(response.end, max(max_length - response.first, 0))
         byte = 0 if part is None else int(part.ends[-1])
@@ -424,7 +429,7 @@ class Rendering:
         return self._with(kept)
 
     def _with(self, responses: list[Response]) -> Rendering:
-        length = responses[-1].tokens().stop if responses else 0
+        length = responses[-1].token_slice().stop if responses else 0
         return replace(self, input_ids=self.input_ids[:length], responses=tuple(responses))
 
 
@@ -590,12 +595,12 @@ class Renderer:
                 continue
             try:
                 response = self._response(turn, message.content, text, tokens)
-                if responses and response.first < responses[-1].tokens().stop:
+                if responses and response.first < responses[-1].token_slice().stop:
                     raise _UnusableError("the chat template puts it before an earlier answer")
                 responses.append(response)
             except _UnusableError as problem:
                 skipped.append(Skipped(turn, str(problem)))
-        length = responses[-1].tokens().stop if responses else 0
+        length = responses[-1].token_slice().stop if responses else 0
         return Rendering(
             tokens.ids[:length], tuple(responses), tuple(skipped), system_folded=text.folded
         )

@@ -155,11 +155,10 @@ def scored_store(folder: Path, chance: random.Random) -> Any:
 
     from fusechat_distill.storage.shards import (
         Manifest,
-        ScoredResponse,
-        ScoredSample,
         Shards,
         scores_table,
     )
+    from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
     random_numbers = np.random.default_rng(chance.randrange(2**32))
 
@@ -375,7 +374,7 @@ def check_renderings(renderer: Any, conversations: list[Any]) -> None:
             answer = message.content.encode()
             if answer[: response.begin].strip() or answer[response.end :].strip():
                 raise Wrong(f"more than white space is cut from {answer!r}")
-            ids = rendering.input_ids[response.tokens()]
+            ids = rendering.input_ids[response.token_slice()]
             ends = response.ends
             known = [int(i) for i in (ends >= 0).nonzero()[0]]
             if list(ends[known]) != sorted(ends[known]) or any(ends[known] > response.end):

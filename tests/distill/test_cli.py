@@ -142,8 +142,8 @@ def test_scores_of_two_families_are_the_dense_reference(recipe, tmp_path, llama,
                 logits = model(torch.tensor(rendering.input_ids)[None]).logits[0].double()
             logprobs = logits[:, : len(tokenizer)].log_softmax(-1).numpy()
             for scored, response in zip(sample.responses, rendering.responses, strict=True):
-                expected = logprobs[response.states()]
-                gold = rendering.input_ids[response.tokens()]
+                expected = logprobs[response.state_slice()]
+                gold = rendering.input_ids[response.token_slice()]
                 np.testing.assert_array_equal(scored.tokens, gold)
                 np.testing.assert_array_equal(scored.ends, response.ends)
                 assert (scored.turn, scored.begin, scored.end, scored.pending, scored.stop) == (

@@ -26,8 +26,8 @@ from fusechat_distill.alignment.positions import (
     pair_counts,
 )
 from fusechat_distill.alignment.vocabularies import collapse
-from fusechat_distill.storage.shards import ScoredResponse
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
+from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import Vocabulary, first_tokens, token_bytes, tokenize, vocabulary
 from tests.support import real_tokenizers
 from tests.support.real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
@@ -457,7 +457,7 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
     likely = rendering.input_ids
     responses = []
     for response in rendering.responses:
-        gold = rendering.input_ids[response.tokens()]
+        gold = rendering.input_ids[response.token_slice()]
         ids = np.zeros((len(gold), K), dtype=np.uint32)
         gold_logprobs = np.zeros(len(gold), dtype=np.float32)
         logprobs = np.zeros((len(gold), K))

@@ -26,12 +26,11 @@ from fusechat_distill.alignment.stage import (
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Alignment
 from fusechat_distill.storage.shards import (
-    ScoredResponse,
-    ScoredSample,
     ScoreStore,
     Shards,
     scores_table,
 )
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 from fusechat_distill.text.tokens import vocabulary
 from tests.support import real_tokenizers
 
@@ -82,7 +81,7 @@ def scores(inputs: Inputs, name: str, seed: int) -> Shards:
         ):
             responses = []
             for response in rendering.responses:
-                gold = rendering.input_ids[response.tokens()].astype(np.uint32)
+                gold = rendering.input_ids[response.token_slice()].astype(np.uint32)
                 ids = rng.choice(rendering.input_ids, (len(gold), K)).astype(np.uint32)
                 ids[:, 1:] = rng.integers(0, size, (len(gold), K - 1))
                 ids[:, 0] = gold
@@ -320,8 +319,8 @@ def test_one_sample_side_by_side(inputs):
 def test_samples_without_a_match_are_kept(inputs):
     empty = np.zeros((0, K))
     samples = [
-        AlignedSample("00" * 16, 3, np.full(4, -1, np.int32), empty.astype(np.uint32), empty),
-        AlignedSample("01" * 16, 4, np.array([0, -1]), np.ones((1, K)), np.ones((1, K))),
+        AlignedSample(np.full(4, -1, np.int32), empty.astype(np.uint32), empty, "00" * 16, 3),
+        AlignedSample(np.array([0, -1]), np.ones((1, K)), np.ones((1, K)), "01" * 16, 4),
     ]
     found = aligned_samples(aligned_table(samples))
     assert [len(sample.ids) for sample in found] == [0, 1]

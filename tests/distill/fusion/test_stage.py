@@ -20,8 +20,9 @@ from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Fusion
 from fusechat_distill.scoring.stage import score_stages
 from fusechat_distill.storage.processes import Processes
-from fusechat_distill.storage.shards import ScoredResponse, ScoredSample, ScoreStore, Shards
+from fusechat_distill.storage.shards import ScoreStore, Shards
 from fusechat_distill.text.conversations import Conversation, Message, Rendering, Response
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 from tests.support import chain
 
 
@@ -285,11 +286,11 @@ def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_pat
     conversation = Conversation("00" * 16, 0, tuple(Message("assistant", "ab") for _ in range(4)))
     rendering = Rendering(np.arange(10), tuple(rendered(r) for r in own))
     matches = AlignedSample(
-        "00" * 16,
-        0,
         np.array([0, 1, 2, -1, -1], np.int32),
         np.zeros((3, 2), np.uint32),
         np.zeros((3, 2), np.float16),
+        "00" * 16,
+        0,
     )
     sample = join_sample(conversation, rendering, pivot, [(matches, source), None])
     first, second, third = sample.scores

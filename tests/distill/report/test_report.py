@@ -24,7 +24,8 @@ from fusechat_distill.recipe.schema import Alignment, Fusion
 from fusechat_distill.report import compute
 from fusechat_distill.report.page import tables, write_report
 from fusechat_distill.report.schema import REASONS, Report
-from fusechat_distill.storage.shards import ScoredSample, ScoreStore, Shards, scores_table
+from fusechat_distill.storage.shards import ScoreStore, Shards, scores_table
+from fusechat_distill.text.scored import ScoredSample
 from fusechat_distill.text.tokens import vocabulary
 from tests.distill.alignment.test_stage import Alone, Silent, changed, scores, stages
 from tests.support import real_tokenizers

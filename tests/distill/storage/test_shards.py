@@ -18,14 +18,13 @@ from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
-    ScoredResponse,
-    ScoredSample,
     ScoreStore,
     Shards,
     scored_samples,
     scores_table,
     stale,
 )
+from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
 MANIFEST = Manifest("scores", 10, {"model": {"name": "m", "revision": "a"}, "top_k": 3}, 4)
 

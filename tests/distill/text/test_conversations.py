@@ -199,7 +199,7 @@ def renderer(request) -> Renderer:
 def check_response(renderer, conversation, rendering, response) -> None:
     """What the tokens consume is the answer's bytes: the definition of an end offset."""
     answer = conversation.messages[response.turn].content.encode()
-    gold = rendering.input_ids[response.tokens()].tolist()
+    gold = rendering.input_ids[response.token_slice()].tolist()
     assert response.first >= 1
     assert len(gold) == len(response.ends)
     consumed = b""
@@ -234,7 +234,7 @@ def test_ends_are_the_answers_own_bytes(renderer, contents, system):
     assert found == answers
     for response in rendering.responses:
         check_response(renderer, chat, rendering, response)
-    assert len(rendering.input_ids) == rendering.responses[-1].tokens().stop
+    assert len(rendering.input_ids) == rendering.responses[-1].token_slice().stop
 
 
 def rendered(tokenizer, *contents: str, template: str | None = None, **options):
@@ -424,7 +424,7 @@ def test_a_source_sees_what_the_pivot_sees(renderer, contents, max_length):
         if mine:
             assert mine.stop == "none"
             assert mine.ends.tolist() == response.ends[: len(mine.ends)].tolist()
-    length = source.responses[-1].tokens().stop if kept else 0
+    length = source.responses[-1].token_slice().stop if kept else 0
     assert len(source.input_ids) == length
 
 
@@ -440,7 +440,7 @@ def test_the_cut_is_at_the_end_of_the_pivots_last_whole_token(mistral, qwen):
     assert other.cut_at(at).responses[0].ends.tolist() == [5, 11]
     assert other.cut_at(at).responses[0].stop == "none"
     # Without the stop; with it, but none of the second answer; nothing.
-    stop = first.tokens().stop
+    stop = first.token_slice().stop
     assert whole.cut_to(stop - 1)[1] == Cut(1, 17)
     cut, at = whole.cut_to(stop)
     assert (at, len(cut.responses), len(cut.input_ids)) == (Cut(3, 0), 1, stop)
@@ -490,7 +490,7 @@ def test_answers_that_a_template_puts_in_another_order_are_left_out(qwen):
     backwards = CHATML.replace("in messages", "in messages | reverse")
     rendering = rendered(qwen, "Hi", "Yes", "And", "No", template=backwards)
     assert [response.turn for response in rendering.responses] == [1]
-    assert rendering.responses[0].tokens().stop <= len(rendering.input_ids)
+    assert rendering.responses[0].token_slice().stop <= len(rendering.input_ids)
     assert "before an earlier answer" in rendering.skipped[0].reason
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from fusechat_distill.alignment.positions import Responses, VocabularyMap, align
 from fusechat_distill.fusion.fuse import Scores, fuse
-from fusechat_distill.storage.shards import ScoredResponse
+from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import first_tokens, vocabulary
 from fusechat_distill.trainer.trainer import FusionConfig, FusionTrainer
 from tests.support import pico_training as pico
