@@ -81,6 +81,7 @@ def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np
     pairs = np.full(n, -1, dtype=np.int64)
     if not n or not m:
         return pairs
+    # total[i, j]: the cost of the cheapest way to the pair of source token i and pivot token j.
     costs, rows, columns = _costs(source_tokens, pivot_tokens)
     far = np.int64(1) << 40
     total = np.empty((m, n), dtype=np.int64)
@@ -95,6 +96,7 @@ def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np
         total[i] = running + np.minimum.accumulate(entry)
         above[0] = far
         above[1:] = total[i]
+    # Back along the cheapest way, counting each token's partners.
     i, j = m - 1, n - 1
     partners = np.zeros(m, dtype=np.int64)
     found = np.zeros(n, dtype=np.int64)
@@ -227,6 +229,7 @@ def match_states(
         return _match_dtw(pivot, source, *vocabularies)
     bases = _bases(pivot, source)
 
+    # One number for a response, a byte in it and the kind of state there: equal numbers match.
     def keys(side: Responses) -> NDArray[np.int64]:
         kind = side.is_begin + 2 * side.is_end.astype(np.int64)
         return np.where(side.at >= 0, 4 * (bases[side.response] + side.at) + kind, -1)
@@ -334,8 +337,11 @@ def _mapped(
 ) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
     """[M, k] entries in pivot tokens at the pivot's states `rows`, the source's `states`; `path`
     [M] is the probability that the pivot's gold token gets, NaN where it gets none of its own."""
+    # Every entry's pivot token, [M, k].
     entries = source.ids[states]
     mapped = vocabulary.lookup(entries)
+    # At an answer's first state the two templates may leave different texts pending; those states
+    # are looked up again, all with the same two texts at once.
     begin = np.flatnonzero(pivot.is_begin[rows])
     pending: dict[tuple[bytes, bytes], list[int]] = {}
     for i, r in zip(begin.tolist(), pivot.response[rows[begin]].tolist(), strict=True):
@@ -344,14 +350,18 @@ def _mapped(
         mapped[group] = vocabulary.lookup_pending(entries[group], source_pending, pivot_pending)
     probs = np.exp(source.logprobs[states].astype(np.float64))
 
+    # What the pivot's gold token gets is taken from the source's first gold token, whose other
+    # continuations keep the rest.
     on_path = ~np.isnan(path)
     gold = (entries == source.tokens[states][:, None]) & on_path[:, None]
     left = np.exp(source.gold_logprobs[states].astype(np.float64)) - path
     probs = np.where(gold, np.maximum(left, 0.0)[:, None], probs)
+    # The gold path is one more column, [M, k + 1]; entries on one pivot token are added up.
     projection = collapse(
         np.column_stack([mapped, pivot.tokens[rows]]),
         np.column_stack([probs, np.where(on_path, path, 0.0)]),
     )
+    # The k most probable, as the store holds them: id 0 where there is no entry.
     k = entries.shape[1]
     with np.errstate(divide="ignore"):
         logprobs = np.log(projection.probs[:, :k]).astype(np.float16)
@@ -367,12 +377,14 @@ def _gold_path(
 ) -> NDArray[np.float64]:
     """[M], the source's probability of the text of the pivot's gold token; NaN where it can't be
     told, because no source token ends where that ends."""
+    # The source token that ends where the pivot's gold token ends; for a stop the source's last.
     bases = _bases(pivot, source)
     pivot_ends = np.where(pivot.ends >= 0, bases[pivot.response] + pivot.ends, -1)[rows]
     source_ends = np.where(source.ends >= 0, bases[source.response] + source.ends, -1)
     last = match_positions(pivot_ends, source_ends)
     responses = pivot.response[rows]
     last = np.where(pivot.is_end[rows], source.offsets[responses + 1] - 1, last)
+    # The gold log-probabilities from the state's own token up to and with that one.
     known = last >= states
     total = source.loss_before[last + 1] - source.loss_before[states]
     return np.where(known, np.exp(np.minimum(total, 0.0)), np.nan)

@@ -220,6 +220,7 @@ def align_samples(
         np.full(sum(len(r.tokens) for r in pivot.responses), -1, dtype=np.int32)
         for pivot, _ in joined.samples
     ]
+    # From indices into the tokens of all joined responses to indices into the sample's own tokens.
     for r, (i, start, other_start) in enumerate(joined.where):
         own = slice(joined.pivot.offsets[r], joined.pivot.offsets[r + 1])
         found = aligned.matches[own]
@@ -248,16 +249,20 @@ def _summary(
     kinds = np.zeros(4)
     worst = []
     for aligned, (left, right) in zip(samples, joined.samples, strict=True):
+        # The M positions that match: rows of the pivot's tokens, states of the source's.
         rows = np.flatnonzero(aligned.matches >= 0)
         states = aligned.matches[rows]
         gold = left.column("tokens")[rows]
         own_gold = right.column("tokens")[states]
+        # Probabilities [M, k] of the source's entries, and of what they became.
         ids = right.column("ids")[states]
         before = np.exp(right.column("logprobs")[states], dtype=np.float64)
         after = np.exp(aligned.logprobs, dtype=np.float64)
+        # The source's mass by how its tokens are mapped; padding ids are in no map.
         inside = ids < len(vocabulary.kinds)
         kind = np.where(inside, vocabulary.kinds[np.where(inside, ids, 0)], DROPPED)
         kinds += np.bincount(kind.ravel(), weights=before.ravel(), minlength=4)
+        # Both models' losses and texts, over all of the sample's answers.
         losses = [
             -sum(float(r.gold_logprobs.sum(dtype=np.float64)) for r in s.responses)
             for s in (left, right)
@@ -279,11 +284,13 @@ def _summary(
         sums["pivot_tokens"] += sum(len(r.tokens) for r in left.responses)
         sums["source_tokens"] += sum(len(r.tokens) for r in right.responses)
         sums["samples"] += 1
+        # Nats per byte compared without a division: a / b < c / d.
         won = losses[1] * max(sizes[0], 1) < losses[0] * max(sizes[1], 1)
         sums["source_won"] += int(won)
         share = len(rows) / max(1, len(aligned.matches))
         kept = float(after.sum() / before.sum()) if len(rows) else 0.0
         worst.append((aligned.row, round(share, 4), round(kept, 4)))
+    # A response runs over its end where no token ends there and its last token ends nowhere known.
     for name, side in (("pivot", pivot), ("source", source)):
         reached = np.bincount(
             side.response,

@@ -287,6 +287,7 @@ def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer])
     def keys(side: Responses, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.where(offsets >= 0, (side.response << 32) + offsets, -1)
 
+    # Is the source anywhere at the same byte, at the edges of its response, or past its cut?
     wanted = keys(pivot, pivot.at)[rows]
     states = keys(source, source.at)
     same_byte = match_positions(wanted, states) >= 0
@@ -304,6 +305,7 @@ def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer])
     token = known[np.minimum(following, len(known) - 1)] if len(known) else np.zeros_like(rows)
     first = source.is_begin[token]
     holds = first | (source.ends[token - 1] >= 0)
+    # The first reason that holds.
     reason = np.select(
         [
             at < 0,
