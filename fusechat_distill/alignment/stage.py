@@ -38,6 +38,7 @@ from fusechat_distill.storage.shards import (
     SampleRange,
     ScoreStore,
     Shards,
+    list_array,
 )
 from fusechat_distill.storage.stage import ShardedStage, Stage, Summary, require_complete
 from fusechat_distill.text.scored import ScoredResponse, ScoredSample
@@ -136,10 +137,7 @@ def aligned_table(samples: Sequence[AlignedSample]) -> pa.Table:
     """The samples as rows of `ALIGNED`."""
 
     def lists(name: str, dtype: Any) -> pa.Array:
-        rows = [getattr(sample, name).reshape(-1) for sample in samples]
-        offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-        flat = np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
-        return pa.ListArray.from_arrays(offsets, flat)
+        return list_array([getattr(sample, name).reshape(-1) for sample in samples], dtype)
 
     return pa.table(
         [
@@ -263,11 +261,14 @@ def _summary(
         kind = np.where(inside, vocabulary.kinds[np.where(inside, ids, 0)], DROPPED)
         kinds += np.bincount(kind.ravel(), weights=before.ravel(), minlength=4)
         # Both models' losses and texts, over all of the sample's answers.
-        losses = [
-            -sum(float(r.gold_logprobs.sum(dtype=np.float64)) for r in s.responses)
-            for s in (left, right)
-        ]
-        sizes = [sum(r.end - r.begin for r in s.responses) for s in (left, right)]
+        losses, sizes = [], []
+        for name, sample in (("pivot", left), ("source", right)):
+            gold_logprobs = [r.gold_logprobs.sum(dtype=np.float64) for r in sample.responses]
+            losses.append(-sum(map(float, gold_logprobs)))
+            sizes.append(sum(r.end - r.begin for r in sample.responses))
+            sums[f"{name}_nll"] += losses[-1]
+            sums[f"{name}_bytes"] += sizes[-1]
+            sums[f"{name}_tokens"] += sum(len(r.tokens) for r in sample.responses)
         sums["positions"] += len(aligned.matches)
         sums["matched"] += len(rows)
         sums["mass_before"] += float(before.sum())
@@ -277,12 +278,6 @@ def _summary(
             found = aligned.logprobs[:, 0] > -np.inf
             sums["gold_first_before"] += int((ids[:, 0] == own_gold).sum())
             sums["gold_first_after"] += int(((aligned.ids[:, 0] == gold) & found).sum())
-        sums["pivot_nll"] += losses[0]
-        sums["source_nll"] += losses[1]
-        sums["pivot_bytes"] += sizes[0]
-        sums["source_bytes"] += sizes[1]
-        sums["pivot_tokens"] += sum(len(r.tokens) for r in left.responses)
-        sums["source_tokens"] += sum(len(r.tokens) for r in right.responses)
         sums["samples"] += 1
         # Nats per byte compared without a division: a / b < c / d.
         won = losses[1] * max(sizes[0], 1) < losses[0] * max(sizes[1], 1)

@@ -36,25 +36,23 @@ class Renderings:
         self, conversations: Sequence[Conversation], max_length: int
     ) -> list[tuple[Rendering, Cut | None]]:
         """Each conversation's rendering, of `max_length` tokens at most, and where it was cut."""
-        made = self._make([c for c in conversations if (max_length, c.key) not in self._kept])
-        renderings = {}
-        for key, whole in made.items():
-            rendering, self._cuts[max_length, key] = whole.cut_to(max_length)
-            # As a copy of half the size, which doesn't keep alive what was cut off.
-            renderings[key] = replace(rendering, input_ids=rendering.input_ids.astype(np.int32))
-            self._keep((max_length, key), renderings[key])
         places = [(max_length, conversation.key) for conversation in conversations]
-        return [(self._kept.get(at) or renderings[at[1]], self._cuts[at]) for at in places]
+        # Rows with the same messages have the same key.
+        wanted = {
+            at: c for at, c in zip(places, conversations, strict=True) if at not in self._kept
+        }
+        made = {}
+        for at, whole in zip(wanted, self._renderer(list(wanted.values())), strict=True):
+            rendering, self._cuts[at] = whole.cut_to(max_length)
+            # As a copy of half the size, which doesn't keep alive what was cut off.
+            made[at] = replace(rendering, input_ids=rendering.input_ids.astype(np.int32))
+            self._keep(at, made[at])
+        return [(made.get(at) or self._kept[at], self._cuts[at]) for at in places]
 
     def cuts(self, conversations: Sequence[Conversation], max_length: int) -> list[Cut | None]:
         """Where each conversation is cut; None where all of it fits."""
         self([c for c in conversations if (max_length, c.key) not in self._cuts], max_length)
         return [self._cuts[max_length, conversation.key] for conversation in conversations]
-
-    def _make(self, conversations: Sequence[Conversation]) -> dict[str, Rendering]:
-        # Rows with the same messages have the same key.
-        distinct = {conversation.key: conversation for conversation in conversations}
-        return dict(zip(distinct, self._renderer(list(distinct.values())), strict=True))
 
     def _keep(self, at: tuple[int, str], rendering: Rendering) -> None:
         arrays = [rendering.input_ids, *(response.ends for response in rendering.responses)]

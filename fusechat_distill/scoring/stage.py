@@ -120,7 +120,37 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
     def make(self, context: Scoring, samples: SampleRange) -> tuple[pa.Table, ScoreSummary]:
         self.read_ahead(context, [samples])
         conversations, renderings = context.rendered.pop(samples).result()
-        return self._shard(context.scorer, conversations, renderings)
+        left_out: list[tuple[int, str]] = []
+        skipped: Counter[str] = Counter()
+        scorable = []
+        for conversation, (rendering, _) in zip(conversations, renderings, strict=True):
+            skipped.update(turn.reason for turn in rendering.skipped)
+            if rendering.responses:
+                scorable.append((conversation, rendering))
+            else:
+                left_out.append((conversation.row, _why_nothing(rendering)))
+        requests = [Request(r.input_ids, r.positions()) for _, r in scorable]
+        scored: list[ScoredSample] = []
+        non_finite: list[int] = []
+        found = checked_scores(context.scorer, requests, self.inputs.recipe.scoring.top_k)
+        for (conversation, rendering), scores in zip(scorable, found, strict=True):
+            if scores.finite:
+                scored.append(_scored_sample(conversation, rendering, scores))
+            else:
+                non_finite.append(conversation.row)
+                log.warning("%s: NaN or Inf at row %d; left out", self.name, conversation.row)
+        responses = [response for sample in scored for response in sample.responses]
+        return scores_table(scored), ScoreSummary(
+            samples=len(scored),
+            response_tokens=sum(len(response.tokens) for response in responses),
+            response_bytes=sum(response.end - response.begin for response in responses),
+            input_tokens=sum(len(request.input_ids) for request in requests),
+            cut=sum(cut for _, cut in renderings),
+            system_folded=sum(rendering.system_folded for rendering, _ in renderings),
+            turns_skipped=dict(sorted(skipped.items())),
+            left_out=left_out,
+            non_finite=non_finite,
+        )
 
     def hopeless(self, made: ScoreSummary) -> bool:
         return len(made.non_finite) > NON_FINITE_SHARE * len(self.inputs.conversations)
@@ -175,44 +205,6 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
     def _rendered(self, samples: SampleRange) -> Rendered:
         conversations = self.inputs.conversations[samples.start : samples.stop]
         return conversations, self.inputs.rendered(self.model, conversations)
-
-    def _shard(
-        self,
-        scorer: Scorer,
-        conversations: Sequence[Conversation],
-        renderings: Sequence[tuple[Rendering, bool]],
-    ) -> tuple[pa.Table, ScoreSummary]:
-        left_out: list[tuple[int, str]] = []
-        skipped: Counter[str] = Counter()
-        scorable = []
-        for conversation, (rendering, _) in zip(conversations, renderings, strict=True):
-            skipped.update(turn.reason for turn in rendering.skipped)
-            if rendering.responses:
-                scorable.append((conversation, rendering))
-            else:
-                left_out.append((conversation.row, _why_nothing(rendering)))
-        requests = [Request(r.input_ids, r.positions()) for _, r in scorable]
-        scored: list[ScoredSample] = []
-        non_finite: list[int] = []
-        found = checked_scores(scorer, requests, self.inputs.recipe.scoring.top_k)
-        for (conversation, rendering), scores in zip(scorable, found, strict=True):
-            if scores.finite:
-                scored.append(_scored_sample(conversation, rendering, scores))
-            else:
-                non_finite.append(conversation.row)
-                log.warning("%s: NaN or Inf at row %d; left out", self.name, conversation.row)
-        responses = [response for sample in scored for response in sample.responses]
-        return scores_table(scored), ScoreSummary(
-            samples=len(scored),
-            response_tokens=sum(len(response.tokens) for response in responses),
-            response_bytes=sum(response.end - response.begin for response in responses),
-            input_tokens=sum(len(request.input_ids) for request in requests),
-            cut=sum(cut for _, cut in renderings),
-            system_folded=sum(rendering.system_folded for rendering, _ in renderings),
-            turns_skipped=dict(sorted(skipped.items())),
-            left_out=left_out,
-            non_finite=non_finite,
-        )
 
 
 def score_stages(

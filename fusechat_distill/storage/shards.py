@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import lock_descriptor
+from numpy.typing import NDArray
 
 from fusechat_common.errors import FusechatError, RequestError, one_line
 from fusechat_common.files import no_link, replacing, write_json
@@ -322,19 +323,26 @@ def score_bytes(top_k: int) -> float:
     return 12 + 3 * top_k
 
 
+def list_array(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.ListArray:
+    """One list a row."""
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        offsets, np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
+    )
+
+
 def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
     """The samples as rows of `SCORES`."""
 
     def lists(name: str, dtype: Any) -> pa.Array:
-        rows = [
-            np.concatenate(
-                [np.empty(0, dtype), *(getattr(r, name).reshape(-1) for r in s.responses)]
-            )
-            for s in samples
-        ]
-        flat = np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
-        offsets = np.cumsum([0, *(len(row) for row in rows)]).astype(np.int32)
-        return pa.ListArray.from_arrays(offsets, flat)
+        empty = np.empty(0, dtype)
+        return list_array(
+            [
+                np.concatenate([empty, *(getattr(r, name).reshape(-1) for r in s.responses)])
+                for s in samples
+            ],
+            dtype,
+        )
 
     responses = [
         [
