@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fusechat_distill.evaluation.schema import Answers, Evaluation
+from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.recipe.reference import (
     default_of,
     schema,
@@ -28,6 +29,7 @@ from fusechat_distill.report.schema import Report
 RESULTS: dict[str, type[BaseModel]] = {
     "report/report.json": Report,
     "evaluation.json": Evaluation,
+    "fused/TARGET/decisions.json": Decisions,
     "report/answers.json": Answers,
 }
 """Files of results, and the models of their content."""

@@ -19,9 +19,11 @@ class Counts(Summary):
     """How much a target learns from."""
 
     samples: int = 0
+    """Conversations with an answer that the pivot can be given."""
     held_out: int = 0
     """Samples that are kept from training."""
     tokens: int = 0
+    """The pivot's, of whole conversations."""
     positions: int = 0
     """Tokens that are part of an answer."""
     positions_compared: int | None = None
@@ -68,9 +70,10 @@ class Share(Details):
 
 
 class Decisions(Counts):
-    """What a target learns from, and which model won how often."""
+    """What a target learns from, and which model won how often; without keys that have no value."""
 
     format: Literal[1] = 1
+    """Version of these keys; another number, other keys."""
     won: dict[str, Share] = Field(default_factory=dict)
     """By model, the pivot first; empty for the baseline, where nothing is compared."""
 

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Scores:
+class AlignedScores:
     """One model on the pivot's positions.
 
     ids: [N, k] integers, tokens of the pivot's vocabulary, each once a row.
@@ -47,7 +47,7 @@ class Scores:
     present: Array
 
     @classmethod
-    def of(cls, matches: Array, ids: Array, logprobs: Array, nll: Array) -> Scores:
+    def of(cls, matches: Array, ids: Array, logprobs: Array, nll: Array) -> AlignedScores:
         """One sample, from what alignment stores.
 
         Args:
@@ -64,13 +64,13 @@ class Scores:
         return cls(full_ids, full_logprobs, matched, sums, counts, np.ones(1, bool))
 
     @classmethod
-    def absent(cls, positions: int) -> Scores:
+    def absent(cls, positions: int) -> AlignedScores:
         """One sample of n positions that the model didn't score."""
         nothing = cls.of(np.full(positions, -1), np.zeros((0, 1)), np.zeros((0, 1)), np.zeros(0))
         return replace(nothing, present=np.zeros(1, bool))
 
     @classmethod
-    def joined(cls, samples: Sequence[Scores]) -> Scores:
+    def joined(cls, samples: Sequence[AlignedScores]) -> AlignedScores:
         """Many samples of one model, one after the other."""
         width = max(sample.ids.shape[1] for sample in samples)
         return cls(
@@ -106,9 +106,9 @@ def target_models(strategy: Strategy, sources: Sequence[str]) -> dict[str, tuple
 
 
 def segment_sums(matches: Array, nll: Array) -> tuple[Array, Array]:
-    """A model's losses, one a token of its own, as `Scores.nll` and `Scores.tokens` of one sample.
+    """`nll` and `tokens` of one sample's `AlignedScores`, from the loss of each token of the model.
 
-    Args as in `Scores.of`. Of several positions with one match the last gets the segment.
+    Args as in `AlignedScores.of`. Of several positions with one match the last gets the segment.
     """
     sums, counts = np.zeros(len(matches)), np.zeros(len(matches), np.int64)
     rows = np.flatnonzero(matches >= 0)
@@ -127,7 +127,7 @@ def segment_sums(matches: Array, nll: Array) -> tuple[Array, Array]:
 
 
 def fuse(
-    models: Sequence[Scores],
+    models: Sequence[AlignedScores],
     offsets: Array,
     num_bytes: Array,
     *,
@@ -183,7 +183,9 @@ def fuse(
     return Fused(ids, probs, weights.astype(np.float32))
 
 
-def _segments(models: Sequence[Scores], offsets: Array, row_present: Array) -> tuple[Array, Array]:
+def _segments(
+    models: Sequence[AlignedScores], offsets: Array, row_present: Array
+) -> tuple[Array, Array]:
     """Starts of the segments, and of which segment each position is part."""
     common = np.ones(len(row_present), bool)
     for j, model in enumerate(models):
@@ -218,7 +220,7 @@ def _weights(cross_entropies: Array, present: Array, function: Function) -> Arra
 
 
 def _distributions(
-    models: Sequence[Scores],
+    models: Sequence[AlignedScores],
     row_present: Array,
     tail: Tail,
     temperature: float,

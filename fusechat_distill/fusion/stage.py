@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fusechat_common.errors import FusechatError
 from fusechat_distill.alignment.stage import AlignedSample, AlignStage, aligned_samples
 from fusechat_distill.fusion.decisions import NAME, Decisions, FuseSummary
-from fusechat_distill.fusion.fuse import Fused, Scores, fuse, segment_sums, target_models
+from fusechat_distill.fusion.fuse import AlignedScores, Fused, fuse, segment_sums, target_models
 from fusechat_distill.recipe.schema import PIVOT
 from fusechat_distill.storage.shards import (
     Manifest,
@@ -76,7 +76,7 @@ class Sample:
 
     conversation: Conversation
     rendering: Rendering
-    scores: tuple[Scores, ...]
+    scores: tuple[AlignedScores, ...]
     num_bytes: NDArray[np.int64]
 
 
@@ -90,7 +90,7 @@ def join_sample(
     responses = rendering.responses
     positions = sum(len(response.ends) for response in responses)
     if pivot is None:
-        scores = [Scores.absent(positions) for _ in (None, *sources)]
+        scores = [AlignedScores.absent(positions) for _ in (None, *sources)]
         return Sample(conversation, rendering, tuple(scores), _counted(responses, None))
     own = pivot.turns
     if len(own) != positions:
@@ -112,7 +112,7 @@ def join_sample(
     ]
     for entry in sources:
         if entry is None:
-            scores.append(Scores.absent(positions))
+            scores.append(AlignedScores.absent(positions))
         else:
             aligned, source = entry
             scores.append(_scores(aligned.matches, source, aligned.ids, aligned.logprobs, shared))
@@ -125,10 +125,10 @@ def _scores(
     ids: NDArray[Any],
     logprobs: NDArray[Any],
     shared: set[int],
-) -> Scores:
+) -> AlignedScores:
     counted = np.isin(scored.turns, list(shared))
     nll = -scored.column("gold_logprobs").astype(np.float64)
-    scores = Scores.of(matches, ids, logprobs, np.where(counted, nll, 0.0))
+    scores = AlignedScores.of(matches, ids, logprobs, np.where(counted, nll, 0.0))
     tokens, _ = segment_sums(matches, counted)
     return replace(scores, tokens=tokens)
 
@@ -302,7 +302,7 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
         fusion = self.inputs.recipe.fusion
         scores = zip(*(sample.scores for sample in block), strict=True)
         fused = fuse(
-            [Scores.joined(of_model) for of_model in scores],
+            [AlignedScores.joined(of_model) for of_model in scores],
             np.cumsum([0, *(len(sample.num_bytes) for sample in block)]),
             np.concatenate([sample.num_bytes for sample in block]),
             function=fusion.function,

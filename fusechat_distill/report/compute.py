@@ -24,7 +24,7 @@ from fusechat_distill.alignment.stage import (
     side_by_side,
 )
 from fusechat_distill.fusion.decisions import Decisions
-from fusechat_distill.fusion.fuse import CrossEntropy, Scores, fuse
+from fusechat_distill.fusion.fuse import AlignedScores, CrossEntropy, fuse
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.report.schema import (
     REASONS,
@@ -116,7 +116,7 @@ def _decisions(stage: FuseStage) -> dict[str, Any] | None:
         decisions = Decisions.read(stage.folder)
     except FileNotFoundError:
         return None
-    return decisions.model_dump(exclude={"format"}, exclude_none=True)
+    return decisions.model_dump(exclude_none=True)
 
 
 def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:
@@ -210,7 +210,7 @@ class Sums:
             sizes.append(np.bincount(sample, side.limits - side.begins, minlength=count))
             # One position a sample: for whole samples only the losses are compared.
             models.append(
-                Scores(
+                AlignedScores(
                     ids=np.zeros((count, 1), np.int64),
                     logprobs=np.full((count, 1), -np.inf),
                     matched=np.ones(count, bool),

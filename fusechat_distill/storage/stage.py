@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, SerializeAsAny
 
 from fusechat_common.errors import FusechatError
 from fusechat_common.files import no_link
+from fusechat_common.record import Record
 from fusechat_distill.storage.shards import Manifest, SampleRange, Shards, stale
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ RATES = "log.jsonl"
 """Beside a stage's shards: how long each took, which is no part of their content."""
 
 
-class Details(BaseModel):
+class Details(Record):
     """What a stage reports beside how far it is; a field without a value is left out."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
 class Summary(Details, ABC):

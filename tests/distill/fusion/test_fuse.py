@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusechat_distill.fusion.fuse import Fused, Scores, fuse, segment_sums, target_models
+from fusechat_distill.fusion.fuse import AlignedScores, Fused, fuse, segment_sums, target_models
 
 VOCABULARY = 40
 
@@ -22,7 +22,7 @@ def scores(
     width: int = 4,
     pivot: bool = False,
     absent: tuple[int, ...] = (),
-) -> Scores:
+) -> AlignedScores:
     generator = np.random.default_rng(seed)
     total = sum(lengths)
     ids = np.stack([generator.permutation(VOCABULARY)[:width] for _ in range(total)] or [[0] * 4])
@@ -39,11 +39,11 @@ def scores(
                 nll[t] = generator.exponential(3.0)
                 tokens[t] = 1 if pivot else generator.integers(1, 4)
     present = np.array([s not in absent for s in range(len(lengths))])
-    return Scores(ids[:total], logprobs[:total], matched[:total], nll, tokens, present)
+    return AlignedScores(ids[:total], logprobs[:total], matched[:total], nll, tokens, present)
 
 
 def loops(
-    models: list[Scores],
+    models: list[AlignedScores],
     offsets: list[int],
     num_bytes: Any,
     function: str,
@@ -90,7 +90,7 @@ def loops(
     return rows, weights
 
 
-def entries(model: Scores, t: int, tail: str, temperature: float) -> dict[int, float]:
+def entries(model: AlignedScores, t: int, tail: str, temperature: float) -> dict[int, float]:
     if not model.matched[t]:
         return {}
     known = {
@@ -155,7 +155,7 @@ def test_every_choice_equals_the_loops(
         np.testing.assert_allclose(by_row, np.array(weights), rtol=1e-5, atol=1e-7)
 
 
-def one(nll: list[float], **changes: Any) -> Scores:
+def one(nll: list[float], **changes: Any) -> AlignedScores:
     """A model on one sample, with one certain entry a position."""
     count = len(nll)
     given = {
@@ -167,10 +167,10 @@ def one(nll: list[float], **changes: Any) -> Scores:
         "present": np.array([True]),
         **changes,
     }
-    return Scores(**given)
+    return AlignedScores(**given)
 
 
-def winner(models: list[Scores], **choices: Any) -> list[int]:
+def winner(models: list[AlignedScores], **choices: Any) -> list[int]:
     count = len(models[0].nll)
     fused = fuse(models, np.array([0, count]), np.full(count, 4), **choices)
     return [int(np.argmax(row)) if row.any() else -1 for row in fused.weights]
@@ -274,7 +274,7 @@ def test_fp16_logprobs_of_a_certain_token_stay_a_probability():
 
 
 def test_nothing_to_fuse_is_no_error():
-    nothing = Scores(
+    nothing = AlignedScores(
         np.zeros((0, 3), np.int64),
         np.zeros((0, 3)),
         np.zeros(0, bool),
@@ -314,14 +314,14 @@ def test_segment_sums_put_every_token_somewhere_once():
 
 
 def test_samples_are_put_together_from_what_alignment_stores():
-    first = Scores.of(
+    first = AlignedScores.of(
         np.array([0, -1, 2]),
         np.array([[5, 6], [7, 8]]),
         np.log([[0.5, 0.2], [0.9, 0.1]]),
         np.ones(4),
     )
-    second = Scores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
-    both = Scores.joined([first, Scores.absent(2), second])
+    second = AlignedScores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
+    both = AlignedScores.joined([first, AlignedScores.absent(2), second])
     assert both.ids.tolist() == [[5, 6], [0, 0], [7, 8], [0, 0], [0, 0], [9, 0]]
     assert both.logprobs[5].tolist() == [0.0, -math.inf]
     assert both.logprobs[1].tolist() == [-math.inf, -math.inf]
@@ -332,8 +332,8 @@ def test_samples_are_put_together_from_what_alignment_stores():
 
 
 def test_an_absent_sample_widens_nothing():
-    scored = Scores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
-    assert Scores.joined([scored, Scores.absent(2)]).ids.tolist() == [[9], [0], [0]]
+    scored = AlignedScores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
+    assert AlignedScores.joined([scored, AlignedScores.absent(2)]).ids.tolist() == [[9], [0], [0]]
 
 
 def test_the_strategies_name_their_targets():

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from fusechat_distill.alignment.positions import Responses, VocabularyMap, align
-from fusechat_distill.fusion.fuse import Scores, fuse
+from fusechat_distill.fusion.fuse import AlignedScores, fuse
 from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import first_tokens, vocabulary
 from fusechat_distill.trainer.trainer import FusionConfig, FusionTrainer
@@ -133,7 +133,7 @@ def scored(model: Any, text: PreTrainedTokenizerFast, rows: list[list[int]]) -> 
 
 
 def dataset(
-    rows: list[list[int]], models: list[Scores], only_matched: bool, lengths: list[int]
+    rows: list[list[int]], models: list[AlignedScores], only_matched: bool, lengths: list[int]
 ) -> Dataset:
     """The rows with targets fused from `models`; the lengths are those of the responses."""
     offsets = np.cumsum([0, *lengths])
@@ -168,7 +168,7 @@ def test_a_fused_pivot_is_closer_to_its_source_than_sft_is(tmp_path: Path) -> No
         *tables, first_tokens(pivot_text, tables[1].tokens), {BOS: BOS, EOS: EOS}
     )
 
-    def scores(lines: list[str]) -> tuple[list[list[int]], list[int], Scores, Scores]:
+    def scores(lines: list[str]) -> tuple[list[list[int]], list[int], AlignedScores, AlignedScores]:
         rows = encode(pivot_text, lines)
         own = scored(pivot, pivot_text, rows)
         others = scored(source, source_text, encode(source_text, lines))
@@ -176,12 +176,12 @@ def test_a_fused_pivot_is_closer_to_its_source_than_sft_is(tmp_path: Path) -> No
         for a, b in zip(own, others, strict=True):
             aligned = align(Responses.of([a]), Responses.of([b]), mapping)
             every = np.arange(len(a.tokens))
-            mine.append(Scores.of(every, a.ids, a.logprobs, -a.gold_logprobs))
+            mine.append(AlignedScores.of(every, a.ids, a.logprobs, -a.gold_logprobs))
             theirs.append(
-                Scores.of(aligned.matches, aligned.ids, aligned.logprobs, -b.gold_logprobs)
+                AlignedScores.of(aligned.matches, aligned.ids, aligned.logprobs, -b.gold_logprobs)
             )
         lengths = [len(a.tokens) for a in own]
-        return rows, lengths, Scores.joined(mine), Scores.joined(theirs)
+        return rows, lengths, AlignedScores.joined(mine), AlignedScores.joined(theirs)
 
     rows, lengths, mine, theirs = scores(data)
     targets = dataset(rows, [mine, theirs], False, lengths)
