@@ -17,8 +17,7 @@ PAGE = """\
 `make reliability` makes this page again, `python -m qa.reliability.run --scale 10` one with ten times the cases. \
 This one: scale {scale:g}, seed {seed}, {environment}.
 
-{sections}
-## Not measured here
+{sections}## Not measured here
 
 Known vulnerabilities of the dependencies: `pip-audit -r constraints.txt --no-deps --disable-pip`
 looks them up, which needs its service on the network.
