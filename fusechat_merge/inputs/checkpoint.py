@@ -174,7 +174,7 @@ class HubRepository:
             )
         except Exception as error:  # the client's errors have no common base
             at = f"{repository}@{revision}" if revision else repository
-            why = f"no folder of this name, and not to be had from the hub ({one_line(error)})"
+            why = f"no folder of this name, and not available from the hub ({one_line(error)})"
             raise CheckpointError([f"{at}: {why}"]) from error
         self.commit: str = info.sha or revision or "main"
         self._sizes = {s.rfilename: s.size for s in info.siblings or ()}

@@ -355,7 +355,7 @@ def test_a_filter_that_no_tensor_meets(paths: list[Path]) -> None:
     [
         ("~/t0", "~/t0: no such folder; ~ stands for nothing in a YAML, write the path in full"),
         ("./t0", "./t0: no such folder; relative paths start at "),
-        ("x" * 300, "no folder of this name, and not to be had from the hub"),
+        ("x" * 300, "no folder of this name, and not available from the hub"),
     ],
 )
 def test_where_models_are_looked_for(model: str, message: str) -> None:
@@ -564,7 +564,7 @@ def test_a_folder_that_may_not_be_listed(
 
 def test_a_model_that_the_hub_does_not_have(hub: list[tuple[str, str | None]]) -> None:
     problems = plan({"merge_method": "linear", "models": [{"model": "o/none"}]}).problems
-    assert any("o/none: no folder of this name, and not to be had" in p for p in problems)
+    assert any("o/none: no folder of this name, and not available" in p for p in problems)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +636,7 @@ def test_without_the_hub_its_cache_is_used(
     assert planned.problems == []
     assert all(model.folder is not None for model in planned.models.values())
     planned = plan({"merge_method": "linear", "models": [{"model": "o/none"}]})
-    assert any("o/none: no folder of this name, and not to be had" in p for p in planned.problems)
+    assert any("o/none: no folder of this name, and not available" in p for p in planned.problems)
 
 
 def test_side_files_that_are_links_out_of_the_model(tmp_path: Path, paths: list[Path]) -> None:
