@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Estimate:
     costs: list[Cost]
     text: Text
     assumed: list[str]
-    """What stands for what isn't known; complete sentences' ends, without a full stop."""
+    """Values used in place of unknown ones, each as `what isn't known: value`."""
     missing: list[str]
     """What couldn't be reached, and why."""
 
@@ -51,25 +52,21 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """A table for people, one line a stage and their total, and what it rests on."""
-        costs = [*self.costs, total(self.costs)]
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, padding=0)
+        table.add_column(no_wrap=True)
+        widths = {"disk": 10, "for a while": 13, "memory": 10, "GPU time": 10, "CPU time": 10}
+        for title, width in widths.items():
+            table.add_column(title, justify="right", min_width=width, no_wrap=True)
         names = [f"{cost.stage} {cost.name}" for cost in self.costs] + ["total"]
-        rows = [("", "disk", "for a while", "memory", "GPU time", "CPU time")]
-        rows += [
-            (
-                name,
-                _size(cost.disk_bytes),
-                _size(cost.temporary_bytes),
-                _size(cost.memory_bytes),
-                _time(cost.gpu_hours),
-                _time(cost.cpu_hours),
-            )
-            for name, cost in zip(names, costs, strict=True)
-        ]
-        wide = max(len(name) for name in names)
-        table = [
-            f"{name:{wide}}{disk:>10}{for_a_while:>13}{memory:>10}{gpu:>10}{cpu:>10}"
-            for name, disk, for_a_while, memory, gpu, cpu in rows
-        ]
+        for name, cost in zip(names, [*self.costs, total(self.costs)], strict=True):
+            sizes = (cost.disk_bytes, cost.temporary_bytes, cost.memory_bytes)
+            table.add_row(name, *map(_size, sizes), _time(cost.gpu_hours), _time(cost.cpu_hours))
+        # As plain text of any width: recipes end in it, and it may go into a file.
+        console = Console(file=io.StringIO(), width=1000, record=True, markup=False, emoji=False)
+        console.print(table)
         text = self.text
         notes = [
             f"{text.conversations:,} conversations, {text.tokens * text.conversations:.3g} tokens "
@@ -81,7 +78,7 @@ class Estimate:
         notes += [f"missing: {line}" for line in self.missing]
         if self.missing:
             notes.append("the total is of what is known")
-        return table + notes
+        return [line.rstrip() for line in console.export_text().splitlines()] + notes
 
 
 def estimate_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Estimate:
@@ -91,10 +88,10 @@ def estimate_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Estim
     """
     missing: list[str] = []
     with ThreadPoolExecutor(len(recipe.models)) as pool:  # an absent hub takes 20 s to give up
-        found = list(pool.map(lambda m: read_config(m, trust_remote_code), recipe.models.values()))
+        read = list(pool.map(lambda m: read_config(m, trust_remote_code), recipe.models.values()))
     configs: dict[str, Any] = {}
     shapes: dict[str, Shape | None] = {}
-    for (name, model), config in zip(recipe.models.items(), found, strict=True):
+    for (name, model), config in zip(recipe.models.items(), read, strict=True):
         shapes[name] = None
         if isinstance(config, str):
             missing.append(f"{name} ({model.model}): {config}")
