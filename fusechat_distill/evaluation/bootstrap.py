@@ -160,6 +160,8 @@ def _resampled(
     sums = np.empty((resamples, len(stacked)))
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
+        # [count, n] sample indices, each resample's in its own range; how often each sample was
+        # drawn is then one `bincount`, and the resample's sums one product.
         drawn = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
         counts = np.bincount(drawn.reshape(-1), minlength=count * n).reshape(count, n)
         sums[start : start + count] = counts.astype(np.float64) @ stacked.T
@@ -213,6 +215,7 @@ def _seed_part(terms: Sequence[tuple[Losses, float]]) -> _SeedPart:
         / losses.num_bytes.mean()
         for losses, weight in terms
     )
+    # What is left of a residual after its sample's mean over seeds estimates e.
     interaction = residuals - np.mean(residuals, axis=0)
     mean_square = np.square(interaction).sum() / ((seeds - 1) * (n - 1))
     return _SeedPart(
@@ -244,6 +247,7 @@ class _Spread:
             return None
         if self.value == 0:
             return 1.0
+        # From the smallest error probability that the resamples can show, up to 1.
         errors = np.geomspace(2 / (len(self._deviations) + 1), 1, LEVELS)
         below, above = self._distances(errors)
         outside = self.value - below > 0 if self.value > 0 else self.value + above < 0
