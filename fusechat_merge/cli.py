@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -57,19 +58,20 @@ def _mergekit_options(command: _F) -> _F:
 
 
 class _Size(click.ParamType):
-    """A number of bytes: 256MiB, 5GB, or mergekit's 5B (billions)."""
+    """A number of bytes: 500, 500B, 256MiB or 5GB. B is bytes, not mergekit's billions."""
 
     name = "size"
     _units: ClassVar[dict[str, int]] = {
-        "": 1, "K": 10**3, "KB": 10**3, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20,
-        "G": 10**9, "B": 10**9, "GB": 10**9, "GIB": 1 << 30, "TB": 10**12, "TIB": 1 << 40,
+        "": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 1 << 10,
+        "M": 10**6, "MB": 10**6, "MIB": 1 << 20,
+        "G": 10**9, "GB": 10**9, "GIB": 1 << 30, "T": 10**12, "TB": 10**12, "TIB": 1 << 40,
     }  # fmt: skip
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         if match is None or match[2].upper() not in self._units:
             self.fail(f"{value!r} is no size; write 256MiB or 5GB", param, ctx)
-        size = int(float(match[1]) * self._units[match[2].upper()])
+        size = int(Decimal(match[1]) * self._units[match[2].upper()])
         if size < 1:
             self.fail(f"{value!r} is too small", param, ctx)
         return size

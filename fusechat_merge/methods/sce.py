@@ -134,21 +134,27 @@ def select(passes: Passes, tau: float) -> Selection:
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
+    # `prefix`: the leading bits of the k-th largest variance, as far as they are known. `wanted`:
+    # how many of the variances that begin with it are selected, the largest; -1 until k is known.
     prefix, wanted = 0, -1
     for shift in range(64 - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
         for digits, found in passes.map(_digit_counter(shift, prefix)):
             counts[digits] += found
-        if wanted < 0:
+        if wanted < 0:  # the first pass has counted every element of non-zero variance
             wanted = math.floor(tau * int(counts.sum()))
             if wanted == 0:
                 return Selection(np.iinfo(np.int64).max)
+        # at_least[d]: variances whose digit is d or above. The k-th has the largest digit for which
+        # these are enough; those above it are selected, the rest is looked for at this digit.
         at_least = np.cumsum(counts[::-1])[::-1]
         digit = int(np.flatnonzero(at_least >= wanted)[-1])
         wanted -= int(at_least[digit] - counts[digit])
         prefix = (prefix << _DIGIT) | digit
+        # All that begin with these bits are selected: the largest number below them is the limit.
         if wanted == counts[digit]:
             return Selection((prefix << shift) - 1)
+        # Few enough to collect and sort: the k-th itself, and how many of its equals are wanted.
         if shift and counts[digit] <= CANDIDATES:
             keys = np.sort(np.concatenate(list(passes.map(_candidates(shift, prefix)))))
             prefix = int(keys[-wanted])
@@ -156,6 +162,8 @@ def select(passes: Passes, tau: float) -> Selection:
             if wanted == int((keys == prefix).sum()):
                 return Selection(prefix - 1)
             break
+    # Not all elements equal to the k-th are selected. The first ones are: a last pass counts how
+    # many lie before each strip, so that a strip can rank its own.
     tied_before, seen = {}, 0
     for strips in passes.map(lambda block: _tied(block, prefix)):
         for start, tied in strips:

@@ -136,6 +136,7 @@ class OutputMaker:
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
         """One planned tensor; ``alone`` keeps it out of every unit of several tensors."""
         problems = self.problems
+        # Which models have the tensor; a tokenizer merge wraps the task that gathers them.
         gather = task.gather_tensors
         inner = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
         present: list[tuple[ModelReference, _Input]] = []
@@ -155,12 +156,14 @@ class OutputMaker:
         outcome = self._outcome(weight, task, [model for model, _ in present])
         if outcome is None:
             return
+        # Our methods take the base first; mergekit's tasks keep the order of the models.
         base = task.base_model
         first = [pair for pair in present if pair[0] == base]
         ordered = first + [pair for pair in present if pair[0] != base]
         shape = self._shape(weight, task, ordered)
         if shape is None:
             return
+        # Floating inputs are promoted to one dtype; others (buffers, say) have to agree already.
         dtypes = [found.dtype for _, found in present]
         if all(dtype.is_floating_point for dtype in dtypes):
             merged = dtypes[0]

@@ -232,6 +232,7 @@ def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:
         for model, checkpoint in planned.models.items()
         for rank, tensor in enumerate(checkpoint.tensors)
     }
+    # An output's lead is the tensor whose place in the donor's files decides the output's place.
     leads = []
     for output in outputs:
         own = [s for s in output.sources if s.model == planned.donor] or list(output.sources)
@@ -280,6 +281,7 @@ def _place(planned: Plan) -> None:
             size = 0
         groups[-1].append(output)
         size += output.nbytes
+    # Every file's header is final now, and so is the offset of every tensor behind it.
     placed: dict[str, Output] = {}
     for number, group in enumerate(groups, 1):
         name = "model.safetensors"
