@@ -193,6 +193,13 @@ def _json_start(path: Path) -> bytes:
     return start.lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
+def _check_json(path: Path) -> None:
+    """Refuse what is no rows before the reader sees it: pyarrow 26's can end the process on it."""
+    is_json = path.is_file() and _builder(path) == "json"
+    if is_json and _json_start(path)[:1] not in (b"{", b"[", b""):
+        raise ValueError(f"{path.name} does not begin with an object or an array")
+
+
 def _json_problem(path: Path) -> str | None:
     """The first invalid line of a JSON file, or None if no line is invalid by itself."""
     import fsspec
@@ -242,9 +249,7 @@ def _load(path: str, name: str | None, split: str) -> Any:
                 f"unknown file type {local.suffix!r}; known are {known}, also compressed "
                 f"({', '.join(_COMPRESSED)})"
             )
-        if kind == "json" and _json_start(local)[:1] not in (b"{", b"[", b""):
-            # Never handed to the reader: pyarrow 26's ends the process on some such files.
-            raise ValueError("does not begin with an object or an array")
+        _check_json(local)
         return datasets.load_dataset(kind, data_files=path, split=split)
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
         # Otherwise it would be requested from the hub, repeatedly.
@@ -252,6 +257,8 @@ def _load(path: str, name: str | None, split: str) -> Any:
     if (local / "config.json").is_file():
         # Otherwise its JSON files would be read as rows.
         raise ValueError("is a model's folder; name a dataset")
+    for file in sorted(local.rglob("*")):
+        _check_json(file)
     return datasets.load_dataset(path, name, split=split)  # pragma: no cover (the hub)
 
 

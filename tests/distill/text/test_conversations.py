@@ -162,6 +162,14 @@ def test_a_dataset_that_cannot_be_used_is_refused(tmp_path, name, content, optio
         open_conversations(str(tmp_path / name), **options)
 
 
+def test_a_folder_of_json_files(tmp_path):
+    (tmp_path / "train.jsonl").write_text(ROW)
+    assert len(open_conversations(str(tmp_path))) == 1
+    (tmp_path / "train-2.jsonl").write_text('"text"\n')
+    with pytest.raises(RequestError, match="train-2.jsonl does not begin with an object or an"):
+        open_conversations(str(tmp_path))
+
+
 def test_files_are_known_by_name_compressed_or_not(tmp_path):
     (tmp_path / "a.JSONL").write_text(ROW)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(ROW.encode()))
