@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def run_demo(folder: Path, *moments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(tmp_path_factory):
     """The folder of a finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     done = run_demo(folder)
@@ -57,7 +56,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return folder / "runs" / "quickstart", done
 
 
-def test_a_table_and_a_picture_of_every_model_in_every_domain(demo: Demo) -> None:
+def test_a_table_and_a_picture_of_every_model_in_every_domain(demo):
     out, done = demo
     found = json.loads((out / "fusion" / "evaluation.json").read_text())
     roles = {name: model["role"] for name, model in found["models"].items()}
@@ -74,7 +73,7 @@ def test_a_table_and_a_picture_of_every_model_in_every_domain(demo: Demo) -> Non
     assert "runs/quickstart/fusion/report/evaluation.png" in done.stdout
 
 
-def test_what_is_merged_is_varm(demo: Demo) -> None:
+def test_what_is_merged_is_varm(demo):
     out, done = demo
     base = load_file(out / "models" / "pivot" / "model.safetensors")
     folders = [out / "fusion" / "targets" / domain for domain in DOMAINS]
@@ -91,7 +90,7 @@ def test_what_is_merged_is_varm(demo: Demo) -> None:
     assert "wrote the same bits" in done.stdout
 
 
-def test_every_command_is_printed_to_be_repeated(demo: Demo) -> None:
+def test_every_command_is_printed_to_be_repeated(demo):
     out, done = demo
     export, *lines = [line[2:] for line in done.stderr.splitlines() if line.startswith("$ ")]
     assert export == "export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE"
@@ -123,7 +122,7 @@ def test_every_command_is_printed_to_be_repeated(demo: Demo) -> None:
     assert {path: path.read_bytes() for path in (out / "text").iterdir()} == before
 
 
-def test_a_second_run_uses_what_is_finished(demo: Demo) -> None:
+def test_a_second_run_uses_what_is_finished(demo):
     out, first = demo
     times = {
         path: path.stat().st_mtime_ns
@@ -138,7 +137,7 @@ def test_a_second_run_uses_what_is_finished(demo: Demo) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_in_every_stage_it_ends_the_same(demo: Demo, tmp_path: Path) -> None:
+def test_killed_in_every_stage_it_ends_the_same(demo, tmp_path):
     out, whole = demo
     killed = tmp_path / "runs" / "quickstart"
     for kept in ("text", ".made/text.key"):  # reading the library again would take a while
@@ -161,7 +160,7 @@ def test_killed_in_every_stage_it_ends_the_same(demo: Demo, tmp_path: Path) -> N
         assert of_killed["groups"] == of_whole["groups"]
 
 
-def test_nobody_has_seen_the_target_rows(demo: Demo) -> None:
+def test_nobody_has_seen_the_target_rows(demo):
     out, _ = demo
     rows = {
         name: [json.loads(line) for line in (out / "text" / f"{name}.jsonl").open()]
@@ -178,7 +177,7 @@ def test_nobody_has_seen_the_target_rows(demo: Demo) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokenizers_of_both_kinds_keep_every_byte(demo: Demo, name: str) -> None:
+def test_tokenizers_of_both_kinds_keep_every_byte(demo, name):
     out, _ = demo
     tokenizer = AutoTokenizer.from_pretrained(out / "models" / name)
     assert len(tokenizer) == 600
@@ -195,9 +194,7 @@ def test_tokenizers_of_both_kinds_keep_every_byte(demo: Demo, name: str) -> None
     assert tokenizer.eos_token in rendered.removeprefix(prompt)
 
 
-def test_refuses_a_folder_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refuses_a_folder_of_others(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.syspath_prepend(str(QUICKSTART))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
@@ -210,17 +207,17 @@ def test_refuses_a_folder_of_others(
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(QUICKSTART))
     return importlib.import_module("parts")
 
 
 def test_a_part_is_made_once_and_again_when_what_it_is_made_from_changes(
-    parts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    parts, tmp_path, monkeypatch
+):
     made = []
 
-    def command(label: str, folder: Path, content: str) -> None:
+    def command(label, folder, content):
         made.append(label)
         folder.mkdir()
         (folder / "content").write_text(content)
@@ -236,11 +233,11 @@ def test_a_part_is_made_once_and_again_when_what_it_is_made_from_changes(
 
 @pytest.mark.parametrize("resumes", [False, True])
 def test_a_part_that_was_stopped_is_made_anew_or_gone_on_from(
-    parts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
-) -> None:
+    parts, tmp_path, monkeypatch, resumes
+):
     found = []
 
-    def command(label: str, folder: Path) -> None:
+    def command(label, folder):
         found.append(folder.exists())
         folder.mkdir(exist_ok=True)
         if len(found) == 1:
@@ -256,9 +253,7 @@ def test_a_part_that_was_stopped_is_made_anew_or_gone_on_from(
     assert found == [False, resumes, False]  # nothing of another part is gone on from
 
 
-def test_a_command_that_fails_ends_the_demo(
-    parts: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_fails_ends_the_demo(parts, tmp_path, capfd):
     script = tmp_path / "fails.py"
     script.write_text("import sys; print('half'); sys.exit(3)")
     with pytest.raises(SystemExit, match="fails.py ended with status 3"):

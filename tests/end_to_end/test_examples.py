@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_fusion_trainer(tmp_path: Path) -> None:
+def test_fusion_trainer(tmp_path):
     program = [sys.executable, str(EXAMPLES / "fusion_trainer.py")]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,17 +9,16 @@ import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge import MergeOptions, run_merge
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
+
+from tests.support.merging import Tensors, read, run_mergekit
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "merge").glob("*.yml"))
 PIVOT = "openchat/openchat_3.5"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory):
     """{the name in an example: a checkpoint}, the targets moved from the pivot."""
     names = {PIVOT}
     for example in EXAMPLES:
@@ -48,31 +47,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "model.safetensors")
-
-
-def merge(example: Path, models: dict[str, Path], out: Path) -> dict[str, Tensor]:
+def merge(example: Path, models: dict[str, Path], out: Path) -> Tensors:
     text = example.read_text(encoding="utf-8")
     for name in sorted(models, key=len, reverse=True):
         text = text.replace(f"{name}\n", f"{models[name]}\n")
-    config = MergeConfiguration.model_validate(yaml.safe_load(text))
-    run_merge(config, str(out), MergeOptions(copy_tokenizer=False, quiet=True))
-    return tensors(out)
+    return run_mergekit(yaml.safe_load(text), out, copy_tokenizer=False)
 
 
-def moved(merged: dict[str, Tensor], pivot: dict[str, Tensor]) -> Iterator[str]:
+def moved(merged: Tensors, pivot: Tensors) -> Iterator[str]:
     assert merged.keys() == pivot.keys()
     return (name for name, value in pivot.items() if not torch.equal(value, merged[name]))
 
 
-def test_there_are_examples() -> None:
+def test_there_are_examples():
     assert {example.stem for example in EXAMPLES} >= {"varm", "sce"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
-def test_merges_as_it_stands(example: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    pivot = tensors(models[PIVOT])
+def test_merges_as_it_stands(example, models, tmp_path):
+    pivot = read(models[PIVOT])
     names = set(moved(merge(example, models, tmp_path / "out"), pivot))
     if example.stem == "varm-attention":
         assert names == {name for name in pivot if "self_attn" in name}
@@ -80,7 +73,7 @@ def test_merges_as_it_stands(example: Path, models: dict[str, Path], tmp_path: P
         assert names == set(pivot)
 
 
-def test_examples_differ(models: dict[str, Path], tmp_path: Path) -> None:
+def test_examples_differ(models, tmp_path):
     """A parameter that mergekit dropped would give the default's result."""
     default, *others = (
         merge(example, models, tmp_path / example.stem)

@@ -1,20 +1,24 @@
-"""The pico Llama checkpoints of tests/support/checkpoints.py as fixtures."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
+"""A family of pico Llama checkpoints of a test's own, and PyTorch's number of threads."""
 
 import pytest
+import torch
 
 from tests.support import checkpoints
 
 
 @pytest.fixture(scope="session")
-def write_checkpoint() -> Callable[..., Path]:
-    return checkpoints.write_checkpoint
-
-
-@pytest.fixture(scope="session")
-def llama_family() -> Callable[..., list[Path]]:
+def llama_family():
     return checkpoints.llama_family
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """A base and two targets, bfloat16, below tmp_path/in."""
+    return checkpoints.llama_family(tmp_path / "in", (torch.bfloat16,) * 3)
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

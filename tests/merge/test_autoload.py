@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +11,14 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
 from fusechat_merge import _autoload
 from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
+from tests.support.merging import run_program
 
 CHECK = """
 import sys
@@ -39,18 +38,15 @@ print("known")
 """
 
 
-def python(
-    program: str, folder: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=240,
-        check=False,
-    )
+def python(program: str, folder: Path | None = None, **environment: str) -> CompletedProcess[str]:
+    return run_program([sys.executable, "-c", textwrap.dedent(program)], folder, **environment)
+
+
+def succeeded(program: str, folder: Path | None = None, **environment: str) -> tuple[str, str]:
+    """What a program printed, and what it said."""
+    result = python(program, folder, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
 
 
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -58,10 +54,7 @@ ORDERS: dict[str, tuple[str, dict[str, str]]] = {
     "torch first": ("import torch", {}),
     "get first": ("from mergekit.merge_methods import get", {}),
     "the planner first": ("import mergekit.plan", {}),
-    "raw merges first": (
-        "from mergekit.scripts.merge_raw_pytorch import plan_flat_merge as plan",
-        {},
-    ),
+    "raw merges first": ("from mergekit.scripts.merge_raw_pytorch import plan_flat_merge", {}),
     "genomes first": ("import mergekit.evo.genome", {}),
     "we first": ("import fusechat_merge", {}),
     "off, we first": ("import fusechat_merge", OFF),
@@ -77,7 +70,7 @@ ORDERS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, subprocess.CompletedProcess[str]]:
+def ended():
     """The orders in which torch itself is imported somewhere inside, each in a new process."""
     with ThreadPoolExecutor(2) as pool:
         started = {
@@ -88,13 +81,13 @@ def ended() -> dict[str, subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_order(ended: dict[str, subprocess.CompletedProcess[str]], order: str) -> None:
+def test_order(ended, order):
     assert ended[order].returncode == 0, ended[order].stderr
     assert ended[order].stdout == "known\n"
     assert ended[order].stderr == ""
 
 
-def test_any_module_of_mergekit_first() -> None:
+def test_any_module_of_mergekit_first():
     """One process imports all that mergekit needs, forgets mergekit, and forks: each child then
     comes to mergekit by another of its modules."""
     program = f"""
@@ -138,15 +131,14 @@ def test_any_module_of_mergekit_first() -> None:
             failed.append(name)
     print(len(names), failed)
     """
-    result = python(program, **OFF)
-    assert result.returncode == 0, result.stderr
-    count, _, failed = result.stdout.strip().partition(" ")
-    assert failed == "[]", result.stderr
+    printed, said = succeeded(program, **OFF)
+    count, _, failed = printed.strip().partition(" ")
+    assert failed == "[]", said
     assert int(count) > 60
-    assert "fusechat:" not in result.stderr
+    assert "fusechat:" not in said
 
 
-def test_the_stub_imports_the_standard_library_only() -> None:
+def test_the_stub_imports_the_standard_library_only():
     program = """
     import sys
     before = set(sys.modules)
@@ -163,55 +155,46 @@ def test_the_stub_imports_the_standard_library_only() -> None:
     assert len(hooks) == 1, hooks
     print(sorted(dir(fusechat_merge)) == sorted(set(dir(fusechat_merge))))
     """
-    result = python(program, **OFF)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "True\n"
+    assert succeeded(program, **OFF)[0] == "True\n"
 
 
-def test_torch_imports_nothing_more_of_us() -> None:
-    result = python(
-        """
-        import sys, torch
-        print([n for n in sorted(sys.modules) if n.startswith(("fusechat", "mergekit", "click"))])
-        """
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "['fusechat_autoload', 'fusechat_merge', 'fusechat_merge._autoload']\n"
-    assert result.stderr == ""
+def test_torch_imports_nothing_more_of_us():
+    program = """
+    import sys, torch
+    print([n for n in sorted(sys.modules) if n.startswith(("fusechat", "mergekit", "click"))])
+    """
+    expected = "['fusechat_autoload', 'fusechat_merge', 'fusechat_merge._autoload']\n"
+    assert succeeded(program) == (expected, "")
 
 
-BROKEN = {
-    # The plugin, or anything that it imports, raises.
-    "plugin": ("fusechat_merge/mergekit_bridge/plugin.py", "raise RuntimeError('no plugin')"),
-    "syntax": ("fusechat_merge/mergekit_bridge/parameters.py", "def ("),
-}
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-def test_what_it_imports_may_raise(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        # The plugin, or anything that it imports, raises.
+        ("mergekit_bridge/plugin.py", "raise RuntimeError('no plugin')"),
+        ("mergekit_bridge/parameters.py", "def ("),
+    ],
+)
+def test_what_it_imports_may_raise(tmp_path, file, text):
     source = Path(__file__).parents[2] / "fusechat_merge"
     shutil.copytree(source, tmp_path / "fusechat_merge")
-    file, text = BROKEN[broken]
-    (tmp_path / file).write_text(text)
-    result = python(
-        """
-        import torch
-        assert torch.ones(2).sum() == 2
-        import mergekit.plan, mergekit.scripts.merge_raw_pytorch
-        from mergekit.merge_methods import get, registered_methods
-        assert get("linear")
-        print(any(m.spec.name == "varm" for m in registered_methods()))
-        """,
-        tmp_path,  # where ``python -c`` looks first
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "False\n"
-    assert "Traceback" not in result.stderr
-    (line,) = result.stderr.splitlines()
+    (tmp_path / "fusechat_merge" / file).write_text(text)
+    program = """
+    import torch
+    assert torch.ones(2).sum() == 2
+    import mergekit.plan, mergekit.scripts.merge_raw_pytorch
+    from mergekit.merge_methods import get, registered_methods
+    assert get("linear")
+    print(any(m.spec.name == "varm" for m in registered_methods()))
+    """
+    printed, said = succeeded(program, tmp_path)  # where `python -c` looks first
+    assert printed == "False\n"
+    assert "Traceback" not in said
+    (line,) = said.splitlines()
     assert line.startswith("fusechat: mergekit won't know varm and fusechat_sce: ")
 
 
-def test_everything_the_stub_itself_uses_may_raise() -> None:
+def test_everything_the_stub_itself_uses_may_raise():
     program = """
     import importlib, sys
     class Refusal:
@@ -235,24 +218,20 @@ def test_everything_the_stub_itself_uses_may_raise() -> None:
         assert str(error) == "refused mergekit"
     print(float(torch.ones(2).sum()))
     """
-    result = python(program)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "2.0\n"
+    assert succeeded(program)[0] == "2.0\n"
 
 
-def test_what_other_finders_do_stays_their_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_other_finders_do_stays_their_own(monkeypatch, capsys):
     finder = _autoload._Finder()
     monkeypatch.setattr(sys, "meta_path", [finder])
     assert finder.find_spec("mergekit.plan") is None
 
     class Broken(Loader):
-        def exec_module(self, module: ModuleType) -> None:
+        def exec_module(self, module):
             raise ImportError("half installed")
 
     class Other:
-        def find_spec(self, name: str, path: Any, target: Any) -> Any:
+        def find_spec(self, name, path, target):
             return spec_from_loader(name, Broken()) if broken else SimpleNamespace(name=name)
 
     sys.meta_path.append(Other())
@@ -272,10 +251,8 @@ def test_what_other_finders_do_stays_their_own(
     assert "won't know varm and fusechat_sce: TypeError(" in capsys.readouterr().err
 
 
-def test_one_failure_is_reported_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def extend() -> None:
+def test_one_failure_is_reported_once(monkeypatch, capsys):
+    def extend():
         raise RuntimeError("another mergekit")
 
     monkeypatch.setattr(_autoload, "_AFTER", dict(_autoload._AFTER))
@@ -288,7 +265,7 @@ def test_one_failure_is_reported_once(
     )
 
 
-def test_lazy_names_are_real() -> None:
+def test_lazy_names_are_real():
     import fusechat_merge
 
     for name in fusechat_merge.__all__:

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
-from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.support.checkpoints import llama_family
+from tests.support.merging import assert_same, configuration, read, run_program
 
 SCRIPTS = Path(sys.executable).parent
-
-
-def start(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        timeout=240,
-        check=False,
-    )
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype, name
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
 
 
 IN_PYTHON = """
@@ -95,65 +69,46 @@ print(json.dumps([sorted(names), "fusechat_merge" in sys.modules]))
 
 
 @pytest.fixture(scope="module")
-def paths(
-    llama_family: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
+def paths(tmp_path_factory):
     return llama_family(tmp_path_factory.mktemp("models"), (torch.bfloat16,) * 4)
 
 
 @pytest.fixture(scope="module")
-def done(
-    paths: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, subprocess.CompletedProcess[str]]]:
+def done(paths, tmp_path_factory):
     """Every command run once, two at a time: the folder they wrote to, and how they ended."""
     home = tmp_path_factory.mktemp("runs")
     base, *targets = map(str, paths)
-    module = {
-        "merge_method": "varm",
-        "base_model": base,
-        "models": [{"model": target} for target in targets],
-        "parameters": {"granularity": "module"},
+    module = configuration(paths, parameters={"granularity": "module"})
+    files = [Path(path) / "model.safetensors" for path in paths]
+    documents = {
+        "module": [module],
+        "misspelt": [configuration(paths, parameters={"granularty": "module", "weight": -1})],
+        "raw": [configuration(files, parameters={"granularity": "element"})],
+        "multi": [
+            {**module, "name": "inner", "models": module["models"][:2]},
+            configuration(
+                [base, "inner", targets[2]], "fusechat_sce", parameters={"select_topk": 0.5}
+            ),
+        ],
     }
-    misspelt = {**module, "parameters": {"granularty": "module", "weight": -1}}
-    first = {**module, "name": "inner", "models": module["models"][:2]}
-    second = {
-        "merge_method": "fusechat_sce",
-        "base_model": base,
-        "models": [{"model": "inner"}, {"model": targets[2]}],
-        "parameters": {"select_topk": 0.5},
-    }
-    raw = {
-        **module,
-        "base_model": f"{base}/model.safetensors",
-        "models": [{"model": f"{target}/model.safetensors"} for target in targets],
-        "parameters": {"granularity": "element"},
-    }
-    files: dict[str, Any] = {"module": [module], "misspelt": [misspelt], "raw": [raw]}
-    files["multi"] = [first, second]
-    for name, documents in files.items():
-        text = yaml.safe_dump_all(documents, sort_keys=False)
-        (home / f"{name}.yml").write_text(text)
+    for name, content in documents.items():
+        (home / f"{name}.yml").write_text(yaml.safe_dump_all(content, sort_keys=False))
     (home / "in_python").mkdir()
     given = json.dumps([base, *targets])
 
-    def script(name: str, *arguments: str) -> list[str]:
-        return [str(SCRIPTS / name), *arguments]
+    def script(name, document, *arguments):
+        return [str(SCRIPTS / name), f"{home}/{document}.yml", *arguments]
 
-    def python(program: str, *arguments: str) -> list[str]:
+    def python(program, *arguments):
         return [sys.executable, "-c", program, *arguments]
 
     commands = {
-        "mergekit-yaml": script("mergekit-yaml", f"{home}/module.yml", f"{home}/yaml"),
-        "misspelt": script("mergekit-yaml", f"{home}/misspelt.yml", f"{home}/misspelt"),
+        "mergekit-yaml": script("mergekit-yaml", "module", f"{home}/yaml"),
+        "misspelt": script("mergekit-yaml", "misspelt", f"{home}/misspelt"),
         "mergekit-multi": script(
-            "mergekit-multi",
-            f"{home}/multi.yml",
-            "-I",
-            f"{home}/inner",
-            "--out-path",
-            f"{home}/multi",
+            "mergekit-multi", "multi", "-I", f"{home}/inner", "--out-path", f"{home}/multi"
         ),
-        "mergekit-pytorch": script("mergekit-pytorch", f"{home}/raw.yml", f"{home}/raw"),
+        "mergekit-pytorch": script("mergekit-pytorch", "raw", f"{home}/raw"),
         "in Python": python(IN_PYTHON, f"{home}/module.yml", given, f"{home}/in_python"),
         "others with": python(OTHER_METHODS, given, f"{home}/with.safetensors"),
         "others without": python(OTHER_METHODS, given, f"{home}/without.safetensors"),
@@ -161,31 +116,27 @@ def done(
     off = {"others without": {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}}
     with ThreadPoolExecutor(2) as pool:
         ended = {
-            name: pool.submit(start, command, **off.get(name, {}))
+            name: pool.submit(run_program, command, HF_HUB_OFFLINE="1", **off.get(name, {}))
             for name, command in commands.items()
         }
     return home, {name: future.result() for name, future in ended.items()}
 
 
-Done = tuple[Path, dict[str, subprocess.CompletedProcess[str]]]
-
-
 @pytest.fixture(scope="module")
-def models(paths: list[Path]) -> list[dict[str, Tensor]]:
+def models(paths):
     return [read(path) for path in paths]
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "in Python", "others with"],
+    "name", ["mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "in Python", "others with"]
 )
-def test_they_succeed_and_say_nothing_of_us(done: Done, name: str) -> None:
+def test_they_succeed_and_say_nothing_of_us(done, name):
     _, ended = done
     assert ended[name].returncode == 0, ended[name].stderr
     assert "fusechat:" not in ended[name].stderr
 
 
-def test_mergekit_yaml(done: Done, models: list[dict[str, Tensor]]) -> None:
+def test_mergekit_yaml(done, models):
     home, _ = done
     expected = merge_state_dicts(models, "varm", base=0, parameters={"granularity": "module"})
     assert_same(read(home / "yaml"), expected)
@@ -193,9 +144,7 @@ def test_mergekit_yaml(done: Done, models: list[dict[str, Tensor]]) -> None:
     assert "varm" in (home / "yaml" / "README.md").read_text()
 
 
-def test_the_merge_is_a_model(done: Done) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_the_merge_is_a_model(done):
     home, _ = done
     model = AutoModelForCausalLM.from_pretrained(home / "yaml")
     assert model.dtype == torch.bfloat16
@@ -204,7 +153,7 @@ def test_the_merge_is_a_model(done: Done) -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_mergekit_yaml_with_a_misspelt_parameter(done: Done) -> None:
+def test_mergekit_yaml_with_a_misspelt_parameter(done):
     home, ended = done
     result = ended["misspelt"]
     assert result.returncode == 2
@@ -218,7 +167,7 @@ def test_mergekit_yaml_with_a_misspelt_parameter(done: Done) -> None:
     assert not (home / "misspelt").exists()
 
 
-def test_mergekit_multi(done: Done, models: list[dict[str, Tensor]]) -> None:
+def test_mergekit_multi(done, models):
     home, _ = done
     base, first, second, third = models
     inner = merge_state_dicts(
@@ -231,13 +180,13 @@ def test_mergekit_multi(done: Done, models: list[dict[str, Tensor]]) -> None:
     assert_same(read(home / "multi"), outer)
 
 
-def test_mergekit_pytorch(done: Done, models: list[dict[str, Tensor]]) -> None:
+def test_mergekit_pytorch(done, models):
     home, _ = done
     expected = merge_state_dicts(models, "varm", base=0, parameters={"granularity": "element"})
     assert_same(read(home / "raw"), expected)
 
 
-def test_in_python(done: Done, models: list[dict[str, Tensor]]) -> None:
+def test_in_python(done, models):
     home, ended = done
     out = home / "in_python"
     assert_same(read(out / "run_merge"), read(home / "yaml"))
@@ -251,7 +200,7 @@ def test_in_python(done: Done, models: list[dict[str, Tensor]]) -> None:
     assert_same(read(out / "genome"), merge_state_dicts(models, "varm", base=0))
 
 
-def test_other_methods_give_the_same_bytes_without_us(done: Done) -> None:
+def test_other_methods_give_the_same_bytes_without_us(done):
     home, ended = done
     names, ours = json.loads(ended["others with"].stdout)
     assert ours

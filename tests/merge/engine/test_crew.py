@@ -17,33 +17,33 @@ def crew(threads: int) -> Crew[nullcontext[None]]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_results_come_in_order_and_once(threads: int) -> None:
+def test_results_come_in_order_and_once(threads):
     working, found = crew(threads), {}
 
-    def job(count: int) -> None:
+    def job(count):
         found[count] = list(working.pieces(count, lambda number, _: number * number))
 
     working.run(range(12), job)
     assert found == {count: [n * n for n in range(count)] for count in range(12)}
 
 
-def test_an_idle_thread_helps() -> None:
+def test_an_idle_thread_helps():
     working, met = crew(2), threading.Barrier(2, timeout=30)
 
-    def job(_: int) -> None:
+    def job(_):
         # Both pieces wait for each other: one thread alone would never end.
         assert list(working.pieces(2, lambda number, _: (met.wait(), number)[1])) == [0, 1]
 
     working.run([0], job)
 
 
-def test_few_results_wait_for_a_slow_taker() -> None:
+def test_few_results_wait_for_a_slow_taker():
     working, begun, most = crew(2), set(), []
 
-    def piece(number: int, _: object) -> None:
+    def piece(number, _):
         begun.add(number)
 
-    def job(_: int) -> None:
+    def job(_):
         for number, _ in enumerate(working.pieces(200, piece)):
             most.append(len(begun) - number)
 
@@ -51,11 +51,11 @@ def test_few_results_wait_for_a_slow_taker() -> None:
     assert max(most) <= 9  # 4 a thread, and the one at hand
 
 
-def test_what_several_need_is_done_once() -> None:
+def test_what_several_need_is_done_once():
     working, done, seen = crew(4), [], []
     keys = [f"k{number}" for number in range(20)]
 
-    def job(_: int) -> None:
+    def job(_):
         working.once(keys, lambda key: done.append(list(working.pieces(3, lambda n, _: (key, n)))))
         seen.append(len(done))
 
@@ -65,10 +65,10 @@ def test_what_several_need_is_done_once() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_failure_stops_all_and_is_raised(threads: int) -> None:
+def test_a_failure_stops_all_and_is_raised(threads):
     working, begun = crew(threads), []
 
-    def piece(number: int, _: object) -> None:
+    def piece(number, _):
         begun.append(number)
         if len(begun) == 50:
             raise OSError("no more")
@@ -78,15 +78,15 @@ def test_a_failure_stops_all_and_is_raised(threads: int) -> None:
     assert len(begun) <= 50 + threads
 
 
-def test_the_jobs_own_thread_tells_of_a_helpers_failure() -> None:
+def test_the_jobs_own_thread_tells_of_a_helpers_failure():
     working, met, told = crew(2), threading.Barrier(2, timeout=30), []
 
-    def piece(number: int, _: object) -> None:
+    def piece(number, _):
         met.wait()
         if threading.current_thread() is not told[0]:
             raise ValueError("bare")
 
-    def job(_: int) -> None:
+    def job(_):
         told.append(threading.current_thread())
         try:
             list(working.pieces(2, piece))
@@ -97,10 +97,10 @@ def test_the_jobs_own_thread_tells_of_a_helpers_failure() -> None:
         working.run([0], job)
 
 
-def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_be_started(monkeypatch):
     plain = threading.Thread.start
 
-    def start(thread: threading.Thread) -> None:
+    def start(thread):
         if thread.name == "merge" and threading.active_count() > before:
             raise RuntimeError("can't start new thread")
         plain(thread)
@@ -113,11 +113,11 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.get_num_threads() == threads
 
 
-def test_ctrl_c_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_waiting(monkeypatch):
     """It reaches the thread that waits; the others are stopped and waited for all the same."""
     plain, presses = threading.Thread.join, iter(range(2))
 
-    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+    def join(thread, timeout=None):
         if thread.name == "merge" and next(presses, None) is not None:
             raise KeyboardInterrupt
         plain(thread, timeout)
@@ -128,10 +128,10 @@ def test_ctrl_c_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "merge"]
 
 
-def test_pieces_under_way_are_waited_for_when_a_job_stops_early() -> None:
+def test_pieces_under_way_are_waited_for_when_a_job_stops_early():
     working, begun, met, ended = crew(2), threading.Event(), threading.Barrier(2, timeout=30), []
 
-    def piece(number: int, _: object) -> None:
+    def piece(number, _):
         begun.set()
         met.wait()
         if number:  # the helper's
@@ -139,7 +139,7 @@ def test_pieces_under_way_are_waited_for_when_a_job_stops_early() -> None:
                 threading.Event().wait(0.001)
             ended.append(number)
 
-    def job(number: int) -> None:
+    def job(number):
         if number:
             begun.wait(30)  # the first piece is the other thread's, then this one helps
             return

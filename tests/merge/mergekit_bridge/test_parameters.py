@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
 
 import pytest
 import yaml
@@ -41,16 +40,16 @@ def of_all(parameters: str, method: str = "varm") -> list[str]:
         "lambda: []",
     ],
 )
-def test_accepted(parameters: str) -> None:
+def test_accepted(parameters):
     assert of_all(parameters) == []
 
 
 @pytest.mark.parametrize("parameters", ["select_topk: 0.1", "select_topk: 0, variant: fork"])
-def test_accepted_by_sce(parameters: str) -> None:
+def test_accepted_by_sce(parameters):
     assert of_all(parameters, "fusechat_sce") == []
 
 
-def test_the_python_functions_have_the_declared_defaults() -> None:
+def test_the_python_functions_have_the_declared_defaults():
     """`varm` and `sce` take the same parameters in Python, `lambda` as `lambda_`."""
     for spec, function in ((SPECS["varm"], varm), (SPECS["fusechat_sce"], sce)):
         taken = signature(function).parameters
@@ -61,85 +60,52 @@ def test_the_python_functions_have_the_declared_defaults() -> None:
 
 
 VARM_TAKES = "it takes granularity, statistic, lambda, weight"
+SCE_TAKES = "it takes select_topk, variant"
+GRANULARITIES = "use one of matrix, module, layer, model, element"
+REFUSED = {
+    "varm": {
+        "granularty: module": "varm has no parameter 'granularty' (did you mean 'granularity'?);"
+        f" {VARM_TAKES}",
+        "int8_mask: true": f"varm has no parameter 'int8_mask'; {VARM_TAKES}",
+        "granularity: modul": f"'modul' is unknown (did you mean 'module'?); {GRANULARITIES}",
+        "granularity: 3": f"3 is unknown; {GRANULARITIES}",
+        "granularity: [{filter: mlp, value: blok}, {value: layer}]": "'blok' is unknown;"
+        f" {GRANULARITIES}",
+        "statistic: squared": "'squared' is unknown (did you mean 'square'?); use one of square,"
+        " absolute",
+        "lambda: .nan": "nan is not a finite number",
+        "lambda: [1, .inf]": "inf is not a finite number",
+        "lambda: much": "'much' is not a finite number",
+        "lambda: true": "True is not a finite number",
+        "weight: -0.5": "-0.5 is below 0",
+        "weight: '-1e-3'": "'-1e-3' is below 0",
+        "weight: [{filter: mlp, value: [1, -2]}, {value: 1}]": "-2 is below 0",
+        "weight: {filter: mlp, value: -2}": "-2 is below 0",
+    },
+    "fusechat_sce": {
+        "select_topk: 1.5": "1.5 is above 1",
+        "select_topk: -0.1": "-0.1 is below 0",
+        "select_topk: .nan": "nan is not a finite number",
+        "select_topk: false": "False is not a finite number",
+        "select_topk: 10%": "'10%' is not a finite number",
+        "variant: forks": "'forks' is unknown (did you mean 'fork'?); use one of paper, fork",
+        "weight: 1": f"fusechat_sce has no parameter 'weight'; {SCE_TAKES}",
+        "topk: 1": "fusechat_sce has no parameter 'topk' (did you mean 'select_topk'?);"
+        f" {SCE_TAKES}",
+    },
+}
+"""What is said of parameters, after the parameter's name."""
 
 
 @pytest.mark.parametrize(
-    ("parameters", "expected"),
-    [
-        (
-            "granularty: module",
-            "parameters.granularty: varm has no parameter 'granularty' (did you mean"
-            f" 'granularity'?); {VARM_TAKES}",
-        ),
-        (
-            "int8_mask: true",
-            f"parameters.int8_mask: varm has no parameter 'int8_mask'; {VARM_TAKES}",
-        ),
-        (
-            "granularity: modul",
-            "parameters.granularity: 'modul' is unknown (did you mean 'module'?); use one of matrix,"
-            " module, layer, model, element",
-        ),
-        (
-            "granularity: 3",
-            "parameters.granularity: 3 is unknown; use one of matrix, module, layer, model, element",
-        ),
-        (
-            "statistic: squared",
-            "parameters.statistic: 'squared' is unknown (did you mean 'square'?); use one of square,"
-            " absolute",
-        ),
-        ("lambda: .nan", "parameters.lambda: nan is not a finite number"),
-        ("lambda: [1, .inf]", "parameters.lambda: inf is not a finite number"),
-        ("lambda: much", "parameters.lambda: 'much' is not a finite number"),
-        ("lambda: true", "parameters.lambda: True is not a finite number"),
-        ("weight: -0.5", "parameters.weight: -0.5 is below 0"),
-        ("weight: '-1e-3'", "parameters.weight: '-1e-3' is below 0"),
-        (
-            "weight: [{filter: mlp, value: [1, -2]}, {value: 1}]",
-            "parameters.weight: -2 is below 0",
-        ),
-        ("weight: {filter: mlp, value: -2}", "parameters.weight: -2 is below 0"),
-        (
-            "granularity: [{filter: mlp, value: blok}, {value: layer}]",
-            "parameters.granularity: 'blok' is unknown; use one of matrix, module, layer, model,"
-            " element",
-        ),
-    ],
+    ("method", "parameters"), [(method, text) for method in REFUSED for text in REFUSED[method]]
 )
-def test_refused(parameters: str, expected: str) -> None:
-    assert of_all(parameters) == [expected]
+def test_refused(method, parameters):
+    name, _, _ = parameters.partition(":")
+    assert of_all(parameters, method) == [f"parameters.{name}: {REFUSED[method][parameters]}"]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "expected"),
-    [
-        ("select_topk: 1.5", "parameters.select_topk: 1.5 is above 1"),
-        ("select_topk: -0.1", "parameters.select_topk: -0.1 is below 0"),
-        ("select_topk: .nan", "parameters.select_topk: nan is not a finite number"),
-        ("select_topk: false", "parameters.select_topk: False is not a finite number"),
-        ("select_topk: 10%", "parameters.select_topk: '10%' is not a finite number"),
-        (
-            "variant: forks",
-            "parameters.variant: 'forks' is unknown (did you mean 'fork'?); use one of paper, fork",
-        ),
-        (
-            "weight: 1",
-            "parameters.weight: fusechat_sce has no parameter 'weight'; it takes select_topk,"
-            " variant",
-        ),
-        (
-            "topk: 1",
-            "parameters.topk: fusechat_sce has no parameter 'topk' (did you mean 'select_topk'?);"
-            " it takes select_topk, variant",
-        ),
-    ],
-)
-def test_refused_by_sce(parameters: str, expected: str) -> None:
-    assert of_all(parameters, "fusechat_sce") == [expected]
-
-
-def test_a_key_where_mergekit_ignores_it() -> None:
+def test_a_key_where_mergekit_ignores_it():
     assert problems(
         """
         models:
@@ -161,7 +127,7 @@ def test_a_key_where_mergekit_ignores_it() -> None:
     ]
 
 
-def test_slices() -> None:
+def test_slices():
     text = """
         slices:
           - sources:
@@ -185,7 +151,7 @@ def test_slices() -> None:
     ]
 
 
-def test_modules() -> None:
+def test_modules():
     text = """
         parameters: {lambda: x}
         modules:
@@ -225,17 +191,17 @@ MISSING = ["base_model is missing: varm needs the pivot"]
         (f"modules: {{a: {{slices: [{SLICE}]}}, b: {{models: [{{model: a}}]}}}}", MISSING),
     ],
 )
-def test_the_base(text: str, expected: list[str]) -> None:
+def test_the_base(text, expected):
     assert problems(text, base=None) == expected
 
 
-def test_other_methods_are_none_of_our_business() -> None:
+def test_other_methods_are_none_of_our_business():
     text = "{models: [{model: a, parameters: {foo: 1}}], parameters: {weight: -1}}"
     assert problems(text, "task_arithmetic", base=None) == []
 
 
-def test_mergekit_pytorchs_configuration() -> None:
-    def raw(**settings: Any) -> list[str]:
+def test_mergekit_pytorchs_configuration():
+    def raw(**settings):
         return parameter_problems(
             RawPyTorchMergeConfig.model_validate({"merge_method": "varm", **settings})
         )
@@ -252,7 +218,7 @@ def test_mergekit_pytorchs_configuration() -> None:
     assert raw(models=[{"model": "a.safetensors"}]) == MISSING
 
 
-def test_the_error_lists_every_problem() -> None:
+def test_the_error_lists_every_problem():
     assert str(RequestError(["one thing"])) == "one thing"
     both = RequestError(["one thing", "another"])
     assert str(both) == "2 problems:\n  one thing\n  another"

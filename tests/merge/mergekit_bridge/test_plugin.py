@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+import mergekit.plan
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
-from mergekit.config import MergeConfiguration
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenome, ModelGenomeDefinition
 from mergekit.io import LazyTensorLoader
-from mergekit.merge import run_merge
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import (
     PerGroupValues,
     get,
@@ -24,57 +24,51 @@ from mergekit.merge_methods import (
     merge_tensors,
     registered_methods,
 )
-from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch, run_yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+import fusechat_merge
 from fusechat_common.errors import FusechatError, RequestError
+from fusechat_merge import _autoload
+from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
+from tests.support.checkpoints import llama_family, write_checkpoint
+from tests.support.merging import (
+    Tensors,
+    assert_same,
+    configuration,
+    read,
+    run_mergekit,
+    write_yaml,
+)
+from tests.support.tensors import BF16, F16, F32, F64, same_bits
 
-F64 = torch.float64
-Family = Callable[..., list[Path]]
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def configuration(paths: Sequence[Path], method: str = "varm", **settings: Any) -> dict[str, Any]:
-    base, *targets = map(str, paths)
-    return {
-        "merge_method": method,
-        "base_model": base,
-        "models": [{"model": target} for target in targets],
-        **settings,
-    }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UNITS = ("matrix", "module", "layer", "model")
 
 
-def merge(settings: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Tensor]:
-    config = MergeConfiguration.model_validate(settings)
-    run_merge(config, str(out), MergeOptions(quiet=True, **options))
-    return read(out)
+def granularities(*names: str) -> Any:
+    return pytest.mark.parametrize("granularity", names)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    a, b = a.reshape(-1), b.reshape(-1)
-    return a.dtype == b.dtype and a.view(torch.uint8).equal(b.view(torch.uint8))
+def varm(paths: Sequence[Path], out: Path, granularity: Any, **parameters: Any) -> Tensors:
+    """What mergekit makes of checkpoints, the base first."""
+    parameters |= {"granularity": granularity}
+    return run_mergekit(configuration(paths, parameters=parameters), out)
 
 
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    assert [name for name in found if not same_bits(found[name], expected[name])] == []
+def in_memory(models: Sequence[Mapping[str, Tensor]], method: str = "varm", **parameters: Any):
+    return merge_state_dicts(models, method, base=0, parameters=parameters)
 
 
 def unit(name: str, granularity: str) -> str:
     if granularity == "model":
         return ""
-    found = re.match(
-        {"matrix": r".*", "layer": r".*?\.\d+(?=\.)", "module": r".*?\.\d+\.[^.]+"}[granularity],
-        name,
-    )
+    pattern = {"matrix": r".*", "layer": r".*?\.\d+(?=\.)", "module": r".*?\.\d+\.[^.]+"}
+    found = re.match(pattern[granularity], name)
     return found[0] if found else name
 
 
@@ -82,25 +76,25 @@ Choice = Callable[[str], Any]
 
 
 def reference(
-    base: Mapping[str, Tensor],
-    targets: Sequence[Mapping[str, Tensor]],
-    granularity: Choice = lambda name: "matrix",
+    models: Sequence[Mapping[str, Tensor]],
+    granularity: str | Choice = "matrix",
     weight: Choice = lambda name: None,
     lam: Choice = lambda name: 1.0,
     statistic: str = "square",
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The merge in float64. A name missing from any model counts for nobody's statistics."""
+    base, *targets = models
     names = [n for n in base if all(n in t for t in targets)]
     deltas = {n: [t[n].to(F64) - base[n].to(F64) for t in targets] for n in names}
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(targets))
     for name in names:
-        for kind in ("matrix", "module", "layer", "model"):
+        for kind in UNITS:
             row = sums[kind, unit(name, kind)]
             for j, d in enumerate(deltas[name]):
                 row[j] += float((d * d).sum() if statistic == "square" else d.abs().sum())
     merged = {}
     for name, values in base.items():
-        kind = granularity(name)
+        kind = granularity(name) if callable(granularity) else granularity
         prior = weight(name) or [1.0] * len(targets)
         shares = [w * s for w, s in zip(prior, sums[kind, unit(name, kind)], strict=True)]
         update = torch.zeros_like(values, dtype=F64)
@@ -121,399 +115,325 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 @pytest.fixture(scope="module")
-def family(llama_family: Family, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """float32, untied; t1 in two shards."""
+def family(tmp_path_factory):
+    """float32, untied; in two shards each."""
     return llama_family(tmp_path_factory.mktemp("fp32"), shards=2)
+
+
+@pytest.fixture(scope="module")
+def models(family):
+    """The family's tensors, which no test changes."""
+    return [read(path) for path in family]
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_loaders():
+    """mergekit keeps one loader a path for the life of the process."""
+    yield
+    LoaderCache().loaders.clear()
+    merge_raw_pytorch.SimpleLoaderCache().loaders.clear()
 
 
 # -- units across tensors
 
 
 @pytest.mark.parametrize("statistic", ["square", "absolute"])
-@pytest.mark.parametrize("granularity", ["matrix", "module", "layer", "model", "element"])
-def test_yaml_memory_and_reference_agree(
-    family: list[Path], tmp_path: Path, granularity: str, statistic: str
-) -> None:
+@granularities(*UNITS, "element")
+def test_yaml_memory_and_reference_agree(family, models, tmp_path, granularity, statistic):
     parameters = {"granularity": granularity, "statistic": statistic}
-    found = merge(configuration(family, parameters=parameters), tmp_path / "out")
-    base, *targets = map(read, family)
-    models = dict(enumerate([base, *targets]))
-    assert_same(found, merge_state_dicts(models, "varm", base=0, parameters=parameters))
+    found = varm(family, tmp_path / "out", **parameters)
+    assert_same(found, in_memory(models, **parameters))
     if granularity == "element":
-        assert_same(
-            found,
-            {
-                name: merge_tensors(
-                    [base[name], *(t[name] for t in targets)],
-                    "varm",
-                    base_index=0,
-                    parameters=parameters,
-                )
-                for name in base
-            },
-        )
+        for name, tensor in found.items():
+            given = [model[name] for model in models]
+            one = merge_tensors(given, "varm", base_index=0, parameters=parameters)
+            assert same_bits(tensor, one), name
     else:
-        assert_close(found, reference(base, targets, lambda name: granularity, statistic=statistic))
+        assert_close(found, reference(models, granularity, statistic=statistic))
 
 
-def test_units_give_different_merges(family: list[Path], tmp_path: Path) -> None:
-    found = [
-        merge(configuration(family, parameters={"granularity": g}), tmp_path / g)
-        for g in ("matrix", "module", "layer", "model")
-    ]
+def test_units_give_different_merges(models):
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert len({tensors[name].numpy().tobytes() for tensors in found}) == 4
+    found = [in_memory(models, granularity=granularity)[name] for granularity in UNITS]
+    assert len({tensor.numpy().tobytes() for tensor in found}) == 4
 
 
-def test_filters_and_gradients(family: list[Path], tmp_path: Path) -> None:
-    base, first, second, third = map(str, family)
-    found = merge(
-        {
-            "merge_method": "varm",
-            "base_model": base,
-            "models": [
-                {"model": first, "parameters": {"weight": [0.5, 2.0]}},
-                {
-                    "model": second,
-                    "parameters": {"weight": [{"filter": "mlp", "value": 0}, {"value": 3}]},
-                },
-                {"model": third},
+def test_filters_and_gradients(family, models, tmp_path):
+    settings = configuration(
+        family,
+        parameters={
+            "granularity": [
+                {"filter": "q_proj", "value": "layer"},
+                {"filter": "self_attn", "value": "module"},
+                {"filter": "norm", "value": "model"},
+                {"value": "matrix"},
             ],
-            "parameters": {
-                "granularity": [
-                    {"filter": "q_proj", "value": "layer"},
-                    {"filter": "self_attn", "value": "module"},
-                    {"filter": "norm", "value": "model"},
-                    {"value": "matrix"},
-                ],
-                "lambda": [{"filter": "o_proj", "value": [1.7, "1e-1"]}, {"value": 0.9}],
-                "weight": 0.25,
-            },
+            "lambda": [{"filter": "o_proj", "value": [1.7, "1e-1"]}, {"value": 0.9}],
+            "weight": 0.25,
         },
-        tmp_path / "out",
     )
+    filtered = [{"filter": "mlp", "value": 0}, {"value": 3}]
+    for model, weight in zip(settings["models"], ([0.5, 2.0], filtered), strict=False):
+        model["parameters"] = {"weight": weight}
 
-    def kind(name: str) -> str:
+    def kind(name):
         if "q_proj" in name:
             return "layer"
         if "self_attn" in name:
             return "module"
         return "model" if "norm" in name else "matrix"
 
-    def prior(name: str) -> list[float]:
+    def prior(name):
         return [2.0 if "layers.1." in name else 0.5, 0.0 if "mlp" in name else 3.0, 0.25]
 
-    def lam(name: str) -> float:
+    def lam(name):
         return (0.1 if "layers.1." in name else 1.7) if "o_proj" in name else 0.9
 
-    pivot, *targets = map(read, family)
-    assert_close(found, reference(pivot, targets, kind, prior, lam))
+    found = run_mergekit(settings, tmp_path / "out")
+    assert_close(found, reference(models, kind, prior, lam))
 
 
-def test_slices(family: list[Path], tmp_path: Path) -> None:
-    base, first, second, third = map(str, family)
+def piece(layer: int, *models: Path, **more: Any) -> dict[str, Any]:
+    """A slice of one layer."""
+    span = [layer, layer + 1]
+    return {"sources": [{"model": str(model), "layer_range": span} for model in models], **more}
 
-    def piece(layer: int, *models: str, **more: Any) -> dict[str, Any]:
-        return {
-            "sources": [{"model": m, "layer_range": [layer, layer + 1]} for m in models],
-            **more,
-        }
 
-    layers = ((1, first, second), (0, second, third), (1, first, third))
+@granularities("module", "layer")
+def test_slices(family, models, tmp_path, granularity):
+    layers = ((1, (0, 1, 2)), (0, (0, 2, 3)), (1, (0, 1, 3)))  # (which layer, of which models)
     settings = {
         "merge_method": "varm",
-        "base_model": base,
-        "slices": [piece(layer, base, *targets) for layer, *targets in layers],
+        "base_model": str(family[0]),
+        "slices": [piece(layer, *(family[n] for n in of)) for layer, of in layers],
+        "parameters": {"granularity": granularity},
     }
-    found = {
-        granularity: merge(
-            {**settings, "parameters": {"granularity": granularity}}, tmp_path / granularity
-        )
-        for granularity in ("module", "layer")
+    expected: Tensors = {}
+    for number, (layer, of) in enumerate(layers):
+        stem, new = f"model.layers.{layer}.", f"model.layers.{number}."
+        parts = [
+            {new + n.removeprefix(stem): t for n, t in models[m].items() if n.startswith(stem)}
+            for m in of
+        ]
+        expected |= reference(parts, granularity)
+    for names, (_, of) in (([EMBEDDING], layers[0]), (["model.norm.weight", HEAD], layers[-1])):
+        expected |= reference([{n: models[m][n] for n in names} for m in of], granularity)
+    assert_close(run_mergekit(settings, tmp_path / "out"), expected)
+
+
+def test_a_slice_with_another_base_and_one_without_targets(family, models, tmp_path):
+    base, first, second, _ = family
+    settings = {
+        "merge_method": "varm",
+        "base_model": str(base),
+        "slices": [piece(0, first, second, base_model=str(first)), piece(1, base)],
+        "parameters": {"granularity": "layer"},
     }
-    tensors = {str(path): read(path) for path in family}
-    for granularity, merged in found.items():
-        expected: dict[str, Tensor] = {}
-        for number, (layer, *targets) in enumerate(layers):
-            stem, new = f"model.layers.{layer}.", f"model.layers.{number}."
-            piece_of = [
-                {new + n[len(stem) :]: t for n, t in tensors[m].items() if n.startswith(stem)}
-                for m in (base, *targets)
-            ]
-            expected |= reference(piece_of[0], piece_of[1:], lambda name, kind=granularity: kind)
-        for names, (_, *targets) in (
-            (("model.embed_tokens.weight",), layers[0]),
-            (("model.norm.weight", "lm_head.weight"), layers[-1]),
-        ):
-            rest = [{n: tensors[m][n] for n in names} for m in (base, *targets)]
-            expected |= reference(rest[0], rest[1:], lambda name, kind=granularity: kind)
-        assert_close(merged, expected)
+    for name, merged in run_mergekit(settings, tmp_path / "out").items():
+        moved = "layers.0." in name or "embed" in name  # by one target at λ = 1
+        assert same_bits(merged, models[2 if moved else 0][name])
 
 
-def test_a_slice_with_another_base_and_one_without_targets(
-    family: list[Path], tmp_path: Path
-) -> None:
-    base, first, second, _ = map(str, family)
-
-    def sources(layer: int, *models: str) -> list[dict[str, Any]]:
-        return [{"model": model, "layer_range": [layer, layer + 1]} for model in models]
-
-    found = merge(
-        {
-            "merge_method": "varm",
-            "base_model": base,
-            "slices": [
-                {"sources": sources(0, first, second), "base_model": first},
-                {"sources": sources(1, base)},
-            ],
-            "parameters": {"granularity": "layer"},
-        },
-        tmp_path / "out",
-    )
-    tensors = {str(path): read(path) for path in family}
-    for name, merged in found.items():
-        if "layers.0." in name or "embed" in name:
-            assert same_bits(merged, tensors[second][name])  # one target at λ = 1
-        else:
-            assert same_bits(merged, tensors[base][name])
-
-
-@pytest.mark.parametrize("granularity", ["matrix", "module", "model"])
-def test_dtypes_of_the_configuration(family: list[Path], tmp_path: Path, granularity: str) -> None:
+@granularities("matrix", "module", "model")
+def test_dtypes_of_the_configuration(family, models, tmp_path, granularity):
     parameters = {"granularity": granularity}
     settings = configuration(family, parameters=parameters, dtype="bfloat16", out_dtype="float16")
-    found = merge(settings, tmp_path / "out")
-    narrow = [{n: t.bfloat16() for n, t in read(path).items()} for path in family]
-    expected = merge_state_dicts(narrow, "varm", base=0, parameters=parameters)
-    assert {t.dtype for t in expected.values()} == {torch.bfloat16}
+    narrow = [{n: t.bfloat16() for n, t in model.items()} for model in models]
+    expected = in_memory(narrow, granularity=granularity)
+    assert {t.dtype for t in expected.values()} == {BF16}
+    found = run_mergekit(settings, tmp_path / "out")
     assert_same(found, {n: t.half() for n, t in expected.items()})
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module"])
-def test_checkpoints_of_several_dtypes(
-    llama_family: Family, tmp_path: Path, granularity: str
-) -> None:
-    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)
-    paths = llama_family(tmp_path / "in", dtypes)
-    parameters = {"granularity": granularity}
-    found = merge(configuration(paths, parameters=parameters), tmp_path / "out")
+@granularities("matrix", "module")
+def test_checkpoints_of_several_dtypes(tmp_path, granularity):
+    paths = llama_family(tmp_path / "in", (BF16, F32, BF16, F16))
+    found = varm(paths, tmp_path / "out", granularity)
     models = [read(path) for path in paths]
-    assert {t.dtype for t in found.values()} == {torch.float32}
-    assert_same(found, merge_state_dicts(models, "varm", base=0, parameters=parameters))
-    assert_close(found, reference(models[0], models[1:], lambda name: granularity))
+    assert {t.dtype for t in found.values()} == {F32}
+    assert_same(found, in_memory(models, granularity=granularity))
+    assert_close(found, reference(models, granularity))
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module", "layer", "model"])
-def test_units_that_no_target_moved_are_copied(
-    llama_family: Family, tmp_path: Path, granularity: str
-) -> None:
-    def still(label: str, tensors: dict[str, Tensor]) -> None:
+@granularities(*UNITS)
+def test_units_that_no_target_moved_are_copied(tmp_path, granularity):
+    def still(label, tensors):
         for name in tensors:
             if "layers.0." in name or "norm" in name:
                 tensors[name] = torch.full_like(tensors[name], -0.0)
 
-    paths = llama_family(tmp_path / "in", (torch.bfloat16,) * 3, edit=still)
-    base = read(paths[0])
-    parameters = {"granularity": granularity, "lambda": 1.7}
-    found = merge(configuration(paths, parameters=parameters), tmp_path / "out")
-    for name in base:
+    paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=still)
+    found = varm(paths, tmp_path / "out", granularity, **{"lambda": 1.7})
+    for name, tensor in read(paths[0]).items():
         if "layers.0." in name and granularity != "model":
-            assert same_bits(found[name], base[name])
+            assert same_bits(found[name], tensor)
 
 
-def test_one_target_is_copied(llama_family: Family, tmp_path: Path) -> None:
-    def zeros(label: str, tensors: dict[str, Tensor]) -> None:
+@granularities(*UNITS)
+def test_one_target_is_copied(tmp_path, granularity):
+    def zeros(label, tensors):
         for tensor in tensors.values():
             tensor.view(-1)[::7] = -0.0 if label == "t0" else 0.0
 
-    paths = llama_family(tmp_path / "in", (torch.bfloat16,) * 2, edit=zeros)
-    for granularity in ("matrix", "module", "layer", "model"):
-        parameters = {"granularity": granularity}
-        found = merge(configuration(paths, parameters=parameters), tmp_path / granularity)
-        assert_same(found, read(paths[1]))
+    paths = llama_family(tmp_path / "in", (BF16,) * 2, edit=zeros)
+    assert_same(varm(paths, tmp_path / "out", granularity), read(paths[1]))
 
 
 # -- what task_arithmetic does with odd tensors
 
 
-def test_tied_embeddings(llama_family: Family, tmp_path: Path) -> None:
-    paths = llama_family(tmp_path / "in", changes={"tie_word_embeddings": True})
-    found = merge(configuration(paths, parameters={"granularity": "model"}), tmp_path / "out")
+@granularities("matrix", "module", "model")
+@pytest.mark.parametrize("phantom", [False, True])
+def test_tied_embeddings(tmp_path, phantom, granularity):
+    def edit(label, tensors):
+        if phantom and label == "t1":
+            tensors[HEAD] = tensors[EMBEDDING] * 1.5
+
+    changes = {"tie_word_embeddings": True}
+    paths = llama_family(tmp_path / "in", changes=changes, edit=edit)
     models = [read(path) for path in paths]
-    assert "lm_head.weight" not in found
-    assert_close(found, reference(models[0], models[1:], lambda name: "model"))
+    if phantom:  # mergekit reads the embedding where a model has no lm_head
+        models = [{HEAD: tensors[EMBEDDING], **tensors} for tensors in models]
+    assert_close(varm(paths, tmp_path / "out", granularity), reference(models, granularity))
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module", "model"])
-def test_a_phantom_lm_head(llama_family: Family, tmp_path: Path, granularity: str) -> None:
-    def phantom(label: str, tensors: dict[str, Tensor]) -> None:
-        if label == "t1":
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
-
-    paths = llama_family(tmp_path / "in", changes={"tie_word_embeddings": True}, edit=phantom)
-    parameters = {"granularity": granularity}
-    found = merge(configuration(paths, parameters=parameters), tmp_path / "out")
-    # mergekit reads the embedding where a model has no lm_head.
-    models = [
-        {"lm_head.weight": tensors["model.embed_tokens.weight"], **tensors}
-        for tensors in map(read, paths)
-    ]
-    assert_close(found, reference(models[0], models[1:], lambda name: granularity))
-
-
-GRANITE = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
-def with_bias(
-    *labels: str, value: Callable[[int], float] = float
-) -> Callable[[str, dict[str, Tensor]], None]:
-    """An ``edit`` that gives the optional bias of Granite to some models only."""
+def granite(folder: Path, **bias: float) -> list[Path]:
+    """Checkpoints of which these only have the optional bias, filled with a value."""
 
-    def edit(label: str, tensors: dict[str, Tensor]) -> None:
-        if label in labels:
-            tensors[BIAS] = torch.full((32,), value(labels.index(label)))
+    def edit(label, tensors):
+        if label in bias:
+            tensors[BIAS] = torch.full((32,), bias[label])
 
-    return edit
+    changes = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+    return llama_family(folder / "in", changes=changes, edit=edit)
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module", "layer", "model"])
-def test_an_optional_tensor_missing_from_a_target_counts_for_nobody(
-    llama_family: Family, tmp_path: Path, granularity: str
-) -> None:
-    edit = with_bias("base", "t0", "t2", value=lambda i: 100.0 * i)
-    paths = llama_family(tmp_path / "in", changes=GRANITE, edit=edit)
-    parameters = {"granularity": granularity}
-    found = merge(configuration(paths, parameters=parameters), tmp_path / "out")
+@granularities(*UNITS)
+def test_an_optional_tensor_missing_from_a_target_counts_for_nobody(tmp_path, granularity):
+    paths = granite(tmp_path, base=0.0, t0=100.0, t2=200.0)
     models = [read(path) for path in paths]
-    expected = reference(models[0], models[1:], lambda name: granularity)
+    expected = reference(models, granularity)
     if granularity == "matrix":
         # Alone in its unit, whose statistics are those of the models that have it.
-        bias = [{BIAS: model[BIAS]} for model in models if BIAS in model]
-        expected |= reference(bias[0], bias[1:])
-    assert_close(found, expected)
+        expected |= reference([{BIAS: model[BIAS]} for model in models if BIAS in model])
+    assert_close(varm(paths, tmp_path / "out", granularity), expected)
 
 
-@pytest.mark.parametrize("granularity", ["module", "layer"])
-def test_a_unit_of_nothing_but_a_missing_tensor_is_the_bases(
-    llama_family: Family, tmp_path: Path, granularity: str
-) -> None:
-    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+@granularities("module", "layer")
+def test_a_unit_of_nothing_but_a_missing_tensor_is_the_bases(tmp_path, granularity):
+    def edit(label, tensors):
         for layer in range(2):
             at = f"model.layers.{layer}.self_attn"
             tensors |= {f"{at}.q_norm.weight": torch.ones(8), f"{at}.k_norm.weight": torch.ones(8)}
         if label == "t1":
-            del tensors["lm_head.weight"]  # optional, and not tied in mergekit's table
+            del tensors[HEAD]  # optional, and not tied in mergekit's table
 
     cohere = {"architectures": ["CohereForCausalLM"], "model_type": "cohere"}
     paths = llama_family(tmp_path / "in", changes=cohere, edit=edit)
-    found = merge(configuration(paths, parameters={"granularity": granularity}), tmp_path / "out")
-    assert same_bits(found["lm_head.weight"], read(paths[0])["lm_head.weight"])
+    found = varm(paths, tmp_path / "out", granularity)
+    assert same_bits(found[HEAD], read(paths[0])[HEAD])
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module", "element"])
-def test_nan_in_an_optional_tensor(llama_family: Family, tmp_path: Path, granularity: str) -> None:
-    edit = with_bias("base", "t0", "t2", value=lambda i: math.nan if i == 2 else 1.0)
-    paths = llama_family(tmp_path / "in", changes=GRANITE, edit=edit)
+@granularities("matrix", "module", "element")
+def test_nan_in_an_optional_tensor(tmp_path, granularity):
+    paths = granite(tmp_path, base=1.0, t0=1.0, t2=math.nan)
     with pytest.raises(FusechatError) as caught:
-        merge(configuration(paths, parameters={"granularity": granularity}), tmp_path / "out")
-    assert str(caught.value) == (
-        f"tensor {BIAS} of model {paths[3]} holds NaN or Inf: that checkpoint is broken, replace it"
-    )
+        varm(paths, tmp_path / "out", granularity)
+    assert str(caught.value) == f"tensor {BIAS} of model {paths[3]} {BROKEN}"
 
 
-def outcome(settings: Mapping[str, Any], out: Path, **options: Any) -> Any:
+def outcome(settings: Mapping[str, Any], out: Path) -> Any:
     """The names and shapes that a merge writes, or its error."""
     try:
-        merged = merge(settings, out, **options)
+        merged = run_mergekit(settings, out)
     except Exception as error:
         return type(error), str(error)
     return {name: (tensor.shape, tensor.dtype) for name, tensor in merged.items()}
 
 
-def compared(paths: Sequence[Path], tmp_path: Path, granularity: str, **options: Any) -> Any:
+def compared(paths: Sequence[Path], tmp_path: Path, granularity: str) -> Any:
     """What varm and task_arithmetic make of the same checkpoints, which must be the same."""
     ours = configuration(paths, parameters={"granularity": granularity})
     theirs = configuration(paths, "task_arithmetic", parameters={"weight": 0.3})
-    found = outcome(ours, tmp_path / "varm", **options)
-    assert found == outcome(theirs, tmp_path / "task_arithmetic", **options)
+    found = outcome(ours, tmp_path / "varm")
+    assert found == outcome(theirs, tmp_path / "task_arithmetic")
     return found
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module", "element"])
-def test_an_optional_tensor_missing_from_the_base(
-    llama_family: Family, tmp_path: Path, granularity: str
-) -> None:
-    paths = llama_family(tmp_path / "in", changes=GRANITE, edit=with_bias("t0", "t1"))
-    kind, message = compared(paths, tmp_path, granularity)
+@granularities("matrix", "module", "element")
+def test_an_optional_tensor_missing_from_the_base(tmp_path, granularity):
+    kind, message = compared(granite(tmp_path, t0=0.0, t1=1.0), tmp_path, granularity)
     assert kind is ValueError
     assert "Base input is not present" in message
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "layer", "element"])
-def test_vocabulary_mismatch(llama_family: Family, tmp_path: Path, granularity: str) -> None:
-    def longer(label: str, tensors: dict[str, Tensor]) -> None:
+@granularities("matrix", "layer", "element")
+def test_vocabulary_mismatch(tmp_path, granularity):
+    def longer(label, tensors):
         if label == "t1":
-            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            for name in (EMBEDDING, HEAD):
                 tensors[name] = torch.cat([tensors[name], torch.ones(8, 32)])
 
     paths = llama_family(tmp_path / "in", edit=longer)
     kind, message = compared(paths, tmp_path / "refused", granularity)
     assert kind is ValueError
     assert message.startswith("Tensor size mismatch for")
-    parameters = {"granularity": granularity}
-    settings = configuration(paths, parameters=parameters)
-    found = merge(settings, tmp_path / "out", unsafe_truncate_embeddings=True)
+    settings = configuration(paths, parameters={"granularity": granularity})
+    found = run_mergekit(settings, tmp_path / "out", unsafe_truncate_embeddings=True)
     models = [{n: t[:1100] for n, t in read(path).items()} for path in paths]
-    assert_same(found, merge_state_dicts(models, "varm", base=0, parameters=parameters))
+    assert_same(found, in_memory(models, granularity=granularity))
 
 
-@pytest.mark.parametrize("granularity", ["matrix", "module"])
+NEOX = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "vocab_size": 6,
+    "hidden_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 4,
+}
+LAYER = "gpt_neox.layers.0"
+NEOX_SHAPES: dict[str, tuple[int, ...]] = {
+    "gpt_neox.embed_in.weight": (6, 4),
+    "embed_out.weight": (6, 4),
+    f"{LAYER}.attention.masked_bias": (),
+    f"{LAYER}.attention.rotary_emb.inv_freq": (1,),
+    f"{LAYER}.attention.query_key_value.weight": (12, 4),
+    f"{LAYER}.attention.query_key_value.bias": (12,),
+}
+for part in ("attention.dense", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"):
+    NEOX_SHAPES |= {f"{LAYER}.{part}.weight": (4, 4), f"{LAYER}.{part}.bias": (4,)}
+for norm in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "final_layer_norm"):
+    NEOX_SHAPES |= {f"gpt_neox.{norm}.weight": (4,), f"gpt_neox.{norm}.bias": (4,)}
+
+
+@granularities("matrix", "module")
 @pytest.mark.parametrize("agree", [True, False])
-def test_non_floating_buffers(
-    write_checkpoint: Callable[..., Path], tmp_path: Path, agree: bool, granularity: str
-) -> None:
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": 6,
-        "hidden_size": 4,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 4,
-    }
-    stem = "gpt_neox.layers.0"
-    shapes: dict[str, tuple[int, ...]] = {
-        "gpt_neox.embed_in.weight": (6, 4),
-        "embed_out.weight": (6, 4),
-        f"{stem}.attention.masked_bias": (),
-        f"{stem}.attention.rotary_emb.inv_freq": (1,),
-        f"{stem}.attention.query_key_value.weight": (12, 4),
-        f"{stem}.attention.query_key_value.bias": (12,),
-    }
-    for part in ("attention.dense", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"):
-        shapes |= {f"{stem}.{part}.weight": (4, 4), f"{stem}.{part}.bias": (4,)}
-    for norm in (
-        "layers.0.input_layernorm",
-        "layers.0.post_attention_layernorm",
-        "final_layer_norm",
-    ):
-        shapes |= {f"gpt_neox.{norm}.weight": (4,), f"gpt_neox.{norm}.bias": (4,)}
-    buffer = f"{stem}.attention.bias"
+def test_non_floating_buffers(tmp_path, agree, granularity):
+    buffer = f"{LAYER}.attention.bias"
     causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    paths = []
+    models = []
     for number in range(3):
         g = torch.Generator().manual_seed(number)
-        tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-        tensors[buffer] = causal if agree or number < 2 else ~causal
-        paths.append(write_checkpoint(tmp_path / str(number), tensors, config))
+        models.append(
+            {name: torch.randn(shape, generator=g) for name, shape in NEOX_SHAPES.items()}
+        )
+    paths = [
+        write_checkpoint(
+            tmp_path / str(n), {**model, buffer: causal if agree or n < 2 else ~causal}, NEOX
+        )
+        for n, model in enumerate(models)
+    ]
     found = compared(paths, tmp_path, granularity)
     if agree:
         assert found[buffer] == (causal.shape, torch.bool)
         merged = read(tmp_path / "varm")
         assert torch.equal(merged.pop(buffer), causal)
-        models = [{n: t for n, t in read(path).items() if n != buffer} for path in paths]
-        assert_close(merged, reference(models[0], models[1:], lambda name: granularity))
+        assert_close(merged, reference(models, granularity))
     else:
         assert found == (
             ValueError,
@@ -522,13 +442,9 @@ def test_non_floating_buffers(
         )
 
 
-def test_a_permuted_vocabulary(llama_family: Family, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
+def test_a_permuted_vocabulary(tmp_path):
     size = 40
-    paths = llama_family(tmp_path / "in", (torch.float32,) * 3, changes={"vocab_size": size})
+    paths = llama_family(tmp_path / "in", (F32,) * 3, changes={"vocab_size": size})
     order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
     for number, path in enumerate(paths):
         ids = order.tolist() if number == 1 else range(size)
@@ -536,30 +452,25 @@ def test_a_permuted_vocabulary(llama_family: Family, tmp_path: Path) -> None:
         tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
     settings = configuration(paths, tokenizer_source="base")
-    found = merge(settings, tmp_path / "out")
     models = [read(path) for path in paths]
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        models[1][name] = models[1][name][order]
-    assert_close(found, reference(models[0], models[1:]))
+    models[1] |= {name: models[1][name][order] for name in (EMBEDDING, HEAD)}
+    assert_close(run_mergekit(settings, tmp_path / "out"), reference(models))
     # A granularity of several tensors is fine where none of them is permuted.
     parameters = {"granularity": [{"filter": "layers", "value": "layer"}, {"value": "matrix"}]}
-    found = merge({**settings, "parameters": parameters}, tmp_path / "filtered")
-    assert_close(
-        found,
-        reference(models[0], models[1:], lambda n: "layer" if "layers" in n else "matrix"),
-    )
+    found = run_mergekit({**settings, "parameters": parameters}, tmp_path / "filtered")
+    assert_close(found, reference(models, lambda n: "layer" if "layers" in n else "matrix"))
 
 
 # -- reading
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def reads(monkeypatch):
     """How often which tensor was read."""
-    counted: Counter[str] = Counter()
+    counted = Counter()
     original = LazyTensorLoader.get_tensor
 
-    def get_tensor(self: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+    def get_tensor(self, key, *args, **kwargs):
         counted[key] += 1
         return original(self, key, *args, **kwargs)
 
@@ -571,53 +482,50 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     ("granularity", "times"),
     [("matrix", 1), ("element", 1), ("module", 2), ("layer", 2), ("model", 2)],
 )
-def test_statistics_are_read_once_a_plan(
-    family: list[Path], tmp_path: Path, reads: Counter[str], granularity: str, times: int
-) -> None:
-    found = merge(configuration(family, parameters={"granularity": granularity}), tmp_path / "out")
+def test_statistics_are_read_once_a_plan(family, tmp_path, reads, granularity, times):
+    found = varm(family, tmp_path / "out", granularity)
     assert reads == dict.fromkeys(found, times * len(family))
 
 
 # -- NaN
 
+BROKEN = "holds NaN or Inf: that checkpoint is broken, replace it"
+
+
+def run_command(command: click.Command, file: Path, out: Path, *options: str) -> tuple[int, str]:
+    """A script of mergekit's in this process: its exit status, and what it said."""
+    result = CliRunner().invoke(command, [str(file), str(out), *options])
+    return result.exit_code, result.output
+
 
 @pytest.mark.parametrize("method", ["varm", "varm-module", "varm-element", "fusechat_sce"])
 @pytest.mark.parametrize("broken", ["base", "t1"])
-def test_nan_is_named(llama_family: Family, tmp_path: Path, broken: str, method: str) -> None:
+def test_nan_is_named(tmp_path, broken, method):
     name = "model.layers.1.mlp.up_proj.weight"
 
-    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+    def edit(label, tensors):
         if label == broken:
             tensors[name][3, 4] = math.nan
 
     paths = llama_family(tmp_path / "in", edit=edit)
     method, _, granularity = method.partition("-")
     parameters = {"granularity": granularity} if granularity else {}
-    settings = configuration(paths, method, parameters=parameters)
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(settings))
-    result = CliRunner().invoke(run_yaml.main, [str(file), str(tmp_path / "out"), "--quiet"])
-    assert result.exit_code == 1
-    assert result.output.splitlines()[-1] == (
-        f"Error: tensor {name} of model {tmp_path / 'in' / broken} holds NaN or Inf: that checkpoint"
-        " is broken, replace it"
-    )
+    file = write_yaml(tmp_path / "merge.yml", configuration(paths, method, parameters=parameters))
+    code, output = run_command(run_yaml.main, file, tmp_path / "out", "--quiet")
+    assert code == 1
+    path = tmp_path / "in" / broken
+    assert output.splitlines()[-1] == f"Error: tensor {name} of model {path} {BROKEN}"
     models = {path.name: read(path) for path in paths}
     with pytest.raises(FusechatError) as caught:
         merge_state_dicts(models, method, base="base", parameters=parameters)
-    assert str(caught.value) == (
-        f"tensor {name} of model {broken} holds NaN or Inf: that checkpoint is broken, replace it"
-    )
+    assert str(caught.value) == f"tensor {name} of model {broken} {BROKEN}"
 
 
-def test_nan_in_a_nameless_tensor() -> None:
-    tensors = [torch.zeros(2), torch.tensor([1.0, math.inf])]
-    for method in ("varm", "fusechat_sce"):
-        with pytest.raises(FusechatError) as caught:
-            merge_tensors(tensors, method, base_index=0)
-        assert str(caught.value) == (
-            "a tensor of model 1 holds NaN or Inf: that checkpoint is broken, replace it"
-        )
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
+def test_nan_in_a_nameless_tensor(method):
+    with pytest.raises(FusechatError) as caught:
+        merge_tensors([torch.zeros(2), torch.tensor([1.0, math.inf])], method, base_index=0)
+    assert str(caught.value) == f"a tensor of model 1 {BROKEN}"
 
 
 # -- refusals: before any tensor is read, with no output folder
@@ -628,35 +536,28 @@ TOKENIZER = (
     " tokenizer_source): use granularity matrix or element for the units of"
     " model.embed_tokens.weight, lm_head.weight, or bring the models to one vocabulary first"
 )
+VARM_TAKES = "it takes granularity, statistic, lambda, weight"
+WEIGHTLESS = (
+    "weight: every target's is 0 for {}; give at least one target a weight above 0, or use"
+    " lambda: 0 to keep the pivot's"
+)
+
+
+def weightless(part: str, value: Any = 0) -> dict[str, Any]:
+    return {"weight": [{"filter": part, "value": value}, {"value": 1}]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"parameters": {"granularity": "modules"}},
-            "parameters.granularity: 'modules' is unknown (did you mean 'module'?); use one of"
-            " matrix, module, layer, model, element",
-        ),
-        (
-            {"parameters": {"lamda": 1}},
-            "parameters.lamda: varm has no parameter 'lamda' (did you mean 'lambda'?); it takes"
-            " granularity, statistic, lambda, weight",
-        ),
-        (
             {"parameters": {"weight": -1, "normalize": True}},
             "2 problems:\n  parameters.weight: -1 is below 0\n  parameters.normalize: varm has no"
-            " parameter 'normalize'; it takes granularity, statistic, lambda, weight",
+            f" parameter 'normalize'; {VARM_TAKES}",
         ),
         ({"base_model": None}, "base_model is missing: varm needs the pivot"),
-        (
-            {"parameters": {"weight": [{"filter": "model.norm", "value": 0}, {"value": 1}]}},
-            "weight: every target's is 0 for model.norm.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
-        ),
-        (
-            {"parameters": {"weight": [{"filter": "lm_head", "value": [0]}, {"value": 1}]}},
-            "weight: every target's is 0 for lm_head.weight; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
-        ),
+        ({"parameters": weightless("model.norm")}, WEIGHTLESS.format("model.norm.weight")),
+        ({"parameters": weightless("lm_head", [0])}, WEIGHTLESS.format(HEAD)),
         ({"parameters": {"granularity": "model"}, "tokenizer_source": "base"}, TOKENIZER),
         ({"parameters": {"granularity": "module"}, "tokenizer": {"source": "base"}}, TOKENIZER),
         (
@@ -665,23 +566,26 @@ TOKENIZER = (
         ),
     ],
 )
-def test_refused(
-    family: list[Path],
-    tmp_path: Path,
-    reads: Counter[str],
-    changes: dict[str, Any],
-    message: str,
-) -> None:
-    file, out = tmp_path / "merge.yml", tmp_path / "out"
-    file.write_text(yaml.safe_dump({**configuration(family), **changes}, sort_keys=False))
-    result = CliRunner().invoke(run_yaml.main, [str(file), str(out), "--quiet"])
-    assert result.exit_code == 2
-    assert result.output[result.output.index("Error: ") :] == f"Error: {message}\n"
+def test_refused(family, tmp_path, reads, changes, message):
+    settings, out = {**configuration(family), **changes}, tmp_path / "out"
+    file = write_yaml(tmp_path / "merge.yml", settings)
+    code, output = run_command(run_yaml.main, file, out, "--quiet")
+    assert code == 2
+    assert output[output.index("Error: ") :] == f"Error: {message}\n"
     assert not out.exists()
     assert not reads
     with pytest.raises(RequestError) as caught:
-        merge({**configuration(family), **changes}, out)
+        run_mergekit(settings, out)
     assert str(caught.value) == message
+
+
+@pytest.fixture
+def files(tmp_path):
+    """What mergekit-pytorch merges: files, not checkpoints."""
+    made = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
+    for number, file in enumerate(made):
+        save_file({"w": torch.full((3,), float(number)), "norm": torch.ones(1)}, file)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -693,83 +597,65 @@ def test_refused(
             " mergekit-yaml or fusechat-merge run",
         ),
         ({"lambda": ".nan"}, "parameters.lambda: '.nan' is not a finite number"),
-        (
-            {"weight": [{"filter": "norm", "value": 0}, {"value": 1}]},
-            "weight: every target's is 0 for norm; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's",
-        ),
+        (weightless("norm"), WEIGHTLESS.format("norm")),
     ],
 )
-def test_mergekit_pytorch_refuses(
-    tmp_path: Path, reads: Counter[str], parameters: dict[str, Any], message: str
-) -> None:
-    for name in ("base", "a", "b"):
-        save_file({"w": torch.ones(3), "norm": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    files = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
-    settings = configuration(files, parameters=parameters)
-    config = tmp_path / "merge.yml"
-    config.write_text(yaml.safe_dump(settings))
-    out = tmp_path / "out"
-    result = CliRunner().invoke(merge_raw_pytorch.main, [str(config), str(out)])
-    assert result.exit_code == 2
-    assert result.output[result.output.index("Error: ") :] == f"Error: {message}\n"
-    assert not out.exists()
+def test_mergekit_pytorch_refuses(tmp_path, files, reads, parameters, message):
+    config = write_yaml(tmp_path / "merge.yml", configuration(files, parameters=parameters))
+    code, output = run_command(merge_raw_pytorch.main, config, tmp_path / "out")
+    assert code == 2
+    assert output[output.index("Error: ") :] == f"Error: {message}\n"
+    assert not (tmp_path / "out").exists()
     assert not reads
 
 
-def test_mergekit_pytorch_with_another_method(tmp_path: Path) -> None:
-    for number, name in enumerate(("base", "a", "b")):
-        save_file({"w": torch.full((3,), float(number))}, tmp_path / f"{name}.safetensors")
-    files = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
-    config = tmp_path / "merge.yml"
-    config.write_text(
-        yaml.safe_dump(configuration(files, "task_arithmetic", parameters={"weight": 0.5}))
-    )
-    result = CliRunner().invoke(merge_raw_pytorch.main, [str(config), str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
+def test_mergekit_pytorch_with_another_method(tmp_path, files):
+    settings = configuration(files, "task_arithmetic", parameters={"weight": 0.5})
+    config = write_yaml(tmp_path / "merge.yml", settings)
+    code, output = run_command(merge_raw_pytorch.main, config, tmp_path / "out")
+    assert code == 0, output
     assert read(tmp_path / "out")["w"].tolist() == [1.5] * 3
 
 
 # -- in memory
 
 
-def test_merge_tensors(family: list[Path]) -> None:
+def test_merge_tensors(models):
     name = "model.layers.0.self_attn.q_proj.weight"
-    tensors = [read(path)[name] for path in family]
-    expected = merge_tensors(tensors, "varm", base_index=0)
+    tensors = [model[name] for model in models]
+
+    def merged(given=tensors, **options):
+        return merge_tensors(given, "varm", **{"base_index": 0, **options})
+
+    expected = merged()
     # The unit is the tensor that was given, whatever the granularity.
     for granularity in ("module", "layer", "model"):
         for given in (name, None):
-            found = merge_tensors(
-                tensors, "varm", base_index=0, name=given, parameters={"granularity": granularity}
-            )
-            assert same_bits(found, expected)
-    assert merge_tensors(tensors, "varm", base_index=0, out_dtype=torch.float16).dtype == (
-        torch.float16
-    )
-    moved = merge_tensors(tensors[::-1], "varm", base_index=3, parameters={"weight": [0, 0, 2]})
+            assert same_bits(merged(name=given, parameters={"granularity": granularity}), expected)
+    assert merged(out_dtype=F16).dtype == F16
+    moved = merged(tensors[::-1], base_index=3, parameters={"weight": [0, 0, 2]})
     assert same_bits(moved, tensors[1])
     with pytest.raises(ValueError, match="requires a base input"):
         merge_tensors(tensors, "varm")
     with pytest.raises(TypeError, match=r"Unknown parameter\(s\) for varm: lamda"):
-        merge_tensors(tensors, "varm", base_index=0, parameters={"lamda": 1})
+        merged(parameters={"lamda": 1})
     for bad in ({"weight": -1.0}, {"granularity": "block"}, {"lambda": math.inf}):
         with pytest.raises(ValueError, match="validation error"):
-            merge_tensors(tensors, "varm", base_index=0, parameters=bad)
+            merged(parameters=bad)
     with pytest.raises(RequestError) as caught:
-        merge_tensors(tensors, "varm", base_index=0, name=name, parameters={"weight": 0})
-    assert str(caught.value) == (
-        f"weight: every target's is 0 for {name or 'the tensor'}; give at least one target a weight above 0, or use lambda: 0 to keep the pivot's"
-    )
+        merged(name=name, parameters={"weight": 0})
+    assert str(caught.value) == WEIGHTLESS.format(name)
 
 
-def test_only_a_base() -> None:
+@pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
+def test_only_a_base(method):
     base = torch.tensor([-0.0, 1.0])
-    for method in ("varm", "fusechat_sce"):
-        assert same_bits(merge_tensors([base], method, base_index=0), base)
+    assert same_bits(merge_tensors([base], method, base_index=0), base)
 
 
-def test_merge_state_dicts_of_modules_and_buffers() -> None:
-    def module(shift: float) -> torch.nn.Module:
+@granularities("matrix", "layer")
+def test_merge_state_dicts_of_modules_and_buffers(granularity):
+    def module(shift):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
         with torch.no_grad():
@@ -778,50 +664,36 @@ def test_merge_state_dicts_of_modules_and_buffers() -> None:
         return net
 
     models = {"base": module(0), "a": module(0.1), "b": module(0.2)}
-    for granularity in ("matrix", "layer"):
-        parameters = {"granularity": granularity, "weight": {"a": 2.0, "b": 1.0}}
-        found = merge_state_dicts(models, "varm", base="base", parameters=parameters)
-        states = [dict(m.state_dict()) for m in models.values()]
-        count = {n for n, t in states[0].items() if not t.is_floating_point()}
-        assert count == {"1.num_batches_tracked"}
-        assert torch.equal(found["1.num_batches_tracked"], torch.tensor(0))
-        for state in (found, *states):
-            for name in count:
-                del state[name]
-        # ``0`` and ``1`` are the layers here; the names begin with their digits.
-        named = [{f"x.{n}": t for n, t in state.items()} for state in states]
-        expected = reference(
-            named[0], named[1:], lambda n, kind=granularity: kind, lambda n: [2.0, 1.0]
-        )
-        assert_close({f"x.{n}": t.detach() for n, t in found.items()}, expected)
+    parameters = {"granularity": granularity, "weight": {"a": 2.0, "b": 1.0}}
+    found = merge_state_dicts(models, "varm", base="base", parameters=parameters)
+    count = "1.num_batches_tracked"
+    assert torch.equal(found.pop(count), torch.tensor(0))
+    # `0` and `1` are the layers here; the names begin with their digits.
+    named = [
+        {f"x.{n}": t for n, t in net.state_dict().items() if n != count} for net in models.values()
+    ]
+    assert all(t.is_floating_point() for t in named[0].values())
+    expected = reference(named, granularity, lambda n: [2.0, 1.0])
+    assert_close({f"x.{n}": t.detach() for n, t in found.items()}, expected)
 
 
-def test_a_granularity_a_tensor_in_memory(family: list[Path]) -> None:
-    models = [read(path) for path in family]
+def test_a_granularity_a_tensor_in_memory(models):
     names = list(models[0])
     kinds = ["module" if "attn" in n else "element" if "norm" in n else "layer" for n in names]
-    found = merge_state_dicts(
-        models, "varm", base=0, parameters={"granularity": PerGroupValues(kinds)}
-    )
-    by_kind = {
-        kind: merge_state_dicts(models, "varm", base=0, parameters={"granularity": kind})
-        for kind in set(kinds)
-    }
+    found = in_memory(models, granularity=PerGroupValues(kinds))
+    by_kind = {kind: in_memory(models, granularity=kind) for kind in set(kinds)}
     assert_same(found, {n: by_kind[kind][n] for n, kind in zip(names, kinds, strict=True)})
 
 
-def test_sce_in_memory_and_from_checkpoints(family: list[Path], tmp_path: Path) -> None:
-    import fusechat_merge
-
+def test_sce_in_memory_and_from_checkpoints(family, models, tmp_path):
     parameters = {"select_topk": 0.4, "variant": "fork"}
-    found = merge(configuration(family, "fusechat_sce", parameters=parameters), tmp_path / "out")
-    models = [read(path) for path in family]
-    assert_same(found, merge_state_dicts(models, "fusechat_sce", base=0, parameters=parameters))
+    settings = configuration(family, "fusechat_sce", parameters=parameters)
+    found = run_mergekit(settings, tmp_path / "out")
+    assert_same(found, in_memory(models, "fusechat_sce", **parameters))
     base, *targets = models
-    assert_same(
-        found,
-        {n: fusechat_merge.sce(base[n], [t[n] for t in targets], **parameters) for n in base},
-    )
+    for name, tensor in found.items():
+        alone = fusechat_merge.sce(base[name], [t[name] for t in targets], **parameters)
+        assert same_bits(tensor, alone), name
 
 
 # -- mergekit-evolve
@@ -829,11 +701,8 @@ def test_sce_in_memory_and_from_checkpoints(family: list[Path], tmp_path: Path) 
 
 def genome(paths: Sequence[Path], method: str, **settings: Any) -> ModelGenome:
     base, *targets = map(str, paths)
-    return ModelGenome(
-        ModelGenomeDefinition.model_validate(
-            {"models": targets, "merge_method": method, "base_model": base, **settings}
-        )
-    )
+    fields = {"models": targets, "merge_method": method, "base_model": base, **settings}
+    return ModelGenome(ModelGenomeDefinition.model_validate(fields))
 
 
 @pytest.mark.parametrize(
@@ -847,38 +716,30 @@ def genome(paths: Sequence[Path], method: str, **settings: Any) -> ModelGenome:
     ],
 )
 @pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
-def test_genomes_can_be_merged(
-    family: list[Path], tmp_path: Path, method: str, settings: dict[str, Any]
-) -> None:
+def test_genomes_can_be_merged(family, models, tmp_path, method, settings):
     one = genome(family, method, **settings)
     config = one.genotype_merge_config(one.initial_genotype(random=True))
-    found = merge(config.model_dump(exclude_none=True, mode="json"), tmp_path / "out")
-    assert set(found) == set(read(family[0]))
+    found = run_mergekit(config.model_dump(exclude_none=True, mode="json"), tmp_path / "out")
+    assert set(found) == set(models[0])
 
 
-def test_a_genomes_numbers_reach_the_merge(family: list[Path]) -> None:
+def test_a_genomes_numbers_reach_the_merge(family):
     assert METHOD_PARAM_MAPS["varm"] == ["weight"]
     assert METHOD_PARAM_MAPS["fusechat_sce"] == ["select_topk"]
     values = torch.tensor([0.5, -2.0, 3.0])
     config = genome(family, "varm").genotype_merge_config(values)
     (piece,) = config.slices
-    assert [s.parameters for s in piece.sources] == [
-        {"weight": 0.5},
-        {"weight": 2.0},
-        {"weight": 3.0},
-        None,
-    ]
+    weights = [{"weight": 0.5}, {"weight": 2.0}, {"weight": 3.0}, None]
+    assert [s.parameters for s in piece.sources] == weights
     assert config.parameters is None
-    config = genome(family, "fusechat_sce").genotype_merge_config(torch.tensor([0.2, 0.4, 0.6]))
-    (piece,) = config.slices
+    sce = genome(family, "fusechat_sce")
+    (piece,) = sce.genotype_merge_config(torch.tensor([0.2, 0.4, 0.6])).slices
     assert piece.parameters == {"select_topk": pytest.approx(0.4)}
     assert not any(source.parameters for source in piece.sources)
-    assert genome(family, "fusechat_sce").genotype_merge_config(values).slices[0].parameters == {
-        "select_topk": 0.5
-    }
+    assert sce.genotype_merge_config(values).slices[0].parameters == {"select_topk": 0.5}
 
 
-def test_other_genomes_are_left_alone(family: list[Path]) -> None:
+def test_other_genomes_are_left_alone(family):
     config = genome(family, "task_arithmetic").genotype_merge_config(torch.rand(3))
     assert config.parameters == {"normalize": False, "int8_mask": True}
     (piece,) = config.slices
@@ -888,12 +749,8 @@ def test_other_genomes_are_left_alone(family: list[Path]) -> None:
 # -- registration
 
 
-def test_registering_twice_is_harmless() -> None:
-    from fusechat_merge import _autoload
-    from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
-
-    before = registered_methods()
-    planner = __import__("mergekit.plan").plan.MergePlanner._plan
+def test_registering_twice_is_harmless():
+    before, planner = registered_methods(), mergekit.plan.MergePlanner._plan
     mergekit_plugin.register_methods()
     mergekit_plugin.extend_planner()
     mergekit_plugin.extend_raw_planner()
@@ -901,15 +758,5 @@ def test_registering_twice_is_harmless() -> None:
     _autoload.install()
     assert registered_methods() == before
     assert [m.spec.name for m in before].count("varm") == 1
-    assert __import__("mergekit.plan").plan.MergePlanner._plan is planner
+    assert mergekit.plan.MergePlanner._plan is planner
     assert get("varm").spec.pretty_name == "VaRM"
-
-
-@pytest.fixture(autouse=True)
-def _no_leftover_loaders() -> Iterator[None]:
-    """mergekit keeps one loader a path for the life of the process."""
-    from mergekit.io.tasks import LoaderCache
-
-    yield
-    LoaderCache().loaders.clear()
-    merge_raw_pytorch.SimpleLoaderCache().loaders.clear()

@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ def every_finite_bfloat16() -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 1 << 14, (1 << 14) + 1, 5 * (1 << 14) - 3])
 @pytest.mark.parametrize("squared", [True, False])
-def test_sums_of_deltas(n: int, squared: bool) -> None:
+def test_sums_of_deltas(n, squared):
     generator = torch.Generator().manual_seed(n)
     base, *targets = (torch.randn(n, generator=generator).to(BF16) for _ in range(4))
     found = compiled.delta_sums(base, targets, 1 << 14, squared)
@@ -38,7 +37,7 @@ def test_sums_of_deltas(n: int, squared: bool) -> None:
             assert value == pytest.approx(math.fsum(part.tolist()), rel=1e-13)
 
 
-def test_deltas_over_the_whole_range_are_exact() -> None:
+def test_deltas_over_the_whole_range_are_exact():
     values = every_finite_bfloat16()
     for at in range(0, len(values), 997):  # one pair at a time: no sum, so no rounding
         base, target = values[at : at + 1], values[-1 - at].view(1)
@@ -46,7 +45,7 @@ def test_deltas_over_the_whole_range_are_exact() -> None:
         assert found == (float(target) - float(base)) ** 2
 
 
-def test_nan_and_infinity_reach_the_sum() -> None:
+def test_nan_and_infinity_reach_the_sum():
     for value in (math.nan, math.inf, -math.inf):
         target = torch.zeros(300, dtype=BF16)
         target[299] = value
@@ -55,7 +54,7 @@ def test_nan_and_infinity_reach_the_sum() -> None:
         assert not math.isfinite(sums[2])
 
 
-def test_one_tensor_at_factor_one_keeps_every_value() -> None:
+def test_one_tensor_at_factor_one_keeps_every_value():
     values = every_finite_bfloat16()
     out = torch.empty_like(values)
     compiled.combine([values], [1.0], out)
@@ -63,7 +62,7 @@ def test_one_tensor_at_factor_one_keeps_every_value() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 40_000])
-def test_combination_is_rounded_once_to_nearest_even(n: int) -> None:
+def test_combination_is_rounded_once_to_nearest_even(n):
     generator = np.random.default_rng(n)
     tensors = [torch.tensor(generator.normal(size=n)).to(BF16) for _ in range(3)]
     factors = [0.5, 0.25, 2.0**-9]  # products and sums exact in float32: ties are met
@@ -73,7 +72,7 @@ def test_combination_is_rounded_once_to_nearest_even(n: int) -> None:
     assert torch.equal(out, exact.to(torch.float32).to(BF16))
 
 
-def test_ties_go_to_the_even_neighbour() -> None:
+def test_ties_go_to_the_even_neighbour():
     one, step = torch.tensor([1.0, 1.0, -1.0], dtype=BF16), 2.0**-8  # half of 1's last bit
     out = torch.empty(3, dtype=BF16)
     compiled.combine([one, one], [1.0, step], out)
@@ -82,21 +81,21 @@ def test_ties_go_to_the_even_neighbour() -> None:
     assert out.tolist() == [1.0 + 4 * step, 1.0 + 4 * step, -1.0 - 4 * step]
 
 
-def test_an_overflow_becomes_infinity() -> None:
+def test_an_overflow_becomes_infinity():
     largest = torch.tensor([torch.finfo(BF16).max], dtype=BF16)
     out = torch.empty(1, dtype=BF16)
     compiled.combine([largest, largest], [1.0, 1.0], out)
     assert out.item() == math.inf
 
 
-def test_they_run_for_bfloat16_on_the_cpu_alone() -> None:
+def test_they_run_for_bfloat16_on_the_cpu_alone():
     tensor = torch.zeros(4, dtype=BF16)
     assert varm._loops_for(tensor, tensor) is compiled
     assert varm._loops_for(tensor, tensor.float()) is None
     assert varm._loops_for(tensor, tensor.to("meta")) is None
 
 
-def test_without_numba_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_same_within_rounding(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(70_001, generator=generator).to(BF16)
     targets = [(base + s * torch.randn(70_001, generator=generator)).to(BF16) for s in (0.1, 0.3)]
@@ -110,7 +109,7 @@ def test_without_numba_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch)
     assert (plain.view(torch.int16).int() - merged.view(torch.int16).int()).abs().max() <= 1
 
 
-def test_without_a_place_for_what_is_compiled(tmp_path: Path) -> None:
+def test_without_a_place_for_what_is_compiled(tmp_path):
     """Nowhere to keep it from the start, and none left when it has been compiled."""
     text = "def doubled(numbers):\n    numbers[0] *= 2\n"
     nowhere: dict[str, Any] = {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -16,22 +15,23 @@ from torch import Tensor
 
 import fusechat_merge
 from fusechat_merge.methods import sce as method
-from fusechat_merge.methods.blocks import BLOCK, STRIP, Block, InMemory, NonFiniteError
+from fusechat_merge.methods.blocks import BLOCK, STRIP, InMemory, NonFiniteError
+from tests.support.tensors import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    SIZES,
+    Segments,
+    models,
+    numbers,
+    same_bits,
+    ulp,
+)
 
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = {
-    "bf16": (BF16,) * 4,
-    "fp16": (F16,) * 4,
-    "fp32": (F32,) * 4,
-    "fp64": (F64,) * 4,
-    "mixed": (BF16, F32, F16, BF16),
-}
-SIZES = (1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 17)
-TAUS = (0.0, 0.1, 0.5, 0.999, 1.0)
-
-
-def numbers(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to(F64).numpy()
+VARIANTS = pytest.mark.parametrize("variant", ["paper", "fork"])
+KINDS = {name: DTYPES[name] for name in ("bf16", "fp16", "fp32", "fp64", "mixed")}
 
 
 def reference(
@@ -66,35 +66,11 @@ def reference(
 
 def assert_rounded(out: Tensor, expected: np.ndarray) -> None:
     """Rounded from float64 (torch does so by way of float32), but for float64's own error."""
-    significant, smallest = {BF16: (8, -133), F16: (11, -24), F32: (24, -149), F64: (53, -1074)}[
-        out.dtype
-    ]
-    _, exponent = np.frexp(expected)
-    normal = np.where(expected == 0, -9999, exponent - significant)
-    ulp = np.ldexp(1.0, np.maximum(normal, smallest))
     error = np.abs(numbers(out) - expected)
     own = 1e-14 if out.dtype in (F32, F64) else 2.0**-24
-    assert (error <= ulp / 2 + own * np.abs(expected) + 1e-15).all(), error.max()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    a, b = a.reshape(-1), b.reshape(-1)
-    return a.dtype == b.dtype and a.view(torch.uint8).equal(b.view(torch.uint8))
-
-
-def models(
-    shape: Any = (5, 13),
-    dtypes: Sequence[torch.dtype] = (F32,) * 4,
-    scale: float = 1e-2,
-    seed: int = 0,
-) -> tuple[Tensor, list[Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    base = torch.randn(shape, generator=g, dtype=F64)
-    targets = [
-        base + scale * (1 + 2 * j) * torch.randn(shape, generator=g, dtype=F64)
-        for j in range(len(dtypes) - 1)
-    ]
-    return base.to(dtypes[0]), [t.to(d) for t, d in zip(targets, dtypes[1:], strict=True)]
+    assert (error <= ulp(expected, out.dtype) / 2 + own * np.abs(expected) + 1e-15).all(), (
+        error.max()
+    )
 
 
 def coarse(size: int, count: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
@@ -107,72 +83,41 @@ def coarse(size: int, count: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     return base, targets
 
 
-class Segments:
-    """Passes that hand out blocks of ``cells`` grid cells, from several threads, last one first."""
-
-    def __init__(self, base: Tensor, targets: Sequence[Tensor], cells: int) -> None:
-        whole = InMemory(base, targets)
-        self.count, self.output = whole.count, whole.output
-        step = cells * BLOCK
-        starts = range(0, base.numel(), step)
-        self._blocks = [
-            Block(i, base[i : i + step], tuple(t[i : i + step] for t in targets)) for i in starts
-        ]
-        self._outs = [self.output[i : i + step] for i in starts]
-
-    def map(self, fn: Callable[[Block], Any]) -> Iterator[Any]:
-        with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(fn, self._blocks[::-1]))
-        yield from found[::-1]
-
-    def write(self, fn: Callable[[Block, Tensor], None]) -> None:
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(fn, self._blocks[::-1], self._outs[::-1]))
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def merged(
+    base: Tensor, targets: Sequence[Tensor], tau: float = 1.0, variant: str = "paper", rtol=1e-11
+) -> Tensor:
+    """What SCE makes of tensors, after a comparison with the reference."""
+    passes = InMemory(base, targets)
+    eta = method.merge(passes, tau, variant)
+    expected, expected_eta = reference(base, targets, tau, variant)
+    np.testing.assert_allclose(eta, expected_eta, rtol=rtol)
+    assert_rounded(passes.output, expected)
+    return passes.output
 
 
 # -- against the reference
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@VARIANTS
+@pytest.mark.parametrize("tau", [0.0, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("dtypes", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_reference(size: int, dtypes: Sequence[torch.dtype], tau: float, variant: str) -> None:
-    base, targets = models(size, dtypes)
-    passes = InMemory(base, targets)
-    eta = method.merge(passes, tau, variant)
-    expected, expected_eta = reference(base, targets, tau, variant)
-    np.testing.assert_allclose(eta, expected_eta, rtol=1e-11)
-    promoted = dtypes[0]
-    for dtype in dtypes:
-        promoted = torch.promote_types(promoted, dtype)
-    assert passes.output.dtype == promoted
-    assert_rounded(passes.output, expected)
+def test_reference(size, dtypes, tau, variant):
+    out = merged(*models(size, dtypes), tau, variant)
+    assert out.dtype == reduce(torch.promote_types, dtypes)
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.05, 0.1, 0.35, 0.5, 0.9])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("size", [10, 1000, BLOCK + 1, 2 * BLOCK + 333])
-def test_reference_with_ties(size: int, count: int, tau: float, variant: str) -> None:
-    base, targets = coarse(size, count)
-    passes = InMemory(base, targets)
-    eta = method.merge(passes, tau, variant)
-    expected, expected_eta = reference(base, targets, tau, variant)
-    np.testing.assert_allclose(eta, expected_eta, rtol=1e-12)
-    assert_rounded(passes.output, expected)
+def test_reference_with_ties(size, count, tau, variant):
+    merged(*coarse(size, count), tau, variant, rtol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 5, 9, 31, 100, BLOCK + 13])
 @pytest.mark.parametrize("tau", [0.25, 0.5])
-def test_ties_go_to_the_lower_index(size: int, tau: float) -> None:
+def test_ties_go_to_the_lower_index(size, tau):
     # All variances are equal, and with three targets none of them is exact: the bits must still be
     # the same wherever an element lies.
     base = torch.zeros(size, dtype=F64)
@@ -197,9 +142,7 @@ def neighbours() -> np.ndarray:
 
 @pytest.mark.parametrize("candidates", [0, 3, 1 << 17])
 @pytest.mark.parametrize("size", [160, (STRIP + 1) * BLOCK + 17])
-def test_selection_of_variances_with_any_bits(
-    monkeypatch: pytest.MonkeyPatch, size: int, candidates: int
-) -> None:
+def test_selection_of_variances_with_any_bits(monkeypatch, size, candidates):
     # δ itself stands for the variance.
     monkeypatch.setattr(
         method, "_variance_keys", lambda deltas: deltas[0].view(torch.int64).clone()
@@ -224,7 +167,7 @@ def test_selection_of_variances_with_any_bits(
             assert np.array_equal(np.flatnonzero(torch.cat(list(masks))), np.sort(order[:k]))
 
 
-def test_algorithm_1_by_hand() -> None:
+def test_algorithm_1_by_hand():
     base = torch.zeros(4)
     first = torch.tensor([4.0, 1.0, -1.0, 0.0])
     second = torch.tensor([0.0, 1.0, 3.0, 1.0])
@@ -237,7 +180,7 @@ def test_algorithm_1_by_hand() -> None:
     assert fork.tolist() == pytest.approx([4.0, 1.0, 3.0, 1.0])
 
 
-def test_where_the_signs_cancel() -> None:
+def test_where_the_signs_cancel():
     base = torch.tensor([1.0, -0.0, 1.0])
     first = base + torch.tensor([0.5, 0.0, 1.0])
     second = base + torch.tensor([-0.5, 0.0, 0.0])
@@ -250,7 +193,7 @@ def test_where_the_signs_cancel() -> None:
     assert math.copysign(1, fork[1]) == -1
 
 
-def test_realistic_deltas_get_their_weights_where_mergekits_sce_falls_back() -> None:
+def test_realistic_deltas_get_their_weights_where_mergekits_sce_falls_back():
     g = torch.Generator().manual_seed(3)
     base = torch.randn(100_000, generator=g)
     targets = [base + s * torch.randn(base.shape, generator=g) for s in (2e-4, 6e-4)]
@@ -259,9 +202,9 @@ def test_realistic_deltas_get_their_weights_where_mergekits_sce_falls_back() -> 
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-66, 2.0**20])
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.3, 1.0])
-def test_scaling_every_delta_scales_the_update(tau: float, variant: str, scale: float) -> None:
+def test_scaling_every_delta_scales_the_update(tau, variant, scale):
     _, targets = models(BLOCK + 100)
     base = torch.zeros_like(targets[0])
     plain, scaled = InMemory(base, targets), InMemory(base, [t * scale for t in targets])
@@ -273,8 +216,8 @@ def test_scaling_every_delta_scales_the_update(tau: float, variant: str, scale: 
 # -- the edges of Select
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
-def test_tau_one_selects_elements_without_variance_too(variant: str) -> None:
+@VARIANTS
+def test_tau_one_selects_elements_without_variance_too(variant):
     base = torch.tensor([1.0, 2.0])
     same = torch.tensor([1.5, 2.0])
     out = fusechat_merge.sce(base, [same, same.clone()], variant=variant)
@@ -286,33 +229,33 @@ def test_tau_one_selects_elements_without_variance_too(variant: str) -> None:
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.999])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
-def test_one_target_and_tau_below_one_give_the_pivot(dtype: torch.dtype, tau: float) -> None:
+def test_one_target_and_tau_below_one_give_the_pivot(dtype, tau):
     base, targets = models(200, (dtype, dtype))
     base[:3] = -0.0
     assert same_bits(fusechat_merge.sce(base, targets, select_topk=tau), base)
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_one_target_and_tau_one_give_the_target(dtype: torch.dtype, variant: str) -> None:
+def test_one_target_and_tau_one_give_the_target(dtype, variant):
     base, (target,) = models(200, (dtype, dtype))
     assert torch.equal(fusechat_merge.sce(base, [target], variant=variant), target)
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_unmoved_is_the_bases_bit_for_bit(dtype: torch.dtype, tau: float, variant: str) -> None:
+def test_unmoved_is_the_bases_bit_for_bit(dtype, tau, variant):
     base = torch.tensor([-0.0, 0.0, 1.0, -2.5], dtype=dtype)
     targets = [base.clone(), base.abs() * base.sign()]
     out = fusechat_merge.sce(base, targets, select_topk=tau, variant=variant)
     assert same_bits(out, base)
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (3, 4, 5)])
-def test_shapes(shape: tuple[int, ...], tau: float, variant: str) -> None:
+def test_shapes(shape, tau, variant):
     base, targets = models(shape)
     out = fusechat_merge.sce(base, targets, select_topk=tau, variant=variant)
     assert out.shape == base.shape
@@ -320,7 +263,7 @@ def test_shapes(shape: tuple[int, ...], tau: float, variant: str) -> None:
         assert_rounded(out, reference(base, targets, tau, variant)[0])
 
 
-def test_strides_do_not_count() -> None:
+def test_strides_do_not_count():
     base, targets = models((40, 50))
     expected = fusechat_merge.sce(base, targets, select_topk=0.4)
     strided = [t.t().contiguous().t() for t in targets]
@@ -330,16 +273,15 @@ def test_strides_do_not_count() -> None:
 # -- the same bits, whatever computes them
 
 
-@pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 @pytest.mark.parametrize("kind", ["fp32", "ties"])
-def test_threads_and_segments_leave_the_bits(kind: str, tau: float, variant: str) -> None:
+def test_threads_and_segments_leave_the_bits(set_threads, kind, tau, variant):
     size = 4 * BLOCK + 4099
     base, targets = coarse(size, 3) if kind == "ties" else models(size)
     found = []
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         for passes in (
             InMemory(base, targets),
             Segments(base, targets, 1),
@@ -354,14 +296,12 @@ def test_threads_and_segments_leave_the_bits(kind: str, tau: float, variant: str
 # -- NaN and Inf, refusals
 
 
-@pytest.mark.parametrize("variant", ["paper", "fork"])
+@VARIANTS
 @pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, BLOCK, BLOCK + 8])
 @pytest.mark.parametrize("where", [None, 0, 2])
-def test_nan_and_inf_are_named(
-    where: int | None, at: int, value: float, tau: float, variant: str
-) -> None:
+def test_nan_and_inf_are_named(where, at, value, tau, variant):
     base, targets = models(BLOCK + 9, (BF16,) * 4)
     (base if where is None else targets[where])[at] = value
     with pytest.raises(NonFiniteError) as caught:
@@ -372,7 +312,7 @@ def test_nan_and_inf_are_named(
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
-def test_ends_of_bf16s_range(tau: float) -> None:
+def test_ends_of_bf16s_range(tau):
     top = torch.finfo(BF16).max
     base = torch.tensor([-top, top, 1.0, 2.0], dtype=BF16)
     targets = [
@@ -393,21 +333,23 @@ def test_ends_of_bf16s_range(tau: float) -> None:
         ({"select_topk": math.nan}, "select_topk must be from 0 to 1, got nan"),
     ],
 )
-def test_refused(options: dict[str, Any], message: str) -> None:
+def test_refused(options, message):
     base, targets = models(3)
     with pytest.raises(ValueError) as caught:
         fusechat_merge.sce(base, targets, **options)
     assert str(caught.value) == message
 
 
-def test_refused_tensors() -> None:
+def test_refused_tensors():
     base, targets = models((2, 3))
-    with pytest.raises(ValueError, match=r"^sce needs at least one target$"):
-        fusechat_merge.sce(base, [])
-    with pytest.raises(ValueError) as caught:
+    for tensors, message in [
+        ([], "sce needs at least one target"),
         # One element would spread over the whole tensor.
-        fusechat_merge.sce(base, [targets[0], targets[1].view(-1)[:1]])
-    assert str(caught.value) == "target 1 has shape (1,), the base (2, 3)"
+        ([targets[0], targets[1].view(-1)[:1]], "target 1 has shape (1,), the base (2, 3)"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            fusechat_merge.sce(base, tensors)
+        assert str(caught.value) == message
 
 
 # -- property
@@ -415,7 +357,7 @@ def test_refused_tensors() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_any_small_tensor(data: st.DataObject) -> None:
+def test_any_small_tensor(data):
     # With 1, 2 or 4 targets and few bits every variance is exact, so ties are ties.
     count = data.draw(st.sampled_from([1, 2, 4]))
     size = data.draw(st.integers(1, 8))
@@ -423,8 +365,4 @@ def test_any_small_tensor(data: st.DataObject) -> None:
     base, *targets = (torch.tensor(data.draw(column)).to(BF16) for _ in range(count + 1))
     tau = data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
     for variant in ("paper", "fork"):
-        passes = InMemory(base, targets)
-        eta = method.merge(passes, tau, variant)
-        expected, expected_eta = reference(base, targets, tau, variant)
-        np.testing.assert_allclose(eta, expected_eta, rtol=1e-13)
-        assert_rounded(passes.output, expected)
+        merged(base, targets, tau, variant, rtol=1e-13)

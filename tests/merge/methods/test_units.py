@@ -10,11 +10,7 @@ from fusechat_merge.methods.units import Unit, members_of, shared_unit, unit_nam
 @pytest.mark.parametrize(
     ("name", "module", "layer"),
     [
-        (
-            "model.layers.3.self_attn.q_proj.weight",
-            "model.layers.3.self_attn",
-            "model.layers.3",
-        ),
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn", "model.layers.3"),
         (
             "model.layers.12.input_layernorm.weight",
             "model.layers.12.input_layernorm",
@@ -43,7 +39,7 @@ from fusechat_merge.methods.units import Unit, members_of, shared_unit, unit_nam
         ("model..attn.w", "model..attn.w", "model..attn.w"),
     ],
 )
-def test_units(name: str, module: str, layer: str) -> None:
+def test_units(name, module, layer):
     assert unit_name(name, "matrix") == name
     assert unit_name(name, "element") == name
     assert unit_name(name, "module") == module
@@ -51,7 +47,7 @@ def test_units(name: str, module: str, layer: str) -> None:
     assert unit_name(name, "model") == "model"
 
 
-def test_an_unknown_granularity_is_refused() -> None:
+def test_an_unknown_granularity_is_refused():
     with pytest.raises(ValueError) as caught:
         unit_name("w", "block")
     assert str(caught.value) == (
@@ -62,14 +58,14 @@ def test_an_unknown_granularity_is_refused() -> None:
 SHARED_BY = {"granularity": "layer", "statistic": "absolute"}
 
 
-def test_only_some_granularities_have_units_of_several_tensors() -> None:
+def test_only_some_granularities_have_units_of_several_tensors():
     name = "model.layers.3.mlp.up_proj.weight"
     assert shared_unit(name, SHARED_BY) == Unit("model.layers.3", "layer", "absolute")
     assert shared_unit(name, SHARED_BY | {"granularity": "matrix"}) is None
     assert shared_unit(name, SHARED_BY | {"granularity": "element"}) is None
 
 
-def test_members_are_found_by_name_in_the_order_of_the_tensors() -> None:
+def test_members_are_found_by_name_in_the_order_of_the_tensors():
     names = ["layers.1.b", "lm_head", "layers.0.a", "layers.1.a", "lm_head"]
     layer, head = Unit("layers.1", "layer", "square"), Unit("lm_head", "module", "square")
     everything = Unit("model", "model", "absolute")
