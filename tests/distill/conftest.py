@@ -1,10 +1,12 @@
-"""Makes the real tokenizers importable and gives them as fixtures."""
+"""Makes hypothesis deterministic; the real tokenizers and the pico models as fixtures."""
+
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from tests.support import real_tokenizers
+from tests.support import chain, real_tokenizers
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
 settings.load_profile("deterministic")
@@ -18,3 +20,11 @@ def mistral() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def qwen() -> PreTrainedTokenizerFast:
     return real_tokenizers.qwen()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models `pivot`, `neox` and `twin` of `tests.support.chain`; not changed."""
+    folder = tmp_path_factory.mktemp("models")
+    chain.save_models(folder)
+    return folder

@@ -7,14 +7,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,35 +24,20 @@ from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.recipe.schema import Recipe, load_recipe
 from fusechat_distill.storage.processes import Processes
 from tests.support import chain
-from tests.support.chain import in_child, kill_at
-
-ROOT = Path(__file__).parents[2]
-
-
-class Silent:
-    def start(self, title, total):
-        pass
-
-    def advance(self, samples, tokens):
-        pass
-
-    def stop(self):
-        pass
-
+from tests.support.chain import (
+    ROOT,
+    Silent,
+    in_child,
+    kill_at,
+    launched,
+    printed,
+    read_json,
+    refused,
+    run,
+)
 
 TIMED = ("trainer_state.json", "log.jsonl")
 """Files that say how long something took."""
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    chain.save_models(folder)
-    return folder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -86,22 +68,33 @@ def recipe(
 def whole(tmp_path_factory, models) -> Path:
     """A recipe with one source, run once from beginning to end."""
     path = recipe(tmp_path_factory.mktemp("chain"), models)
-    result = run("run", path)
-    assert result.exit_code == 0, result.output
-    stages = [line.split(":")[0] for line in result.stdout.splitlines()]
-    assert stages == [
+    names = (
         "score pivot",
         "score neox",
         "align neox",
         "fuse neox",
         "train neox",
         "merge merge.yml",
-    ]
+    )
+    assert stages(printed("run", path)) == list(names)
     return path
 
 
-def test_the_whole_chain_makes_a_target(whole):
-    out = load_recipe(whole).output_folder
+def stages(shown: str) -> list[str]:
+    return [line.split(":")[0] for line in shown.splitlines()]
+
+
+def out_of(path: Path) -> Path:
+    return load_recipe(path).output_folder
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """Of the recipe's first target."""
+    return load_file(out_of(path) / "targets" / "neox" / "model.safetensors")
+
+
+def test_the_whole_chain_makes_a_target_once(whole):
+    out = out_of(whole)
     target = out / "targets" / "neox"
     AutoModelForCausalLM.from_pretrained(target)
     AutoTokenizer.from_pretrained(target)
@@ -112,20 +105,15 @@ def test_the_whole_chain_makes_a_target(whole):
         "models": [{"model": str(target)}],
         "dtype": "bfloat16",
     }
-
-
-def test_what_is_done_is_not_done_again(whole):
-    out = load_recipe(whole).output_folder
     before = times(out / "targets") | times(out / "fused")
-    result = run("run", whole)
-    assert result.exit_code == 0, result.output
+    printed("run", whole)
     assert times(out / "targets") | times(out / "fused") == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_in_every_stage_the_result_is_the_same(whole, models):
     path = recipe(whole.parent, models, "killed")
-    out = load_recipe(path).output_folder
+    out = out_of(path)
     moments = [
         ("scores/pivot/", 4),
         ("scores/neox/", 6),
@@ -144,7 +132,7 @@ def test_killed_in_every_stage_the_result_is_the_same(whole, models):
         status = in_child(lambda: command(path), kill_at(part, number))
         assert status == -signal.SIGKILL, f"{part}: nothing was written there"
     assert in_child(lambda: command(path)) == 0
-    expected = files(load_recipe(whole).output_folder)
+    expected = files(out_of(whole))
     found = files(out)
     texts = {"merge.yml"}
     assert found.keys() == expected.keys()
@@ -163,48 +151,39 @@ def command(path: Path) -> None:
 
 
 def test_a_source_that_is_added_leaves_the_others_files_untouched(whole, models):
-    out = load_recipe(whole).output_folder
+    out = out_of(whole)
     both = [str(models / "neox"), {"model": str(models / "twin"), "name": "other"}]
     path = recipe(whole.parent, models, "more", out, sources=both)
     before = times(out)
     merge_before = (out / "merge.yml").read_text()
-    lines = run("status", path).stdout.splitlines()
+    lines = printed("status", path).splitlines()
+    ahead = [f"{stage} other" for stage in ("score", "align", "fuse", "train")]
     assert [line for line in lines if line.endswith(": not begun")] == [
-        "score other: not begun",
-        "align other: not begun",
-        "fuse other: not begun",
-        "train other: not begun",
-        "merge merge.yml: not begun",
+        f"{stage}: not begun" for stage in (*ahead, "merge merge.yml")
     ]
-    result = run("run", path)
-    assert result.exit_code == 0, result.output
+    printed("run", path)
     after = times(out)
     changed = {file for file in before if after.get(file) != before[file]}
     assert changed == {out / "merge.yml"}
     models_now = yaml.safe_load((out / "merge.yml").read_text())["models"]
     assert models_now == [{"model": str(out / "targets" / name)} for name in ("neox", "other")]
     (out / "merge.yml").write_text(merge_before)
-    assert run("run", whole).exit_code == 0
-
-
-TIES = {"merge_method": "ties", "parameters": {"weight": 1.0}}
+    printed("run", whole)
 
 
 def test_a_merge_yml_that_was_edited_is_not_overwritten(whole, models):
-    out = load_recipe(whole).output_folder
+    out = out_of(whole)
     text = (out / "merge.yml").read_text()
-    changed = recipe(whole.parent, models, "ties", out, merge=TIES)
+    ties = {"merge_method": "ties", "parameters": {"weight": 1.0}}
+    changed = recipe(whole.parent, models, "ties", out, merge=ties)
     (out / "merge.yml").write_text(text.replace("bfloat16", "float32"))
-    result = run("run", changed)
-    assert result.exit_code == 2
-    assert (
-        "merge.yml: was changed by hand, and would be written anew; move it away" in result.stderr
-    )
+    said = refused("run", changed)
+    assert "merge.yml: was changed by hand, and would be written anew; move it away" in said
     assert "float32" in (out / "merge.yml").read_text()
     with pytest.raises(RequestError, match="was changed by hand"):  # while the run was going on
         MergeStage(load_recipe(changed)).run(Processes("cpu"), Silent())
     (out / "merge.yml").write_text(text)
-    assert run("run", changed).exit_code == 0
+    printed("run", changed)
     assert yaml.safe_load((out / "merge.yml").read_text())["merge_method"] == "ties"
     (out / "merge.yml").write_text(text)
 
@@ -245,19 +224,18 @@ def test_status_shows_the_whole_chain(whole, models, tmp_path):
     ],
 )
 def test_a_changed_recipe_is_refused_before_anything_is_done(whole, models, sections, message):
-    out = load_recipe(whole).output_folder
+    out = out_of(whole)
     path = recipe(whole.parent, models, "changed", out, **sections)
     before = times(out)
     for name in ("validate", "run", "train"):
-        result = run(name, path)
-        assert result.exit_code == 2, result.output
+        said = refused(name, path)
         if not ("alignment" in sections and name == "train"):
-            assert message.format(out=out) in result.stderr
+            assert message.format(out=out) in said
             # What follows from it is not explained by hashes.
-            assert not re.search("[0-9a-f]{13}", result.stderr.replace(str(out), ""))
+            assert not re.search("[0-9a-f]{13}", said.replace(str(out), ""))
             follows = f"target neox: {out}/targets/neox was made from what has changed; undo that"
-            assert (follows in result.stderr) == ("training" not in sections)
-        assert "move it away or delete it to make it anew" in result.stderr
+            assert (follows in said) == ("training" not in sections)
+        assert "move it away or delete it to make it anew" in said
     assert times(out) == before
 
 
@@ -290,7 +268,7 @@ def test_what_a_change_makes_stale(whole, models, sections, stages):
     if "sources" in sections:
         sources = [{"model": str(models / name)} | keys for name, keys in sections["sources"]]
         sections = {"sources": sources}
-    path = recipe(whole.parent, models, "stale", load_recipe(whole).output_folder, **sections)
+    path = recipe(whole.parent, models, "stale", out_of(whole), **sections)
     try:
         open_inputs(path, more_problems=run_problems)
         found = []
@@ -300,24 +278,15 @@ def test_what_a_change_makes_stale(whole, models, sections, stages):
 
 
 def test_train_takes_the_targets_that_are_asked_for(whole, models, tmp_path):
-    result = run("train", whole, "--source", "nobody")
-    assert result.exit_code == 2
-    assert "--source nobody: is no source of it; there are neox" in result.stderr
-    result = run("train", whole, "--source", "neox")
-    assert result.exit_code == 0
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
-        "fuse neox",
-        "train neox",
-        "merge merge.yml",
-    ]
+    said = refused("train", whole, "--source", "nobody")
+    assert "--source nobody: is no source of it; there are neox" in said
+    shown = printed("train", whole, "--source", "neox")
+    assert stages(shown) == ["fuse neox", "train neox", "merge merge.yml"]
     sft = recipe(tmp_path, models, "sft", fusion={"strategy": "sft"})
-    result = run("train", sft, "--source", "neox")
-    assert result.exit_code == 2
-    assert "--source: fusion.strategy: sft has no sources; leave it out" in result.stderr
-    fresh = recipe(tmp_path, models)
-    result = run("train", fresh)
-    assert result.exit_code == 1
-    assert "run `fusechat-distill align RECIPE --source neox` first" in result.stderr
+    said = refused("train", sft, "--source", "neox")
+    assert "--source: fusion.strategy: sft has no sources; leave it out" in said
+    said = refused("train", recipe(tmp_path, models), status=1)
+    assert "run `fusechat-distill align RECIPE --source neox` first" in said
 
 
 def test_several_sources_make_one_target(models, tmp_path):
@@ -328,12 +297,11 @@ def test_several_sources_make_one_target(models, tmp_path):
         fusion={"strategy": "multi", "function": "avg_ce", "level": "token"},
         training={"packing": True},
     )
-    result = run("run", path)
-    assert result.exit_code == 0, result.output
-    out = load_recipe(path).output_folder
+    printed("run", path)
+    out = out_of(path)
     assert [path.name for path in (out / "targets").iterdir()] == ["multi"]
     assert not (out / "merge.yml").exists(), "there is nothing to merge"
-    made_of = json.loads((out / "targets" / "multi" / "fusechat_distill.json").read_text())
+    made_of = read_json(out / "targets" / "multi" / "fusechat_distill.json")
     assert made_of["decisions"]["won"].keys() == {"pivot", "neox", "twin"}
 
 
@@ -348,7 +316,7 @@ def mergekit(config: Path, out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_mergekit_merges_what_merge_yml_says(whole, models, tmp_path):
-    out = load_recipe(whole).output_folder
+    out = out_of(whole)
     text = (out / "merge.yml").read_text()
     (tmp_path / "merge.yml").write_text(text.replace("bfloat16", "float32"))
     merged = mergekit(tmp_path / "merge.yml", tmp_path / "merged")
@@ -381,9 +349,8 @@ def test_mergekit_merges_adapters(models, tmp_path):
         training={"lora": {"r": 2, "target_modules": "all-linear"}, "learning_rate": 0.1},
         merge={"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
     )
-    result = run("run", path)
-    assert result.exit_code == 0, result.output
-    out = load_recipe(path).output_folder
+    printed("run", path)
+    out = out_of(path)
     target = out / "targets" / "neox"
     written = yaml.safe_load((out / "merge.yml").read_text())
     assert written["models"] == [{"model": f"{models / 'pivot'}+{target}"}]
@@ -400,36 +367,16 @@ def test_mergekit_merges_adapters(models, tmp_path):
 
 def test_two_processes_train_one_target(whole, models):
     """Each takes half of a step's batch; everything else of the chain is as with one."""
-    path = recipe(
-        whole.parent,
-        models,
-        "two",
-        training={"per_device_train_batch_size": 2, "max_steps": 2},
-    )
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", "--main_process_port", "0"),
-        *("-m", "fusechat_distill", "run", str(path)),
-    ]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    training = {"per_device_train_batch_size": 2, "max_steps": 2}
+    two = recipe(whole.parent, models, "two", training=training)
+    result = launched("run", two)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 6, "only the first process speaks"
     one = recipe(whole.parent, models, "one", training={"max_steps": 2})
-    assert run("run", one).exit_code == 0
-    made = [
-        load_file(load_recipe(p).output_folder / "targets" / "neox" / "model.safetensors")
-        for p in (path, one)
-    ]
-    for name, weight in made[0].items():
-        torch.testing.assert_close(weight, made[1][name], rtol=1e-4, atol=1e-5)
+    printed("run", one)
+    expected = weights_of(one)
+    for name, weight in weights_of(two).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -458,50 +405,41 @@ def brought(whole, models, tmp_path) -> Path:
 
 
 def test_scores_from_elsewhere_stand_for_a_source_without_weights(brought, whole):
-    result = run("run", brought)
-    assert result.exit_code == 0, result.output
-    found, expected = (files(load_recipe(path).output_folder) for path in (brought, whole))
+    printed("run", brought)
+    found, expected = (files(out_of(path)) for path in (brought, whole))
     assert found["targets/neox/model.safetensors"] == expected["targets/neox/model.safetensors"]
-    result = run("evaluate", brought)
-    assert result.exit_code == 0, result.output
-    measured = json.loads((load_recipe(brought).output_folder / "evaluation.json").read_text())
+    printed("evaluate", brought)
+    measured = read_json(out_of(brought) / "evaluation.json")
     assert list(measured["models"]) == ["pivot", "target neox"]
 
 
 def test_without_weights_every_shard_must_be_there(brought):
-    folder = load_recipe(brought).scores_folder / "neox"
-    damaged = folder / "00000000-00000256.parquet"
+    damaged = load_recipe(brought).scores_folder / "neox" / "00000000-00000256.parquet"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:100] + b"x" + content[101:])
-    result = run("run", brought)
-    assert (result.exit_code, result.stderr.count("Error: ")) == (1, 1), result.output
-    assert "to make the scores that are missing with (00000000-00000256.parquet)" in result.stderr
-    result = run("run", brought)
-    assert result.exit_code == 2, result.output
-    assert "1 of its 2 shards of scores are here; with all it needs no weights" in result.stderr
+    said = refused("run", brought, status=1)
+    assert said.count("Error: ") == 1
+    assert "to make the scores that are missing with (00000000-00000256.parquet)" in said
+    said = refused("run", brought)
+    assert "1 of its 2 shards of scores are here; with all it needs no weights" in said
 
 
 def test_scores_of_another_model_do_not_stand_for_it(brought, whole):
     config = brought.parent / "models" / "neox" / "config.json"
-    changed = json.loads(config.read_text()) | {"hidden_act": "relu"}
-    config.write_text(json.dumps(changed))
-    result = run("validate", brought)
-    assert result.exit_code == 2, result.output
-    assert "scores/neox was made otherwise (model.config was" in result.stderr
+    config.write_text(json.dumps(read_json(config) | {"hidden_act": "relu"}))
+    said = refused("validate", brought)
+    assert "scores/neox was made otherwise (model.config was" in said
     # Nor does another folder of a run that was copied in its place.
     folder = load_recipe(brought).scores_folder / "neox"
     shutil.rmtree(folder)
     shutil.copytree(load_recipe(whole).aligned_folder / "neox", folder)
-    result = run("validate", brought)
-    assert result.exit_code == 2, result.output
-    assert f"scores of neox: {folder} was made otherwise (" in result.stderr
+    assert f"scores of neox: {folder} was made otherwise (" in refused("validate", brought)
 
 
 def test_without_its_tokenizer_what_to_copy_is_said(brought):
     shutil.rmtree(brought.parent / "models" / "neox")
-    result = run("validate", brought)
-    assert result.exit_code == 2, result.output
-    assert "needs no weights, but its config.json, tokenizer and chat template" in result.stderr
+    said = refused("validate", brought)
+    assert "needs no weights, only its config.json, tokenizer and chat template" in said
 
 
 def test_one_model_is_scored_where_the_others_are_not(models, whole, tmp_path):
@@ -509,11 +447,9 @@ def test_one_model_is_scored_where_the_others_are_not(models, whole, tmp_path):
     (tmp_path / "models" / "pivot" / "model.safetensors").unlink()
     both = [str(tmp_path / "models" / name) for name in ("neox", "twin")]
     path = recipe(tmp_path, tmp_path / "models", sources=both)
-    result = run("score", path, "--model", "neox")
-    assert result.exit_code == 0, result.output
-    found, expected = (files(load_recipe(p).scores_folder / "neox") for p in (path, whole))
-    assert found == expected
+    printed("score", path, "--model", "neox")
+    made, expected = (files(load_recipe(p).scores_folder / "neox") for p in (path, whole))
+    assert made == expected
     assert [p.name for p in load_recipe(path).scores_folder.iterdir()] == ["neox"]
-    result = run("score", path, "--model", "nex")
-    assert result.exit_code == 2, result.output
-    assert "--model nex: is no model of it; there are pivot, neox, twin" in result.stderr
+    said = refused("score", path, "--model", "nex")
+    assert "--model nex: is no model of it; there are pivot, neox, twin" in said

@@ -14,32 +14,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    Qwen3Config,
-    T5Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, T5Config
 
 from fusechat_common.errors import RequestError
-from fusechat_distill.cli import commands
 from fusechat_distill.inputs.models import open_model
 from fusechat_distill.recipe.schema import Model, load_recipe
 from fusechat_distill.storage.shards import ScoreStore
 from fusechat_distill.text.conversations import Renderer, open_conversations
 from tests.support import chain
+from tests.support.chain import (
+    copied,
+    parquet_files,
+    printed,
+    printed_json,
+    read_json,
+    refused,
+    run,
+    write_rows,
+)
 from tests.support.real_tokenizers import INSTRUCT
 
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-}
+SFT = "fusion: {strategy: sft}"
+"""A line of the fixture's recipe."""
+TINY = chain.SIZES | {"num_key_value_heads": 1, "max_position_embeddings": 256}
 CHATS = [
     [("user", "Name two cities."), ("assistant", "Paris — and 東京 🙂.")],
     [("system", "Be brief."), ("user", "Hi"), ("assistant", "  Hello,\nfriend \n")],
@@ -68,9 +65,15 @@ def rows(count: int) -> list[dict]:
     ]
 
 
-def write_rows(path: Path, made: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    return path
+def scores_of(recipe: Path, name: str = "pivot") -> Path:
+    return recipe.parent / "out" / "scores" / name
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, for what must not be imported or said."""
+    command = [sys.executable, *arguments]
+    variables = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +103,6 @@ def recipe(tmp_path, llama) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
-
-
 def change(path: Path, *replacements: tuple[str, str]) -> Path:
     text = path.read_text("utf-8")
     for old, new in replacements:
@@ -113,14 +112,8 @@ def change(path: Path, *replacements: tuple[str, str]) -> Path:
     return path
 
 
-def shard_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
-
-
 def test_scores_of_two_families_are_the_dense_reference(recipe, tmp_path, llama, qwen3):
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{qwen3}]"))
-    result = run("score", recipe)
-    assert result.exit_code == 0, result.stderr
+    printed("score", change(recipe, (SFT, f"sources: [{qwen3}]")))
     conversations = open_conversations(str(tmp_path / "chats.jsonl"))
     pivot = Renderer(AutoTokenizer.from_pretrained(llama))
     for name, folder in (("pivot", llama), ("qwen3", qwen3)):
@@ -146,16 +139,10 @@ def test_scores_of_two_families_are_the_dense_reference(recipe, tmp_path, llama,
                 gold = rendering.input_ids[response.token_slice()]
                 np.testing.assert_array_equal(scored.tokens, gold)
                 np.testing.assert_array_equal(scored.ends, response.ends)
-                assert (scored.turn, scored.begin, scored.end, scored.pending, scored.stop) == (
-                    response.turn,
-                    response.begin,
-                    response.end,
-                    response.pending,
-                    response.stop,
-                )
-                np.testing.assert_allclose(
-                    scored.gold_logprobs, expected[np.arange(len(gold)), gold], atol=1e-5
-                )
+                for field in ("turn", "begin", "end", "pending", "stop"):
+                    assert getattr(scored, field) == getattr(response, field)
+                of_gold = expected[np.arange(len(gold)), gold]
+                np.testing.assert_allclose(scored.gold_logprobs, of_gold, atol=1e-5)
                 best = -np.sort(-expected, 1)[:, :10]
                 np.testing.assert_allclose(scored.logprobs, best, rtol=1e-3)
                 named = np.take_along_axis(expected, scored.ids.astype(np.int64), 1)
@@ -164,82 +151,64 @@ def test_scores_of_two_families_are_the_dense_reference(recipe, tmp_path, llama,
 
 def test_what_is_done_is_not_done_again_and_what_is_torn_is(recipe, tmp_path, caplog):
     write_rows(tmp_path / "chats.jsonl", rows(300))
-    assert run("score", recipe).exit_code == 0
-    folder = tmp_path / "out" / "scores" / "pivot"
-    before = shard_files(folder)
+    printed("score", recipe)
+    folder = scores_of(recipe)
+    before = parquet_files(folder)
     assert list(before) == ["00000000-00000256.parquet", "00000256-00000300.parquet"]
     times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))]
-    assert run("score", recipe).exit_code == 0
+    printed("score", recipe)
     assert times == [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))]
 
     torn = folder / "00000256-00000300.parquet"
     torn.write_bytes(torn.read_bytes()[:-100])
-    assert run("score", recipe).exit_code == 0
-    assert shard_files(folder) == before
+    printed("score", recipe)
+    assert parquet_files(folder) == before
     assert (folder / "quarantine" / torn.name).exists()
     assert any("moved to" in message for message in caplog.messages)
 
 
 def test_status_says_what_is_done_and_what_is_left(recipe, tmp_path, llama):
     write_rows(tmp_path / "chats.jsonl", rows(300))
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{{model: {llama}, name: twin}}]"))
-    assert run("status", recipe).stdout.splitlines()[:3] == [
-        "score pivot: not begun",
-        "score twin: not begun",
-        "align twin: not begun",
-    ]
-    assert run("score", recipe, "--model", "pivot").exit_code == 0
-    (tmp_path / "out" / "scores" / "pivot" / "00000256-00000300.parquet").unlink()
-    line, following = run("status", recipe).stdout.splitlines()[:2]
+    change(recipe, (SFT, f"sources: [{{model: {llama}, name: twin}}]"))
+    stages = ("score pivot", "score twin", "align twin")
+    assert printed("status", recipe).splitlines()[:3] == [f"{s}: not begun" for s in stages]
+    printed("score", recipe, "--model", "pivot")
+    (scores_of(recipe) / "00000256-00000300.parquet").unlink()
+    line, following = printed("status", recipe).splitlines()[:2]
     assert line.startswith("score pivot: 256 of 300 samples; ")
     assert " response tokens; " in line
     assert " tokens/s a process; about 0:00:0" in line
     assert following == "score twin: not begun"
-    entry, other = json.loads(run("status", recipe, "--json").stdout)[:2]
-    assert (entry["stage"], entry["name"], entry["done"], entry["total"]) == (
-        "score",
-        "pivot",
-        256,
-        300,
-    )
+    entry, other = printed_json("status", recipe)[:2]
+    shown = [entry[key] for key in ("stage", "name", "done", "total")]
+    assert shown == ["score", "pivot", 256, 300]
     assert entry["response_tokens"] > 0
     assert entry["seconds_left"] > 0
     assert entry["cut"] > 0, "the long answers do not fit into 96 tokens"
     assert (other["done"], other["total"]) == (0, None)
-    (tmp_path / "out" / "scores" / "pivot" / "log.jsonl").unlink()
-    line = run("status", recipe).stdout.splitlines()[0]
+    (scores_of(recipe) / "log.jsonl").unlink()
+    line = printed("status", recipe).splitlines()[0]
     assert line.startswith("score pivot: 256 of 300 samples; ")
     assert "tokens/s" not in line
 
 
-def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_path, mistral, llama):
+def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_path, llama):
+    def chat(asked: str, *answer: dict) -> dict:
+        return {"messages": [{"role": "user", "content": asked}, *answer]}
+
+    spelling = {"role": "assistant", "content": "it is <|end_of_turn|> here"}
     made = rows(4)
-    made.append(
-        {
-            "messages": [
-                {"role": "user", "content": "spell it"},
-                {"role": "assistant", "content": "it is <|end_of_turn|> here"},
-            ]
-        }
-    )
-    made.append({"messages": [{"role": "user", "content": "no answer"}]})
-    for asked in ("a poem", "word " * 99):
-        made.append({"messages": [{"role": "user", "content": asked}, *made[2]["messages"][1:]]})
+    made += [chat("spell it", spelling), chat("no answer")]
+    made += [chat(asked, *made[2]["messages"][1:]) for asked in ("a poem", "word " * 99)]
     write_rows(tmp_path / "chats.jsonl", made)
-    strict = tmp_path / "strict"
-    shutil.copytree(llama, strict)
     refuses = "{{ raise_exception('No poems.') if messages[0].content == 'a poem' }}"
-    (strict / "chat_template.jinja").write_text(refuses + INSTRUCT)
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{strict}]"))
-    result = run("score", recipe)
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("score pivot: 7 of 7 samples; ")
-    assert (
-        "; 2 left out; 1 answers as context only (1 the answer spells the special token" in lines[0]
-    )
-    assert "; 1 with the system prompt in the first user message" in lines[1]
-    pivot, other = json.loads(run("status", recipe, "--json").stdout)[:2]
+    strict = copied(llama, tmp_path / "strict", {"chat_template.jinja": refuses + INSTRUCT})
+    change(recipe, (SFT, f"sources: [{strict}]"))
+    first, second = printed("score", recipe).splitlines()
+    assert first.startswith("score pivot: 7 of 7 samples; ")
+    assert "; 2 left out; 1 answers as context only (1 the answer spells the special" in first
+    assert "; 1 with the system prompt in the first user message" in second
+    pivot, other = printed_json("status", recipe)[:2]
     spelt = [4, "the answer spells the special token <|end_of_turn|>"]
     cut = [7, "no answer within max_length"]
     assert pivot["left_out"] == [spelt, cut]
@@ -249,53 +218,40 @@ def test_turns_and_samples_that_a_model_can_not_take_are_counted(recipe, tmp_pat
 def test_validate_says_what_will_be_done(recipe, tmp_path, llama):
     made = [*rows(23), {"messages": []}]
     write_rows(tmp_path / "chats.jsonl", made)
-    source = f"{{model: {llama}, name: twin}}"
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{source}]"))
-    result = run("validate", recipe)
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0] == "dataset: 23 conversations (messages), 1 rows left out"
-    assert lines[1] == "  row 23: no assistant turn"
-    assert lines[2].startswith(f"pivot: {llama} (llama, 32,002 tokens), about ")
-    assert lines[3].startswith(f"twin: {llama} (llama, 32,002 tokens), about ")
-    facts = json.loads(run("validate", recipe, "--json").stdout)
+    change(recipe, (SFT, f"sources: [{{model: {llama}, name: twin}}]"))
+    lines = printed("validate", recipe).splitlines()
+    assert lines[:2] == [
+        "dataset: 23 conversations (messages), 1 rows left out",
+        "  row 23: no assistant turn",
+    ]
+    for line, name in zip(lines[2:4], ("pivot", "twin"), strict=True):
+        assert line.startswith(f"{name}: {llama} (llama, 32,002 tokens), about ")
+    facts = printed_json("validate", recipe)
     assert facts["dataset"]["left_out"] == [{"row": 23, "reason": "no assistant turn"}]
     assert set(facts["models"]) == {"pivot", "twin"}
     assert not (tmp_path / "out").exists()
     write_rows(tmp_path / "chats.jsonl", [*made, *made[-1:] * 22])
-    lines = run("validate", recipe).stdout.splitlines()
+    lines = printed("validate", recipe).splitlines()
     assert lines[20:22] == ["  row 42: no assistant turn", "  ... and 3 more (--json lists all)"]
 
 
 def test_validate_names_every_problem_at_once(recipe, tmp_path, llama):
-    pickled, plain, adapter, missing = (
-        tmp_path / name for name in ("pickled", "plain", "adapter", "missing")
-    )
-    shutil.copytree(llama, pickled)
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    shutil.copytree(llama, plain)
-    (plain / "chat_template.jinja").unlink()
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    adapter, missing = tmp_path / "adapter", tmp_path / "missing"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    split = tmp_path / "split"
-    shutil.copytree(llama, split)
-    (split / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    pickled = copied(
+        llama, tmp_path / "pickled", {"pytorch_model.bin": ""}, without="*.safetensors"
     )
-    torn = tmp_path / "torn"
-    shutil.copytree(llama, torn)
+    plain = copied(llama, tmp_path / "plain", without="chat_template.jinja")
+    split = copied(llama, tmp_path / "split", {"model.safetensors.index.json": json.dumps(index)})
+    torn = copied(llama, tmp_path / "torn")
     os.truncate(torn / "model.safetensors", 1000)
-    silent = tmp_path / "silent"
-    silent.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(llama / file, silent)
+    silent = copied(llama, tmp_path / "silent", without="*token*")
     (tmp_path / "file").write_text("")
     change(
         recipe,
-        (
-            "fusion: {strategy: sft}",
-            f"sources: [{pickled}, {plain}, {adapter}, {missing}, {split}, {torn}, {silent}]",
-        ),
+        (SFT, f"sources: [{pickled}, {plain}, {adapter}, {missing}, {split}, {torn}, {silent}]"),
         ("max_length: 96", "max_length: 9999"),
         ("output: " + str(tmp_path / "out"), f"output: {tmp_path / 'file'}"),
         ("scoring: {", "scoring: {top_k: 99, topk: 3, "),
@@ -337,108 +293,117 @@ def test_what_a_recipe_asks_too_much_of(recipe, tmp_path, llama):
     """Each is said once, with a pivot that can't be opened and without."""
     text = recipe.read_text("utf-8")
 
-    def refused(*replacements: tuple[str, str]) -> str:
+    def problems(*replacements: tuple[str, str]) -> str:
         recipe.write_text(text, encoding="utf-8")
-        result = run("validate", change(recipe, *replacements))
-        assert result.exit_code == 2
-        return result.stderr.removeprefix(f"Error: {recipe}: ")
+        said = refused("validate", change(recipe, *replacements))
+        return said.removeprefix(f"Error: {recipe}: ")
 
     reason = f"pivot ({llama}): of the first 30 conversations none can be scored ("
-    assert refused(("max_length: 96", "max_length: 3")) == (
+    assert problems(("max_length: 96", "max_length: 3")) == (
         f"{reason}nothing is left within 3 tokens); check its template, or max_length\n"
     )
     few = tmp_path / "few"
     save(few, LlamaConfig(**TINY, vocab_size=300), AutoTokenizer.from_pretrained(llama))
-    lines = refused((str(llama), str(few)), ("scoring: {", "scoring: {top_k: 301, ")).splitlines()
+    lines = problems((str(llama), str(few)), ("scoring: {", "scoring: {top_k: 301, ")).splitlines()
     assert f"pivot ({few}): has 300 tokens; set scoring.top_k to at most that" in lines[1]
-    without = tmp_path / "without"
-    shutil.copytree(llama, without)
-    (without / "chat_template.jinja").unlink()
+    without = copied(llama, tmp_path / "without", without="chat_template.jinja")
     sources = f"sources: [{{model: {llama}, template: pivot, name: twin}}]\n"
-    broken = refused(
+    broken = problems(
         (f"pivot: {llama}", f"pivot: {without}"),
-        ("fusion: {strategy: sft}\n", sources + "training: {learning_rate: 1e-3}\n"),
+        (f"{SFT}\n", sources + "training: {learning_rate: 1e-3}\n"),
     )
     assert broken.startswith(f"pivot ({without}): it has no chat template; put")
     assert broken.count("\n") == 1
     recipe.write_text("[", encoding="utf-8")
-    assert "is not YAML" in run("validate", recipe).stderr
+    assert "is not YAML" in refused("validate", recipe)
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="says what to do without vLLM")
-def test_without_vllm_its_remedy_is_said(recipe):
-    result = run("validate", change(recipe, ("device: cpu", "device: cpu, engine: vllm")))
-    assert result.exit_code == 2
-    assert "scoring.engine: vllm is not installed; install it with `pip install" in result.stderr
+@pytest.mark.parametrize(
+    ("command", "old", "new", "status", "said"),
+    [
+        (
+            "validate",
+            "max_length: 96",
+            "max_lenght: 96",
+            2,
+            "{recipe}: max_lenght: is not a key here; did you mean `max_length`?\n",
+        ),
+        pytest.param(
+            "validate",
+            "device: cpu",
+            "device: cpu, engine: vllm",
+            2,
+            "{recipe}: scoring.engine: vllm is not installed; install it with `pip install",
+            marks=pytest.mark.skipif(
+                find_spec("vllm") is not None, reason="says what to do without vLLM"
+            ),
+        ),
+        (
+            "score",
+            "pivot: {llama}",
+            "pivot: {{model: {llama}, load: {{device_mop: auto}}}}",
+            1,
+            "pivot ({llama}): can't be loaded, check its `load`",
+        ),
+        (
+            "score",
+            "output: {folder}/out",
+            "output: {llama}/out",
+            2,
+            "{recipe}: output: is inside the model pivot ({llama}); set",
+        ),
+        (
+            "score",
+            "output: {folder}/out",
+            "output: ~/out",
+            2,
+            "{recipe}: output: ~/out would be a folder called ~; write the path in full",
+        ),
+    ],
+)
+def test_one_change_is_one_problem(recipe, llama, command, old, new, status, said):
+    names = {"recipe": recipe, "llama": llama, "folder": recipe.parent}
+    change(recipe, (old.format(**names), new.format(**names)))
+    found = refused(command, recipe, status=status)
+    assert found.startswith(f"Error: {said.format(**names)}")
+    assert found.count("\n") == 1
+    assert "device_mop" not in new or "device_mop" in found
 
 
-def test_a_mistyped_key_is_one_problem_and_its_default_none(recipe):
-    change(recipe, ("max_length: 96", "max_lenght: 96"))
-    result = run("validate", recipe)
-    assert result.stderr == (
-        f"Error: {recipe}: max_lenght: is not a key here; did you mean `max_length`?\n"
-    )
-
-
-def test_nothing_is_written_where_it_can_not_or_among_a_models_files(
-    recipe, tmp_path, llama, monkeypatch
-):
-    change(recipe, (f"output: {tmp_path / 'out'}", f"output: {llama / 'out'}"))
-    result = run("score", recipe)
-    assert result.exit_code == 2
-    assert f"output: is inside the model pivot ({llama}); set" in result.stderr
-    change(recipe, (f"output: {llama / 'out'}", "output: ~/out"))
-    assert "would be a folder called ~; write the path in full" in run("score", recipe).stderr
-    change(recipe, ("output: ~/out", f"output: {tmp_path / 'out'}"))
+def test_nothing_is_written_where_it_can_not(recipe, tmp_path, monkeypatch):
     # Root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode, **options: not mode & os.W_OK)
-    assert f"output: {tmp_path} is not writable; set" in run("score", recipe).stderr
+    assert f"output: {tmp_path} is not writable; set" in refused("score", recipe)
 
 
 def test_an_error_is_not_among_what_libraries_say(recipe, tmp_path):
     """Each of these would be a warning or a log line beside it."""
     with open(tmp_path / "chats.jsonl", "a") as file:
         file.write('{"messages": [')
-    text = recipe.read_text()
-    recipe.write_text(
-        text + "training: {learning_rate: 1e-3, lora: {target_modules: all-linear}}\n"
-    )
-    command = [sys.executable, "-m", "fusechat_distill", "validate", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with open(recipe, "a") as file:
+        file.write("training: {learning_rate: 1e-3, lora: {target_modules: all-linear}}\n")
+    done = python("-m", "fusechat_distill", "validate", str(recipe))
     assert done.returncode == 2
     assert re.fullmatch(r"Error: .*: line \d+ is not JSON \(.*\)\n", done.stderr)
 
 
-def test_a_model_that_can_not_be_loaded_is_named(recipe, llama):
-    change(recipe, (f"pivot: {llama}", f"pivot: {{model: {llama}, load: {{device_mop: auto}}}}"))
-    result = run("score", recipe)
-    assert result.exit_code == 1
-    assert f"Error: pivot ({llama}): can't be loaded, check its `load`" in result.stderr
-    assert "device_mop" in result.stderr
-
-
 def test_a_tokenizer_of_another_model_is_found_without_weights(recipe, tmp_path, llama):
-    swapped = tmp_path / "swapped"
-    shutil.copytree(llama, swapped)
-    config = json.loads((swapped / "config.json").read_text())
-    (swapped / "config.json").write_text(json.dumps(config | {"vocab_size": 3000}))
+    config = json.dumps(read_json(llama / "config.json") | {"vocab_size": 3000})
+    swapped = copied(llama, tmp_path / "swapped", {"config.json": config})
     change(recipe, (f"pivot: {llama}", f"pivot: {swapped}"))
-    result = run("validate", recipe)
-    assert result.exit_code == 2
     assert re.fullmatch(
         re.escape(f"Error: {recipe}: pivot ({swapped}): its tokenizer gives token ")
         + r"\d+, but it has 3000 embeddings; the tokenizer is another model's\n",
-        result.stderr,
+        refused("validate", recipe),
     )
 
 
 def test_too_little_disk_is_found_before_anything_is_written(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    result = run("score", recipe)
-    assert result.exit_code == 2
+    said = refused("score", recipe)
     heading = f"Error: {recipe}: output: the scores will take about "
-    assert result.stderr.startswith(heading)
-    needed, rest = result.stderr.removeprefix(heading).split(" kB, ")
+    assert said.startswith(heading)
+    needed, rest = said.removeprefix(heading).split(" kB, ")
     assert 20 < float(needed) < 200
     assert rest == (
         "but only 1 B are free; free some, lower scoring.top_k, or set `output` to another disk\n"
@@ -447,19 +412,15 @@ def test_too_little_disk_is_found_before_anything_is_written(recipe, tmp_path, m
 
 
 def test_a_changed_recipe_or_model_is_refused_with_what_changed(recipe, tmp_path, llama):
-    copy = tmp_path / "copy"
-    shutil.copytree(llama, copy)
-    change(recipe, (f"pivot: {llama}", f"pivot: {copy}"))
-    assert run("score", recipe).exit_code == 0
-    folder = tmp_path / "out" / "scores" / "pivot"
-    before = shard_files(folder)
+    copy = copied(llama, tmp_path / "copy")
+    printed("score", change(recipe, (f"pivot: {llama}", f"pivot: {copy}")))
+    folder = scores_of(recipe)
+    before = parquet_files(folder)
 
     change(recipe, ("scoring: {", "scoring: {top_k: 5, "))
     remedy = "undo that, or move it away or delete it to make it anew, or set another `output`"
     for command in ("validate", "score"):
-        result = run(command, recipe)
-        assert result.exit_code == 2
-        assert result.stderr == (
+        assert refused(command, recipe) == (
             f"Error: {recipe}: scores of pivot: {folder} was made otherwise (top_k was 10, is 5); "
             f"{remedy}\n"
         )
@@ -468,51 +429,38 @@ def test_a_changed_recipe_or_model_is_refused_with_what_changed(recipe, tmp_path
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    result = run("score", recipe)
-    assert result.exit_code == 2
-    assert "(model.weights was '" in result.stderr
-    assert shard_files(folder) == before
+    assert "(model.weights was '" in refused("score", recipe)
+    assert parquet_files(folder) == before
 
     # Where a model lies is not what it is: a renamed folder goes on.
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     copy.rename(tmp_path / "renamed")
-    change(recipe, (f"pivot: {copy}", f"pivot: {tmp_path / 'renamed'}"))
-    assert run("score", recipe).exit_code == 0
-
-
-def poison(folder: Path, llama: Path, tokenizer, text: str) -> Path:
-    """A copy of a model that gives NaN where it reads `text`'s last token."""
-    shutil.copytree(llama, folder)
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    token = tokenizer(text, add_special_tokens=False).input_ids[-1]
-    model.model.embed_tokens.weight.data[token] = float("nan")
-    model.save_pretrained(folder)
-    return folder
+    printed("score", change(recipe, (f"pivot: {copy}", f"pivot: {tmp_path / 'renamed'}")))
 
 
 def test_nan_leaves_its_sample_out_and_above_one_percent_it_ends(
     recipe, tmp_path, llama, mistral, caplog
 ):
-    bad = poison(tmp_path / "bad", llama, mistral, "世")
+    bad = copied(llama, tmp_path / "bad")  # it gives NaN where it reads this
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    token = mistral("世", add_special_tokens=False).input_ids[-1]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(bad)
     made = rows(120)
     made[7]["messages"][0]["content"] = "世"
     write_rows(tmp_path / "chats.jsonl", made)
     change(recipe, (f"pivot: {llama}", f"pivot: {bad}"))
-    result = run("score", recipe)
-    assert result.exit_code == 0, result.stderr
-    assert "; 1 left out with NaN or Inf" in result.stdout
+    assert "; 1 left out with NaN or Inf" in printed("score", recipe)
     assert "pivot: NaN or Inf at row 7; left out" in caplog.messages
-    store = ScoreStore(tmp_path / "out" / "scores" / "pivot")
+    store = ScoreStore(scores_of(recipe))
     assert len(store) == 119
     assert open_conversations(str(tmp_path / "chats.jsonl")).keys[7] not in store
 
     made[3]["messages"][0]["content"] = made[4]["messages"][0]["content"] = "世"
     write_rows(tmp_path / "chats.jsonl", made)
     change(recipe, (str(tmp_path / "out"), str(tmp_path / "other")))
-    result = run("score", recipe)
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == (
+    assert refused("score", recipe, status=1).splitlines()[-1] == (
         f"Error: pivot ({bad}): NaN or Inf in its output for 3 of 120 samples, more than 1% (rows "
         "3, 4, 7); score it in another dtype (`dtype: float32`) after deleting "
         f"{tmp_path}/other/scores/pivot, or check its weights"
@@ -520,103 +468,86 @@ def test_nan_leaves_its_sample_out_and_above_one_percent_it_ends(
 
 
 def test_init_writes_a_recipe_that_is_valid_and_none_over_another(tmp_path):
-    result = run("init", tmp_path / "new")
-    assert result.exit_code == 0
+    shown = printed("init", tmp_path / "new")
     path = tmp_path / "new" / "recipe.yaml"
-    assert result.stdout == f"{path}\n"
+    assert shown == f"{path}\n"
     load_recipe(path)
     before = path.read_bytes()
-    again = run("init", tmp_path / "new")
-    assert again.exit_code == 2
-    assert again.stderr == (
+    assert refused("init", tmp_path / "new") == (
         f"Error: {path}: is there already; name another folder, or move it away\n"
     )
     assert path.read_bytes() == before
 
 
 def test_only_the_model_asked_for_is_scored(recipe, tmp_path, llama):
-    other = tmp_path / "other"
-    shutil.copytree(llama, other)
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{other}]"))
-    result = run("score", recipe, "--model", "nobody")
-    assert result.exit_code == 2
-    assert result.stderr == (
+    change(recipe, (SFT, f"sources: [{copied(llama, tmp_path / 'other')}]"))
+    assert refused("score", recipe, "--model", "nobody") == (
         f"Error: {recipe}: --model nobody: is no model of it; there are pivot, other\n"
     )
-    assert run("score", recipe, "--model", "other").exit_code == 0
-    assert [path.name for path in (tmp_path / "out" / "scores").iterdir()] == ["other"]
+    printed("score", recipe, "--model", "other")
+    assert [path.name for path in scores_of(recipe).parent.iterdir()] == ["other"]
 
 
 def test_align_needs_scores_and_then_shows_how_much_matches(recipe, tmp_path, llama):
-    other = tmp_path / "other"
-    shutil.copytree(llama, other)
-    (other / "chat_template.jinja").write_text(INSTRUCT)
-    change(recipe, ("fusion: {strategy: sft}", f"sources: [{other}]"))
-    result = run("align", recipe)
-    assert result.exit_code == 1
-    assert result.stderr == (
+    other = copied(llama, tmp_path / "other", {"chat_template.jinja": INSTRUCT})
+    change(recipe, (SFT, f"sources: [{other}]"))
+    assert refused("align", recipe, status=1) == (
         "Error: pivot: 30 of 30 samples have no scores; run `fusechat-distill score RECIPE --model "
         "pivot` first\n"
     )
-    result = run("align", recipe, "--source", "pivot")
-    assert result.exit_code == 2
-    assert (
-        result.stderr == f"Error: {recipe}: --source pivot: is no source of it; there are other\n"
+    assert refused("align", recipe, "--source", "pivot") == (
+        f"Error: {recipe}: --source pivot: is no source of it; there are other\n"
     )
-    assert run("score", recipe).exit_code == 0
-    result = run("align", recipe)
-    assert result.exit_code == 0, result.stderr
+    printed("score", recipe)
+    shown = printed("align", recipe)
     line = re.fullmatch(
         r"align other: 30 of 30 samples; ([\d.]+)% of the pivot's positions matched; "
         r"([\d.]+)% of the mass kept; [\d.]+ kB\n",
-        result.stdout,
+        shown,
     )
     assert line
     assert all(50 < float(share) <= 100 for share in line.groups())
-    assert run("status", recipe).stdout.splitlines()[2] == result.stdout.strip()
+    assert printed("status", recipe).splitlines()[2] == shown.strip()
 
 
 def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monkeypatch):
+    raised: list[BaseException] = []
+
     def broken(*arguments, **options):
-        raise OSError("the disk\nis on fire")
+        raise raised[-1]
 
     monkeypatch.setattr("fusechat_distill.inputs.open.open_inputs", broken)
-    result = run("validate", recipe)
-    assert result.exit_code == 1
-    assert result.stderr == "Error: OSError: the disk is on fire (--debug shows where)\n"
-    told = run("validate", recipe, "--debug").stderr
+    raised.append(OSError("the disk\nis on fire"))
+    said = refused("validate", recipe, status=1)
+    assert said == "Error: OSError: the disk is on fire (--debug shows where)\n"
+    told = refused("validate", recipe, "--debug", status=1)
     assert told.startswith("Traceback ")
-    assert told.endswith(result.stderr)
-    monkeypatch.setattr(
-        "fusechat_distill.inputs.open.open_inputs",
-        lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt),
-    )
-    result = run("score", recipe)
-    assert result.exit_code == 1
-    assert result.stderr == (
+    assert told.endswith(said)
+    raised.append(KeyboardInterrupt())
+    assert refused("score", recipe, status=1) == (
         "Error: interrupted; what was done is kept, the same command goes on from there\n"
     )
 
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nsys.argv = ['fusechat-distill', 'score', '--help']\n"
+        "import sys\nimport fusechat_distill\n"
+        "sys.argv = ['fusechat-distill', 'score', '--help']\n"
+        "assert 'FusionTrainer' in dir(fusechat_distill)\n"
         "from fusechat_distill.cli import main\n"
         "try:\n    main()\nfinally:\n"
         "    print({'torch', 'transformers', 'datasets', 'pyarrow', 'trl'} & set(sys.modules))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert "Usage: fusechat-distill score" in result.stdout
-    assert result.stdout.rstrip().endswith("set()")
+    shown = python("-c", code).stdout
+    assert "Usage: fusechat-distill score" in shown
+    assert shown.rstrip().endswith("set()")
 
 
 def test_a_tokenizer_that_its_library_breaks_on_is_refused(tmp_path):
     """The library panics, and a panic is no `Exception`."""
     chain.save_models(tmp_path)
     path = tmp_path / "pivot" / "tokenizer.json"
-    content = json.loads(path.read_text("utf-8"))
+    content = read_json(path)
     content["model"]["continuing_subword_prefix"] = "\u202e"
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(RequestError, match="its tokenizer can't be read: "):
@@ -655,10 +586,9 @@ CUSTOM = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
     ],
 )
 def test_a_model_that_can_not_be_scored_says_why(tmp_path, llama, file, content, problem):
-    shutil.copytree(llama, tmp_path / "model")
-    (tmp_path / "model" / file).write_text(content, encoding="utf-8")
+    model = copied(llama, tmp_path / "model", {file: content})
     with pytest.raises(RequestError) as caught:
-        open_model(Model(model=str(tmp_path / "model")))
+        open_model(Model(model=str(model)))
     (found,) = caught.value.problems
     assert problem in found
 
@@ -683,19 +613,14 @@ def test_a_model_of_the_hub_is_scored_from_its_cache(recipe, tmp_path, llama):
         "commands(['score', sys.argv[1]])\n"
     )
     change(recipe, (f"pivot: {llama}", "pivot: org/whole"))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(recipe)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")},
-    )
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = python("-c", code, str(recipe), **hub)
     assert done.returncode == 0, done.stderr
     pickled, none, scored = done.stdout.splitlines()
     assert pickled.startswith("org/pickled: has no weights in safetensors; convert them with")
     assert none.startswith("org/none: its configuration can't be read: ")
     assert scored.startswith("score pivot: 30 of 30 samples; ")
-    manifest = json.loads((tmp_path / "out" / "scores" / "pivot" / "manifest.json").read_text())
+    manifest = read_json(tmp_path / "out" / "scores" / "pivot" / "manifest.json")
     assert manifest["fingerprint"]["model"] == {"name": "org/whole", "commit": commit}
 
 

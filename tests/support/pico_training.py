@@ -21,6 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl import SFTConfig
+
+from fusechat_distill.trainer.trainer import FusionConfig, FusionTrainer
 
 # TRL reports every trainer it makes to the hub unless told not to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -190,3 +193,33 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         **changes,
     }
+
+
+def trainer(
+    folder: Path,
+    net: Any = None,
+    dataset: Any = None,
+    *,
+    kind: Any = FusionTrainer,
+    args: Any = None,
+    given: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """A trainer of a pico model on pico rows.
+
+    Args:
+        folder: its output.
+        net: `model()` where it is not given.
+        dataset: `rows()` where it is not given.
+        kind: `FusionTrainer` or TRL's `SFTTrainer`.
+        args: its configuration, instead of `arguments(folder, **changes)`.
+        given: more of the trainer's own arguments.
+        changes: keys of the configuration.
+    """
+    config = FusionConfig if kind is FusionTrainer else SFTConfig
+    return kind(
+        net or model(),
+        args or config(**arguments(folder, **changes)),
+        **{"train_dataset": rows() if dataset is None else dataset, "processing_class": tokenizer()}
+        | (given or {}),
+    )

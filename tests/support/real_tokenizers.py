@@ -51,6 +51,13 @@ def data_file(distribution: str, name: str) -> Path:
     raise FileNotFoundError(f"{distribution} holds no {name}; install it with `make install`")
 
 
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's spelling of bytes, as the tokenizers library has it."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in kept]
+    return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
 def mistral_model() -> Path:
     return data_file("mistral-common", "data/tokenizer.model.v1")
 
@@ -144,3 +151,16 @@ def qwen(nfc: bool = True, template: str = CHATML) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=template,
     )
+
+
+SIDES = {
+    "openchat": (lambda: mistral("metaspace"), OPENCHAT),
+    "instruct": (lambda: mistral("normalizer"), INSTRUCT),
+    "spaced": (lambda: mistral("normalizer"), INSTRUCT.replace("+ eos_token", "+ ' ' + eos_token")),
+    "plain": (lambda: mistral("normalizer"), PLAIN),
+    "qwen": (lambda: qwen(False), CHATML),
+    "qwen-nfc": (lambda: qwen(True), CHATML),
+    "qwen-plain": (lambda: qwen(False), PLAIN),
+    "qwen-openchat": (lambda: qwen(False), OPENCHAT.replace("bos_token", "''")),
+}
+"""Makers of a tokenizer, and a template for it, by a name."""

@@ -26,11 +26,11 @@ from fusechat_distill.alignment.positions import (
     pair_counts,
 )
 from fusechat_distill.alignment.vocabularies import collapse
-from fusechat_distill.text.conversations import Conversation, Message, Renderer
+from fusechat_distill.text.conversations import Conversation, Message, Renderer, Response
 from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import Vocabulary, first_tokens, token_bytes, tokenize, vocabulary
 from tests.support import real_tokenizers
-from tests.support.real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
+from tests.support.scores import scored_response
 from tests.support.texts import PIECES, texts
 
 # --- positions ----------------------------------------------------------------------------------
@@ -77,19 +77,21 @@ def test_matched_positions_have_consumed_the_same_text(mistral, text):
     assert matches[-1] == len(source.ids) - 1
 
 
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's, cell by cell."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
 def plain_dtw(pivot: list, source: list) -> list[int]:
     """The definition, cell by cell."""
 
-    def distance(a: str, b: str) -> int:
-        row = list(range(len(b) + 1))
-        for i, x in enumerate(a, 1):
-            last, row[0] = row[0], i
-            for j, y in enumerate(b, 1):
-                last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-        return row[-1]
-
     def cost(a, b) -> int:
-        return distance("".join(a.split()), "".join(b.split()))
+        return edit_distance("".join(a.split()), "".join(b.split()))
 
     total = {(-1, -1): 0}
     n, m = len(source), len(pivot)
@@ -99,8 +101,7 @@ def plain_dtw(pivot: list, source: list) -> list[int]:
     i, j, path = n - 1, m - 1, [(n - 1, m - 1)]
     while (i, j) != (0, 0):
         cells = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
-        cells = [cell for cell in cells if min(cell) >= 0]
-        i, j = min(cells, key=lambda cell: total[cell])
+        i, j = min((cell for cell in cells if min(cell) >= 0), key=lambda cell: total[cell])
         path.append((i, j))
     sources = [i for i, _ in path]
     pivots = [j for _, j in path]
@@ -171,15 +172,7 @@ def test_a_token_of_a_longer_vocabulary_is_itself_and_no_byte_fallback(mistral):
 
 
 def reference_distance(a: bytes, b: bytes) -> int:
-    left, right = a.decode(errors="surrogateescape"), b.decode(errors="surrogateescape")
-    table = {(i, 0): i for i in range(len(left) + 1)} | {(0, j): j for j in range(len(right) + 1)}
-    for i, j in product(range(1, len(left) + 1), range(1, len(right) + 1)):
-        table[i, j] = min(
-            table[i - 1, j] + 1,
-            table[i, j - 1] + 1,
-            table[i - 1, j - 1] + (left[i - 1] != right[j - 1]),
-        )
-    return table[len(left), len(right)]
+    return edit_distance(a.decode(errors="surrogateescape"), b.decode(errors="surrogateescape"))
 
 
 token_text = st.text(st.sampled_from("ab é日"), min_size=1, max_size=7).map(str.encode)
@@ -197,21 +190,27 @@ def same_vocabulary(pivot: Vocabulary, source: Vocabulary) -> bool:
     return pivot.tokens == source.tokens and (pivot.text == source.text).all()
 
 
+def expected_id(pivot: Vocabulary, source: Vocabulary, s: int, otherwise) -> int:
+    """Of a source token: itself in the same vocabulary, nothing if special, else the same bytes."""
+    if same_vocabulary(pivot, source):
+        return s
+    if not source.text[s]:
+        return -1
+    same = exact(pivot, source.tokens[s])
+    return same if same >= 0 else otherwise(source.tokens[s])
+
+
 @given(pivot=vocabularies, source=vocabularies)
 def test_mined_is_the_least_edit_distance(pivot, source):
+    candidates = [i for i in range(len(pivot)) if pivot.text[i]]
+
+    def nearest(token: bytes) -> int:
+        distance = {i: reference_distance(token, pivot.tokens[i]) for i in candidates}
+        return min(candidates, key=lambda i: (distance[i], i), default=-1)
+
     mined = VocabularyMap.from_mined(pivot, source, workers=1)
-    for s, token in enumerate(source.tokens):
-        candidates = [i for i in range(len(pivot)) if pivot.text[i]]
-        if same_vocabulary(pivot, source):
-            expected = s
-        elif not source.text[s] or not candidates:
-            expected = -1
-        elif (same := exact(pivot, token)) >= 0:
-            expected = same
-        else:
-            distance = {i: reference_distance(token, pivot.tokens[i]) for i in candidates}
-            expected = min(candidates, key=lambda i: (distance[i], i))
-        assert mined.ids[s] == expected
+    expected = [expected_id(pivot, source, s, nearest) for s in range(len(source))]
+    assert mined.ids.tolist() == expected
 
 
 @given(
@@ -222,27 +221,23 @@ def test_mined_is_the_least_edit_distance(pivot, source):
 def test_ms_is_the_most_frequent_pair(pivot, source, pairs):
     pairs = [(s % len(source), p % len(pivot)) for s, p in pairs]
     half = len(pairs) // 2
-    parts = [
-        np.array(part, dtype=np.int64).reshape(-1, 2).T for part in (pairs[:half], pairs[half:])
-    ]
-    counts = PairCounts.of(*parts[0]) + PairCounts.of(*parts[1])
+    first, second = (
+        PairCounts.of(*np.array(part, dtype=np.int64).reshape(-1, 2).T)
+        for part in (pairs[:half], pairs[half:])
+    )
+    counts = first + second
     assert int(counts.number.sum()) == len(pairs)
     ms = VocabularyMap.from_counts(pivot, source, counts)
-    for s, token in enumerate(source.tokens):
+    for s in range(len(source)):
         seen = [p for t, p in pairs if t == s and pivot.text[p]]
-        if same_vocabulary(pivot, source):
-            expected = s
-        elif not source.text[s]:
-            expected = -1
-        elif (same := exact(pivot, token)) >= 0:
-            expected = same
-        else:
-            expected = min(
-                seen,
-                key=lambda p: (-seen.count(p), reference_distance(token, pivot.tokens[p]), p),
-                default=-1,
-            )
-        assert ms.ids[s] == expected
+
+        def most_frequent(token: bytes, seen=seen) -> int:
+            def rank(p: int):
+                return -seen.count(p), reference_distance(token, pivot.tokens[p]), p
+
+            return min(seen, key=rank, default=-1)
+
+        assert ms.ids[s] == expected_id(pivot, source, s, most_frequent)
 
 
 def test_ms_by_hand():
@@ -273,21 +268,24 @@ def test_ms_by_hand():
 def test_a_map_says_how_each_token_was_found():
     assert (DROPPED, EXACT, MAPPED, SPECIAL) == (0, 1, 2, 3)  # as they are stored
     sides, roles = (small("a", "ab", None), small("a", "abc", "qrs", None)), {3: 2}
-    maps = {
-        "em": VocabularyMap.from_em(*sides, roles),
-        "mined": VocabularyMap.from_mined(*sides, roles, workers=1),
-        "ms": VocabularyMap.from_counts(*sides, PairCounts.empty(), roles),
-        "bytes": VocabularyMap.from_bytes(*sides, np.array([0, 1, -1, -1]), roles),
-    }
-    expected = {
-        "em": ([0, -1, -1, 2], [EXACT, DROPPED, DROPPED, SPECIAL]),
-        "mined": ([0, 1, 0, 2], [EXACT, MAPPED, MAPPED, SPECIAL]),
-        "ms": ([0, -1, -1, 2], [EXACT, DROPPED, DROPPED, SPECIAL]),
-        "bytes": ([0, 1, -1, 2], [EXACT, MAPPED, DROPPED, SPECIAL]),
-    }
-    for mode, built in maps.items():
+    only_exact = [0, -1, -1, 2], [EXACT, DROPPED, DROPPED, SPECIAL]
+    first = np.array([0, 1, -1, -1])
+    for mode, built, expected in (
+        ("em", VocabularyMap.from_em(*sides, roles), only_exact),
+        ("ms", VocabularyMap.from_counts(*sides, PairCounts.empty(), roles), only_exact),
+        (
+            "mined",
+            VocabularyMap.from_mined(*sides, roles, workers=1),
+            ([0, 1, 0, 2], [EXACT, MAPPED, MAPPED, SPECIAL]),
+        ),
+        (
+            "bytes",
+            VocabularyMap.from_bytes(*sides, first, roles),
+            ([0, 1, -1, 2], [EXACT, MAPPED, DROPPED, SPECIAL]),
+        ),
+    ):
         assert built.mode == mode
-        assert (built.ids.tolist(), built.kinds.tolist()) == expected[mode]
+        assert (built.ids.tolist(), built.kinds.tolist()) == expected
 
 
 def test_pairs_of_both_counts_are_added_up():
@@ -300,14 +298,16 @@ def test_pairs_of_both_counts_are_added_up():
     assert {column.dtype for column in both} == {np.dtype(np.int64)}
 
 
-def test_a_token_of_another_length_may_be_as_near():
-    pivot = small("abcdef", "abxy")
-    assert VocabularyMap.from_mined(pivot, small("abcd"), workers=1).ids.tolist() == [0]
-
-
-def test_a_distance_may_be_more_than_a_byte():
-    pivot, source = small("b", "a"), small("a" * 256)  # 256 and 255
-    assert VocabularyMap.from_mined(pivot, source, workers=1).ids.tolist() == [1]
+@pytest.mark.parametrize(
+    ("pivot", "source", "expected"),
+    [
+        (("abcdef", "abxy"), "abcd", 0),  # a token of another length may be as near
+        (("b", "a"), "a" * 256, 1),  # distances of 256 and 255: more than a byte
+    ],
+)
+def test_mined_by_hand(pivot, source, expected):
+    mined = VocabularyMap.from_mined(small(*pivot), small(source), workers=1)
+    assert mined.ids.tolist() == [expected]
 
 
 def test_lookups_by_hand():
@@ -417,16 +417,6 @@ def test_collapse_by_hand():
 
 # --- distributions ------------------------------------------------------------------------------
 
-SPACED = INSTRUCT.replace("+ eos_token", "+ ' ' + eos_token")
-SIDES = {
-    "openchat": (lambda: real_tokenizers.mistral("metaspace"), OPENCHAT),
-    "instruct": (lambda: real_tokenizers.mistral("normalizer"), INSTRUCT),
-    "spaced": (lambda: real_tokenizers.mistral("normalizer"), SPACED),
-    "plain": (lambda: real_tokenizers.mistral("normalizer"), PLAIN),
-    "qwen": (lambda: real_tokenizers.qwen(False), CHATML),
-    "qwen-nfc": (lambda: real_tokenizers.qwen(True), CHATML),
-    "qwen-plain": (lambda: real_tokenizers.qwen(False), PLAIN),
-}
 PAIRS = [
     ("openchat", "qwen"),
     ("qwen", "openchat"),
@@ -441,7 +431,7 @@ K = 6
 
 
 def renderer_of(name: str) -> Renderer:
-    tokenizer, template = SIDES[name]
+    tokenizer, template = real_tokenizers.SIDES[name]
     return Renderer(tokenizer(), template)
 
 
@@ -458,9 +448,8 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
     responses = []
     for response in rendering.responses:
         gold = rendering.input_ids[response.token_slice()]
-        ids = np.zeros((len(gold), K), dtype=np.uint32)
-        gold_logprobs = np.zeros(len(gold), dtype=np.float32)
-        logprobs = np.zeros((len(gold), K))
+        ids, logprobs = np.zeros((len(gold), K)), np.zeros((len(gold), K))
+        gold_logprobs = np.zeros(len(gold))
         for t, token in enumerate(gold):
             others = rng.permutation(
                 np.unique(np.concatenate([rng.choice(likely, K), rng.integers(0, size, K)]))
@@ -472,21 +461,7 @@ def scored(renderer: Renderer, answers: list[str], seed: int) -> list[ScoredResp
             ids[t], logprobs[t] = chosen[order], np.log(weights[order] / 1.1)
             inside = ids[t] == token
             gold_logprobs[t] = logprobs[t][inside][0] if inside.any() else math.log(1e-3)
-        responses.append(
-            ScoredResponse(
-                turn=response.turn,
-                begin=response.begin,
-                end=response.end,
-                first=response.first,
-                pending=response.pending,
-                stop=response.stop,
-                tokens=gold.astype(np.uint32),
-                ends=response.ends,
-                ids=ids,
-                logprobs=logprobs.astype(np.float16),
-                gold_logprobs=gold_logprobs,
-            )
-        )
+        responses.append(scored_response(response, gold, ids, logprobs, gold_logprobs))
     return responses
 
 
@@ -593,19 +568,13 @@ def by_hand(
     tokens: list[int] | None = None,
 ) -> ScoredResponse:
     n = len(ends)
-    return ScoredResponse(
-        turn=1,
-        begin=begin,
-        end=end,
-        first=1,
-        pending=pending,
-        stop=stop,
-        tokens=np.arange(n, dtype=np.uint32) if tokens is None else np.array(tokens, np.uint32),
-        ends=np.array(ends, dtype=np.int32),
-        ids=np.zeros((n, 1), dtype=np.uint32),
-        logprobs=np.zeros((n, 1), dtype=np.float16),
-        gold_logprobs=np.full(n, -0.5, dtype=np.float32),
-    )
+    response = Response(1, begin, end, 1, np.array(ends), pending, stop)
+    zeros = np.zeros((n, 1))
+    return scored_response(response, tokens or range(n), zeros, zeros, np.full(n, -0.5))
+
+
+def sides_of(pivot: list[ScoredResponse], source: list[ScoredResponse]):
+    return Responses.of(pivot), Responses.of(source)
 
 
 def test_states_of_responses_by_hand():
@@ -631,15 +600,18 @@ def test_an_empty_answer_matches_an_empty_answer_only():
 
 
 def test_pairs_are_counted_where_both_begin_after_the_same_text():
-    pivot = [
-        by_hand(0, 5, [2, 5, -1], tokens=[10, 11, 12]),
-        by_hand(0, 5, [2, 5, -1], tokens=[20, 21, 22], pending=b" "),
-    ]
-    source = [
-        by_hand(0, 5, [3, 5, -1], tokens=[30, 31, 32]),
-        by_hand(0, 5, [2, 5, -1], tokens=[40, 41, 42]),
-    ]
-    pivots, sources = Responses.of(pivot), Responses.of(source)
+    pivots = Responses.of(
+        [
+            by_hand(0, 5, [2, 5, -1], tokens=[10, 11, 12]),
+            by_hand(0, 5, [2, 5, -1], tokens=[20, 21, 22], pending=b" "),
+        ]
+    )
+    sources = Responses.of(
+        [
+            by_hand(0, 5, [3, 5, -1], tokens=[30, 31, 32]),
+            by_hand(0, 5, [2, 5, -1], tokens=[40, 41, 42]),
+        ]
+    )
     counts = pair_counts(pivots, sources, match_states(pivots, sources))
     # Not 11 (no match), 12 and 22 (stops), 20 (begins with another pending text).
     assert [column.tolist() for column in counts] == [[30, 41], [10, 21], [1, 1]]
@@ -751,8 +723,7 @@ def test_the_same_tokenizer_and_template_change_nothing():
 def test_the_same_tokenizer_under_another_template_changes_the_edges_only():
     pivot, source = renderer_of("openchat"), renderer_of("instruct")
     answers = ["日本 Hello.", "Hello there."]
-    left, right = scored(pivot, answers, 1), scored(source, answers, 2)
-    pivots, sources = Responses.of(left), Responses.of(right)
+    pivots, sources = sides_of(scored(pivot, answers, 1), scored(source, answers, 2))
     aligned = align(pivots, sources, vocabulary_map_of(pivot, source, "ms", PairCounts.empty()))
     rows = np.flatnonzero(aligned.matches >= 0)
     inside = ~pivots.is_begin[rows] & ~pivots.is_end[rows]
@@ -809,18 +780,12 @@ def test_dtw_pairs_the_tokens_of_each_response():
         ]
         expected += [before, *after[:-1]]
         before += len(other.tokens)
-    matches = match_states(Responses.of(left), Responses.of(right), "dtw", sides)
+    matches = match_states(*sides_of(left, right), "dtw", sides)
     assert matches.tolist() == expected
-    assert matches.tolist() != match_states(Responses.of(left), Responses.of(right)).tolist()
-
-
-def test_dtw_positions_pair_states_after_paired_tokens():
-    pivot, source = renderer_of("openchat"), renderer_of("qwen")
-    (left,), (right,) = scored(pivot, ["The cat sat."], 1), scored(source, ["The cat sat."], 2)
-    pivots, sources = Responses.of([left]), Responses.of([right])
-    sides = vocabulary(pivot.tokenizer), vocabulary(source.tokenizer)
-    matches = match_states(pivots, sources, "dtw", sides)
-    assert matches.tolist() == match_states(pivots, sources).tolist() == [0, 1, 2, 3, 4]
+    by_bytes = match_states(*sides_of(left, right))
+    assert matches.tolist() != by_bytes.tolist()
+    # Of English words, whose tokens are the same, both ways say the same.
+    assert matches[:5].tolist() == by_bytes[:5].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_counts_are_added_to_counts_only():

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from transformers import LlamaConfig, Qwen3Config
 
 from fusechat_common.errors import FusechatError, RequestError
-from fusechat_distill.alignment.positions import EXACT, Responses, align, match_positions
+from fusechat_distill.alignment.positions import Responses, align, match_positions
 from fusechat_distill.alignment.stage import (
     AlignedSample,
     AlignStage,
@@ -23,16 +21,13 @@ from fusechat_distill.alignment.stage import (
     join,
     side_by_side,
 )
-from fusechat_distill.inputs.open import Inputs, open_inputs
+from fusechat_distill.inputs.open import Inputs
 from fusechat_distill.recipe.schema import Alignment
-from fusechat_distill.storage.shards import (
-    ScoreStore,
-    Shards,
-    scores_table,
-)
-from fusechat_distill.text.scored import ScoredResponse, ScoredSample
+from fusechat_distill.storage.shards import ScoreStore, Shards
 from fusechat_distill.text.tokens import vocabulary
 from tests.support import real_tokenizers
+from tests.support.chain import Silent, parquet_files
+from tests.support.scores import Alone, random_scores, scored_recipe
 
 K = 5
 ANSWERS = [
@@ -44,96 +39,14 @@ ANSWERS = [
 ]
 
 
-class Alone:
-    """The processes of a plain start."""
-
-    index, count = 0, 1
-
-    def first(self, work):
-        return work()
-
-    def wait(self):
-        pass
-
-
-class Silent:
-    def start(self, title, total):
-        pass
-
-    def advance(self, samples, tokens):
-        pass
-
-    def stop(self):
-        pass
-
-
-def scores(inputs: Inputs, name: str, seed: int) -> Shards:
-    """A complete store of random scores of the recipe's conversations."""
-    model = inputs.models[name]
-    size = len(vocabulary(model.renderer.tokenizer))
-    rng = np.random.default_rng(seed)
-    shards = Shards.create(inputs.scores_folder(model), inputs.scores_manifest(model))
-    for samples in shards.manifest.ranges():
-        conversations = inputs.conversations[samples.start : samples.stop]
-        found = []
-        for conversation, (rendering, _) in zip(
-            conversations, inputs.rendered(model, conversations), strict=True
-        ):
-            responses = []
-            for response in rendering.responses:
-                gold = rendering.input_ids[response.token_slice()].astype(np.uint32)
-                ids = rng.choice(rendering.input_ids, (len(gold), K)).astype(np.uint32)
-                ids[:, 1:] = rng.integers(0, size, (len(gold), K - 1))
-                ids[:, 0] = gold
-                logprobs = np.log(-np.sort(-rng.dirichlet(np.full(K + 1, 0.5), len(gold)), 1))
-                responses.append(
-                    ScoredResponse(
-                        turn=response.turn,
-                        begin=response.begin,
-                        end=response.end,
-                        first=response.first,
-                        pending=response.pending,
-                        stop=response.stop,
-                        tokens=gold,
-                        ends=response.ends,
-                        ids=ids,
-                        logprobs=logprobs[:, :K].astype(np.float16),
-                        gold_logprobs=logprobs[:, 0].astype(np.float32),
-                    )
-                )
-            if responses:
-                found.append(ScoredSample(conversation.key, conversation.row, tuple(responses)))
-        shards.write(samples, scores_table(found), {})
-    return shards
-
-
 @pytest.fixture(scope="session")
 def scored(tmp_path_factory) -> Inputs:
     """A recipe with two sources, of the pivot's and of another family; all scored."""
     folder = tmp_path_factory.mktemp("align")
-    for name, config, tokenizer in (
-        ("pivot", LlamaConfig, real_tokenizers.mistral()),
-        ("twin", LlamaConfig, real_tokenizers.mistral("normalizer", real_tokenizers.INSTRUCT)),
-        ("other", Qwen3Config, real_tokenizers.qwen()),
-    ):
-        tokenizer.save_pretrained(folder / name)
-        config(vocab_size=len(tokenizer)).save_pretrained(folder / name)
-        save_file({}, folder / name / "model.safetensors", metadata={"model": name})
-    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
-        for i in range(300):
-            messages = []
-            for answer in ANSWERS[i % len(ANSWERS)]:
-                messages.append({"role": "user", "content": f"Say {i}"})
-                messages.append({"role": "assistant", "content": answer})
-            file.write(json.dumps({"messages": messages}) + "\n")
-    (folder / "recipe.yaml").write_text(
-        f"output: {folder}/out\npivot: {folder}/pivot\n"
-        f"sources: [{{model: {folder}/twin, vocabulary: bytes}}, {folder}/other]\n"
-        f"dataset: {folder}/chats.jsonl\nmax_length: 48\nscoring: {{top_k: {K}, device: cpu}}\n"
-    )
-    inputs = open_inputs(folder / "recipe.yaml")
+    sources = "[{model: {folder}/twin, vocabulary: bytes}, {folder}/other]"
+    inputs = scored_recipe(folder, ANSWERS, 300, real_tokenizers.qwen(), sources, max_length=48)
     for seed, name in enumerate(inputs.models):
-        scores(inputs, name, seed)
+        random_scores(inputs, name, seed)
     return inputs
 
 
@@ -152,40 +65,45 @@ def stages(inputs: Inputs) -> dict[str, AlignStage]:
     return {stage.name: stage for stage in align_stages(inputs)}
 
 
+def opened(inputs: Inputs, stage: AlignStage) -> tuple[ScoreStore, ScoreStore, Shards]:
+    """The pivot's scores, the source's, and what the stage made of them."""
+    folders = [inputs.scores_folder(inputs.models[name]) for name in ("pivot", stage.name)]
+    return ScoreStore(folders[0]), ScoreStore(folders[1]), Shards.open(stage.folder)
+
+
 def files(stage: AlignStage) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(stage.folder.glob("*.parquet"))}
+    return parquet_files(stage.folder)
 
 
-def test_every_sample_is_aligned_as_it_is_alone(inputs):
-    for name, stage in stages(inputs).items():
-        status = stage.run(Alone(), Silent())
-        assert status.complete
-        assert status.details.samples == 300
-        pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
-        source = ScoreStore(inputs.scores_folder(inputs.models[name]))
-        shards = Shards.open(stage.folder)
-        vocabulary_map = stage._read_vocabulary()
-        keys = []
-        for samples in shards.manifest.ranges():
-            found = aligned_samples(shards.read(samples))
-            keys += [sample.key for sample in found]
-            for sample in found[:7]:
-                left, right = pivot[sample.key], source[sample.key]
-                at, matches, ids = 0, [], []
-                starts = {}
-                for response in right.responses:
-                    starts[response.turn] = at, response
-                    at += len(response.tokens)
-                for response in left.responses:
-                    start, other = starts[response.turn]
-                    alone = align(Responses.of([response]), Responses.of([other]), vocabulary_map)
-                    matches += [m + start if m >= 0 else -1 for m in alone.matches.tolist()]
-                    ids += alone.ids.tolist()
-                assert sample.matches.tolist() == matches
-                assert sample.ids.tolist() == ids
-                rising = sample.matches[sample.matches >= 0]
-                assert (np.diff(rising) > 0).all()
-        assert keys == list(pivot)
+@pytest.mark.parametrize("name", ["twin", "other"])
+def test_every_sample_is_aligned_as_it_is_alone(inputs, name):
+    stage = stages(inputs)[name]
+    status = stage.run(Alone(), Silent())
+    assert status.complete
+    assert status.details.samples == 300
+    pivot, source, shards = opened(inputs, stage)
+    vocabulary_map = stage._read_vocabulary()
+    keys = []
+    for samples in shards.manifest.ranges():
+        found = aligned_samples(shards.read(samples))
+        keys += [sample.key for sample in found]
+        for sample in found[:7]:
+            left, right = pivot[sample.key], source[sample.key]
+            at, matches, ids = 0, [], []
+            starts = {}
+            for response in right.responses:
+                starts[response.turn] = at, response
+                at += len(response.tokens)
+            for response in left.responses:
+                start, other = starts[response.turn]
+                alone = align(Responses.of([response]), Responses.of([other]), vocabulary_map)
+                matches += [m + start if m >= 0 else -1 for m in alone.matches.tolist()]
+                ids += alone.ids.tolist()
+            assert sample.matches.tolist() == matches
+            assert sample.ids.tolist() == ids
+            rising = sample.matches[sample.matches >= 0]
+            assert (np.diff(rising) > 0).all()
+    assert keys == list(pivot)
 
 
 def test_resuming_gives_the_same_bytes(inputs):
@@ -266,17 +184,15 @@ def test_another_alignment_is_refused_with_what_changed(inputs):
 def test_the_summary_adds_up(inputs):
     stage = stages(inputs)["other"]
     details = stage.run(Alone(), Silent()).details
-    pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
-    source = ScoreStore(inputs.scores_folder(inputs.models["other"]))
+    pivot, source, shards = opened(inputs, stage)
     positions = matched = won = 0
     for key in pivot:
-        left, right = pivot[key], source[key]
         nll = []
-        for sample in (left, right):
+        for sample in (pivot[key], source[key]):
             lost = -sum(r.gold_logprobs.sum(dtype=np.float64) for r in sample.responses)
             nll.append(lost / sum(r.end - r.begin for r in sample.responses))
         won += nll[1] < nll[0]
-        for mine, theirs in zip(left.responses, right.responses, strict=False):
+        for mine, theirs in zip(pivot[key].responses, source[key].responses, strict=False):
             assert mine.turn == theirs.turn
             positions += len(mine.tokens)
             matched += 1 + int((match_positions(mine.ends[:-1], theirs.ends[:-1]) >= 0).sum())
@@ -291,26 +207,22 @@ def test_the_summary_adds_up(inputs):
     assert shares["begins_matched"] > 0.9
     assert shares["pivot_cross_entropy"] > 0
     json.dumps(details.model_dump())
-    assert AlignStage.status_of("other", Shards.open(stage.folder)).details == details
+    assert AlignStage.status_of("other", shards).details == details
 
 
 def test_one_sample_side_by_side(inputs):
     stage = stages(inputs)["other"]
     stage.run(Alone(), Silent())
-    pivot = ScoreStore(inputs.scores_folder(inputs.pivot))
-    source = ScoreStore(inputs.scores_folder(inputs.models["other"]))
-    shards = Shards.open(stage.folder)
+    pivot, source, shards = opened(inputs, stage)
     sample = aligned_samples(shards.read(shards.manifest.ranges()[0]))[0]
-    sides = tuple(vocabulary(m.renderer.tokenizer) for m in inputs.models.values())
-    segments = side_by_side(
-        pivot[sample.key], source[sample.key], sample, (sides[0], sides[2]), entries=2
-    )
-    assert ["".join(segment.pivot) for segment in segments] == [
-        " Hello", " there", ",", " friend", ".", "<special 32000>",
-    ]  # fmt: skip
-    assert ["".join(segment.source) for segment in segments] == [
-        "Hello", " there", ",", " friend", ".", "<special 151645>",
-    ]  # fmt: skip
+    sides = tuple(vocabulary(inputs.models[n].renderer.tokenizer) for n in ("pivot", "other"))
+    segments = side_by_side(pivot[sample.key], source[sample.key], sample, sides, entries=2)
+    shown = [("".join(segment.pivot), "".join(segment.source)) for segment in segments]
+    assert shown == [
+        (" Hello", "Hello"),
+        *((text, text) for text in (" there", ",", " friend", ".")),
+        ("<special 32000>", "<special 151645>"),
+    ]
     assert all(1 <= len(segment.arrived) <= 2 for segment in segments)
     lost = sum(segment.gold_logprob[1] for segment in segments)
     assert lost == pytest.approx(source[sample.key].responses[0].gold_logprobs.sum(), abs=1e-4)
@@ -322,10 +234,7 @@ def test_samples_without_a_match_are_kept(inputs):
         AlignedSample(np.full(4, -1, np.int32), empty.astype(np.uint32), empty, "00" * 16, 3),
         AlignedSample(np.array([0, -1]), np.ones((1, K)), np.ones((1, K)), "01" * 16, 4),
     ]
-    found = aligned_samples(aligned_table(samples))
-    assert [len(sample.ids) for sample in found] == [0, 1]
-    assert found[1].ids.shape == (1, K)
-    assert found[0].matches.tolist() == [-1] * 4
-    assert found[1].row == 4
-    assert EXACT == 1
+    first, second = aligned_samples(aligned_table(samples))
+    assert (first.row, len(first.ids), first.matches.tolist()) == (3, 0, [-1] * 4)
+    assert (second.row, second.ids.shape) == (4, (1, K))
     assert join([], ScoreStore(inputs.scores_folder(inputs.pivot))) is None

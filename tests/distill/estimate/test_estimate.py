@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -20,13 +18,13 @@ from transformers import (
 )
 
 from fusechat_distill.chain import run_status
-from fusechat_distill.cli import commands
 from fusechat_distill.estimate import measure
 from fusechat_distill.estimate.formulas import FLOPS, Shape, Text, estimate, total
 from fusechat_distill.inputs.open import readable_size
 from fusechat_distill.inputs.trl_settings import lora_config
 from fusechat_distill.recipe.schema import load_recipe
 from tests.support import chain, published
+from tests.support.chain import ROOT, printed, refused, run
 
 PICO = {
     "vocab_size": 97,
@@ -36,18 +34,7 @@ PICO = {
     "num_attention_heads": 2,
 }
 GROUPED = PICO | {"num_key_value_heads": 1}
-RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    chain.save_models(folder)
-    return folder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+RECIPES = ROOT / "examples" / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -69,22 +56,21 @@ def test_parameters_are_those_of_the_model(config):
     assert (shape.layers, shape.hidden, shape.intermediate) == (2, 16, 24)
 
 
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 1}
+QWEN3_MOE = {"moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 5}
+
+
 @pytest.mark.parametrize(
     ("config", "expert"),
     [
-        (MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=1), 3 * 16 * 24),
-        (
-            Qwen3MoeConfig(
-                **GROUPED, moe_intermediate_size=8, num_experts=8, num_experts_per_tok=5
-            ),
-            3 * 16 * 8,
-        ),
+        (MixtralConfig(**GROUPED, **MIXTRAL), 3 * 16 * 24),
+        (Qwen3MoeConfig(**GROUPED, **QWEN3_MOE), 3 * 16 * 8),
     ],
     ids=["mixtral", "qwen3_moe"],
 )
 def test_of_experts_only_the_chosen_are_active(config, expert):
     shape = measure.shape(config)
-    idle = {"mixtral": 3, "qwen3_moe": 3}[config.model_type]
+    idle = 3
     assert shape.parameters - shape.active == 97 * 16 + 2 * idle * expert
 
 
@@ -174,18 +160,16 @@ def test_what_is_out_of_reach_is_named(tmp_path, models, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     absent = str(tmp_path / "nowhere" / "model")
     path = chain.recipe(tmp_path, models, sources=[absent, str(models / "neox")])
-    shown = run("validate", path, "--estimate", "--json")
-    assert shown.exit_code == 0, shown.output
-    found = json.loads(shown.stdout)
+    shown = printed("validate", path, "--estimate", "--json")
+    found = json.loads(shown)
     assert len(found["missing"]) == 1
     assert found["missing"][0].startswith(f"model ({absent}): its configuration can't be read: ")
     by = {(stage["stage"], stage["name"]): stage for stage in found["stages"]}
     assert by["score", "model"]["gpu_hours"] is None
     assert by["score", "neox"]["gpu_hours"] > 0
-    text = run("validate", path, "--estimate")
-    assert text.exit_code == 0
-    assert "missing: model" in text.stdout
-    assert "the total is of what is known" in text.stdout
+    shown = printed("validate", path, "--estimate")
+    assert "missing: model" in shown
+    assert "the total is of what is known" in shown
 
 
 def test_an_absent_dataset_is_assumed_and_said(tmp_path, models):
@@ -229,9 +213,7 @@ def test_what_is_here_but_no_use_is_named(tmp_path, models):
 
 def test_a_wrong_recipe_is_refused(tmp_path, models):
     path = chain.recipe(tmp_path, models, scoring={"topk": 3})
-    shown = run("validate", path, "--estimate")
-    assert shown.exit_code == 2
-    assert "did you mean `top_k`?" in shown.stderr
+    assert "did you mean `top_k`?" in refused("validate", path, "--estimate")
 
 
 def test_no_weights_are_made():

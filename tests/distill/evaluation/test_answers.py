@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_common.errors import RequestError
-from fusechat_distill.cli import commands
 from fusechat_distill.evaluation.questions import read_questions
 from tests.support import chain
+from tests.support.chain import printed, read_json, refused
+from tests.support.real_tokenizers import byte_alphabet
 
 MT_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["Say 1, please", "Again?"]},
@@ -45,10 +45,14 @@ def recipe(tmp_path_factory) -> Path:
     return chain.recipe(folder, folder / "models", count=60, max_length=128)
 
 
-def run(recipe: Path, *options: object) -> Path:
-    result = CliRunner().invoke(commands, ["evaluate", str(recipe), *map(str, options)])
-    assert result.exit_code == 0, result.stderr
+def evaluated(recipe: Path, *options: object) -> Path:
+    """The output folder, after `evaluate` with these options."""
+    printed("evaluate", recipe, *options)
     return recipe.parent / "out"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def greedy(folder: Path, messages: list[dict], opening: str, limit: int) -> str:
@@ -58,56 +62,38 @@ def greedy(folder: Path, messages: list[dict], opening: str, limit: int) -> str:
     text = tokenizer.apply_chat_template(messages, tokenize=False) + opening
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     size = len(ids)
-    longest = model.config.max_position_embeddings
-    while len(ids) < min(size + limit, longest):
+    while len(ids) < min(size + limit, model.config.max_position_embeddings):
         with torch.no_grad():
             token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
-    vocabulary = {i: t for t, i in tokenizer.get_vocab().items()}
-    spelt = {c: b for b, c in zip(*alphabet(), strict=True)}
-    pieces = [vocabulary[i] for i in ids[size:]]
-    said = b"".join(
-        b"" if p in tokenizer.all_special_tokens else bytes(map(spelt.__getitem__, p))
-        for p in pieces
-    )
-    return said.decode(errors="replace").strip()
-
-
-def alphabet() -> tuple[list[int], list[str]]:
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in kept]
-    return [*kept, *others], [*map(chr, kept), *(chr(256 + i) for i in range(len(others)))]
+    spelt = {char: byte for byte, char in byte_alphabet().items()}
+    pieces = tokenizer.convert_ids_to_tokens(ids[size:])
+    texts = [piece for piece in pieces if piece not in tokenizer.all_special_tokens]
+    return bytes(spelt[char] for char in "".join(texts)).decode(errors="replace").strip()
 
 
 def test_held_out_questions_side_by_side(recipe):
-    out = run(recipe, "--generate", 2)
-    found = json.loads((out / "report" / "answers.json").read_text("utf-8"))
+    out = evaluated(recipe, "--generate", 2)
+    found = read_json(out / "report" / "answers.json")
     assert (found["format"], found["questions"], len(found["entries"])) == (1, "held_out", 2)
-    models = yaml.safe_load(recipe.read_text("utf-8"))
+    models = recipe.parent / "models"
+    rows = read_lines(recipe.parent / "chats.jsonl")
+    text = (out / "report" / "answers.md").read_text("utf-8")
     for entry in found["entries"]:
-        folder = Path(models["pivot"])
         chat = entry["messages"]
         assert chat[-1]["role"] == "user"
-        rows = [
-            json.loads(line)
-            for line in (recipe.parent / "chats.jsonl").read_text("utf-8").splitlines()
-        ]
         messages = rows[entry["id"]]["messages"]
         assert chat == messages[: len(chat)]
         assert entry["reference"] == messages[len(chat)]["content"]
-        expected = greedy(folder, chat, "<|im_start|>assistant\n", found["tokens"])
-        assert entry["answers"]["pivot"] == [expected]
-        neox = folder.parent / "neox"
-        expected = greedy(neox, chat, "A:", found["tokens"])
-        assert entry["answers"]["neox"] == [expected]
-    text = (out / "report" / "answers.md").read_text("utf-8")
-    for entry in found["entries"]:
-        assert f"> {entry['messages'][-1]['content']}" in text
-        assert text.count("### neox") == 2
+        for name, opening in (("pivot", "<|im_start|>assistant\n"), ("neox", "A:")):
+            expected = greedy(models / name, chat, opening, found["tokens"])
+            assert entry["answers"][name] == [expected]
+        assert f"> {chat[-1]['content']}" in text
+    assert text.count("### neox") == 2
     before = {path: path.read_bytes() for path in (out / "answers").rglob("*") if path.is_file()}
-    run(recipe, "--generate", 2)
+    evaluated(recipe, "--generate", 2)
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(str(path.relative_to(out / "answers")) for path in before) == [
         "held_out/alpaca_eval/neox.json",
@@ -119,37 +105,34 @@ def test_held_out_questions_side_by_side(recipe):
 
 
 def test_mt_bench_answers_have_fastchats_fields(recipe, tmp_path):
-    questions = tmp_path / "mt_bench.jsonl"
-    questions.write_text("".join(json.dumps(q) + "\n" for q in MT_BENCH), encoding="utf-8")
-    out = run(recipe, "--questions", questions) / "answers" / "mt_bench"
+    questions = chain.write_rows(tmp_path / "mt_bench.jsonl", MT_BENCH)
+    out = evaluated(recipe, "--questions", questions) / "answers" / "mt_bench"
     assert not (out / "alpaca_eval").exists()
-    asked = [json.loads(line) for line in (out / "question.jsonl").read_text("utf-8").splitlines()]
-    assert asked == [{k: q[k] for k in ("question_id", "category", "turns")} for q in MT_BENCH]
+    fields = ("question_id", "category", "turns")
+    assert read_lines(out / "question.jsonl") == [{k: q[k] for k in fields} for q in MT_BENCH]
     for model in ("pivot", "neox"):
         # As fastchat.llm_judge.common reads them: by the file's name, then by question_id.
-        lines = (out / "model_answer" / f"{model}.jsonl").read_text("utf-8").splitlines()
-        answers = {line["question_id"]: line for line in map(json.loads, lines)}
+        lines = read_lines(out / "model_answer" / f"{model}.jsonl")
+        answers = {line["question_id"]: line for line in lines}
         assert list(answers) == [81, 82]
         for line in answers.values():
-            assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+            types = {key: type(value) for key, value in line.items() if key != "question_id"}
+            assert types == {"answer_id": str, "model_id": str, "choices": list, "tstamp": float}
             assert line["model_id"] == model
-            assert isinstance(line["answer_id"], str)
-            assert isinstance(line["tstamp"], float)
             (choice,) = line["choices"]
             assert set(choice) == {"index", "turns"}
             assert choice["index"] == 0
             assert [type(turn) for turn in choice["turns"]] == [str, str]
         assert len({line["answer_id"] for line in answers.values()}) == 2
-    found = json.loads((out.parents[1] / "report" / "answers.json").read_text("utf-8"))
+    found = read_json(out.parents[1] / "report" / "answers.json")
     (said, again) = found["entries"][0]["answers"]["pivot"]
     messages = [
         {"role": "user", "content": "Say 1, please"},
         {"role": "assistant", "content": said},
         {"role": "user", "content": "Again?"},
     ]
-    models = yaml.safe_load(recipe.read_text("utf-8"))
-    expected = greedy(Path(models["pivot"]), messages, "<|im_start|>assistant\n", found["tokens"])
-    assert again == expected
+    pivot = recipe.parent / "models" / "pivot"
+    assert again == greedy(pivot, messages, "<|im_start|>assistant\n", found["tokens"])
 
 
 def test_questions_that_a_template_refuses(recipe, tmp_path):
@@ -158,31 +141,26 @@ def test_questions_that_a_template_refuses(recipe, tmp_path):
     shutil.copytree(recipe.parent / "models" / "twin", strict)
     refuses = "{% for m in messages if m.content in ('Again?', 'Où?') %}{{ 0 // 0 }}{% endfor %}"
     (strict / "chat_template.jinja").write_text(refuses + chain.CHATML, encoding="utf-8")
-    rows = [
-        {"question_id": 3, "turns": ["Où?", "Là?"]},
-        MT_BENCH[0],
-        {"question_id": 4, "turns": ["one"]},
-        MT_BENCH[1],
-    ]
-    questions = tmp_path / "mt.jsonl"
-    questions.write_text("".join(json.dumps(q) + "\n" for q in rows), encoding="utf-8")
-    out = run(recipe, "--questions", questions, "--model", f"strict={strict}")
-    found = json.loads((out / "report" / "answers.json").read_text("utf-8"))
+    alone = {"question_id": 4, "turns": ["one"]}
+    rows = [{"question_id": 3, "turns": ["Où?", "Là?"]}, MT_BENCH[0], alone, MT_BENCH[1]]
+    questions = chain.write_rows(tmp_path / "mt.jsonl", rows)
+    out = evaluated(recipe, "--questions", questions, "--model", f"strict={strict}")
+    found = read_json(out / "report" / "answers.json")
     given = [entry["answers"]["strict"] for entry in found["entries"]]
     assert [turns and len(turns) for turns in given] == [None, None, 1, 2]
     assert [len(entry["answers"]["pivot"]) for entry in found["entries"]] == [2, 2, 1, 2]
     text = (out / "report" / "answers.md").read_text("utf-8")
     assert text.count("### strict\n\n(its template refuses the question)\n") == 2
-    lines = (out / "answers" / "mt" / "model_answer" / "strict.jsonl").read_text("utf-8")
-    assert [json.loads(line)["question_id"] for line in lines.splitlines()] == [4, 82]
+    lines = read_lines(out / "answers" / "mt" / "model_answer" / "strict.jsonl")
+    assert [line["question_id"] for line in lines] == [4, 82]
 
 
 def test_alpaca_eval_outputs_have_its_fields(recipe, tmp_path):
     questions = tmp_path / "alpaca_eval.json"
     questions.write_text(json.dumps(ALPACA), encoding="utf-8")
-    out = run(recipe, "--questions", questions) / "answers" / "alpaca_eval" / "alpaca_eval"
+    out = evaluated(recipe, "--questions", questions) / "answers" / "alpaca_eval" / "alpaca_eval"
     for model in ("pivot", "neox"):
-        rows = json.loads((out / f"{model}.json").read_text("utf-8"))
+        rows = read_json(out / f"{model}.json")
         assert [row["instruction"] for row in rows] == ["Say it", "Où?"]
         assert [row["dataset"] for row in rows] == ["helpful_base", "koala"]
         for row in rows:
@@ -226,9 +204,8 @@ def test_no_held_out_question_is_said_before_any_weights_are_read(recipe, tmp_pa
         "fusechat_distill.evaluation.compare.load_scorer",
         lambda *a: pytest.fail("weights were read"),
     )
-    result = CliRunner().invoke(commands, ["evaluate", str(path), "--generate", "2"])
-    assert result.exit_code == 2
-    assert "--generate 2: none of the " in result.stderr
-    assert "name questions with --questions FILE" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    said = refused("evaluate", path, "--generate", 2)
+    assert "--generate 2: none of the " in said
+    assert "name questions with --questions FILE" in said
+    assert len(said.splitlines()) == 1
     assert not (tmp_path / "out" / "evaluation").exists()

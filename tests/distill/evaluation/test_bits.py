@@ -14,8 +14,9 @@ from fusechat_distill.evaluation.bits import AnswerBits, answer_request
 from fusechat_distill.scoring.engine import Scores
 from fusechat_distill.scoring.transformers_engine import TransformersScorer
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
-from fusechat_distill.text.tokens import token_bytes, vocabulary
-from tests.support import real_tokenizers
+from fusechat_distill.text.tokens import vocabulary
+from tests.support import chain, real_tokenizers
+from tests.support.bits import answer_bits
 
 CHATS = [
     [("user", "Hi?"), ("assistant", "Hello there.")],
@@ -48,69 +49,10 @@ def counted(model, renderer: Renderer, chats: list[Conversation]) -> list[list[A
     return [one.count(found) for one, found in zip(asked, scores, strict=True)]
 
 
-def llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.5,
-    )
+def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**chain.SIZES, vocab_size=len(tokenizer), initializer_range=0.5)
     return LlamaForCausalLM(config).eval()
-
-
-def dense(model, tokenizer, text: str, begin: int, end: int) -> tuple[float, int]:
-    """Bits of bytes `begin` to `end` of a text, and how many tokens hold them.
-
-    By the definition: P(first token) over P(it begins with what stands before the answer), and for
-    the last one P(it begins with what is left of the answer).
-    """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = token_bytes(tokenizer, ids)
-    spelt = [
-        piece or tokenizer.convert_ids_to_tokens(i).encode()
-        for i, piece in zip(ids, pieces, strict=True)
-    ]
-    raw = text.encode()
-    dummy = b"".join(spelt) != raw
-    starts, at = [], 0
-    for i, piece in enumerate(spelt):
-        if dummy and piece.startswith(b" ") and not raw[at:].startswith(piece):
-            # A prefix space that the text doesn't have: counted as standing before it.
-            starts.append(at - 1)
-            at += len(piece) - 1
-            assert i
-            continue
-        starts.append(at)
-        at += len(piece)
-    assert at == len(raw)
-    ends = [*starts[1:], at]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
-    logprobs = logits.log_softmax(-1)
-    every = vocabulary(tokenizer)
-    total, tokens = 0.0, 0
-    for i, (start, stop) in enumerate(zip(starts, ends, strict=True)):
-        stop = start + len(spelt[i])
-        if stop <= begin or start >= end or not pieces[i]:
-            continue
-        tokens += 1
-        row = logprobs[i - 1]
-
-        def mass(prefix: bytes, row=row) -> float:
-            members = [j for j, b in enumerate(every.tokens) if b.startswith(prefix) and b]
-            return float(row[members].logsumexp(-1))
-
-        logprob = float(row[ids[i]])
-        if stop > end:
-            logprob = mass(spelt[i][: len(spelt[i]) - (stop - end)])
-        if start < begin:
-            logprob -= mass(spelt[i][: begin - start])
-        total -= logprob / math.log(2)
-    return total, tokens
 
 
 BEFORE_STOP = real_tokenizers.CHATML.replace("<|im_end|>", "\\n\\n<|im_end|>")
@@ -133,27 +75,14 @@ def test_bits_are_the_dense_computation(kind):
     model = llama(tokenizer)
     renderer = Renderer(tokenizer)
     chats = conversations()
-    edges = 0
     for chat, found in zip(chats, counted(model, renderer, chats), strict=True):
-        messages = [message._asdict() for message in chat.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        answers = [m for m in chat.messages if m.role == "assistant"]
-        assert len(found) == len(answers)
-        after = 0
-        for answer, one in zip(answers, found, strict=True):
-            content = answer.content
-            at = text.index(content, after)
-            after = at + len(content)
-            begin, end = (len(text[:c].encode()) for c in (at, after))
-            bits, tokens = dense(model, tokenizer, text, begin, end)
-            assert one.num_bytes == len(content.encode())
+        for expected, one in zip(answer_bits(model, tokenizer, chat), found, strict=True):
+            bits, tokens, num_bytes = expected
             assert one.bits == pytest.approx(bits, abs=2e-4)
-            assert one.tokens == tokens
-        (rendering,) = renderer([chat])
-        for response in rendering.responses:
-            edges += bool(response.pending) or response.end not in response.ends
-    if kind != "byte-level":
-        assert edges >= 4
+            assert (one.tokens, one.num_bytes) == (tokens, num_bytes)
+    responses = [response for rendering in renderer(chats) for response in rendering.responses]
+    edges = sum(bool(r.pending) or r.end not in r.ends for r in responses)
+    assert edges >= 4 or kind == "byte-level"
 
 
 STOP = 0.1
@@ -161,16 +90,9 @@ LETTERS = {"a": 0.3, "b": 0.15, "c": 0.05, "é": 0.2, "ü": 0.1, "東": 0.2}
 """Prefix-free in UTF-8, so that a model of bytes can say just what a model of letters says."""
 
 
-def alphabet() -> dict[int, str]:
-    """GPT-2's spelling of bytes, as the tokenizers library has it."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in kept]
-    return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def byte_level(merged: list[bytes], specials: list[str], template: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of all bytes and these tokens, each the last of them plus bytes."""
-    spell = alphabet()
+    spell = real_tokenizers.byte_alphabet()
     tokens = {spell[b]: b for b in range(256)}
     merges = []
     for token in merged:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import shutil
 import signal
 from pathlib import Path
@@ -15,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
 from datasets import ClassLabel, Dataset, Features, Value
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusechat_distill.cli import commands
 from fusechat_distill.evaluation import compare
 from fusechat_distill.evaluation.bootstrap import Losses, bootstrap, holm
 from fusechat_distill.evaluation.candidates import Candidate
@@ -32,13 +29,20 @@ from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.storage.processes import Processes
 from fusechat_distill.text.conversations import Conversations
 from tests.support import chain
-from tests.support.chain import in_child, kill_at
+from tests.support.bits import answer_bits
+from tests.support.chain import (
+    copied,
+    in_child,
+    kill_at,
+    printed,
+    printed_json,
+    read_json,
+    refused,
+    run,
+)
 
+CHAT_TEMPLATE = "chat_template.jinja"
 DOMAINS = ("code", "prose")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, ["evaluate", *(str(argument) for argument in arguments)])
 
 
 def write_rows(path: Path) -> None:
@@ -48,14 +52,12 @@ def write_rows(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, models) -> Path:
     """A recipe whose one target is trained, and models beside it."""
     folder = tmp_path_factory.mktemp("evaluation")
-    chain.save_models(folder / "models")
-    path = chain.recipe(folder, folder / "models", max_length=128, dataset={"eval_fraction": 0.2})
+    path = chain.recipe(folder, models, max_length=128, dataset={"eval_fraction": 0.2})
     write_rows(folder / "chats.jsonl")
-    result = CliRunner().invoke(commands, ["run", str(path)])
-    assert result.exit_code == 0, result.output
+    printed("run", path)
     return path
 
 
@@ -70,41 +72,27 @@ def recipe(made, tmp_path) -> Path:
     return path
 
 
+def named(**models: Path) -> list[str]:
+    """Options that name these models."""
+    return [part for name, path in models.items() for part in ("--model", f"{name}={path}")]
+
+
 @pytest.fixture(scope="module")
-def found(made) -> dict:
-    models = made.parent / "models"
-    result = run(
-        made, "--model", f"two={models / 'twin'}", "--model", f"two={models / 'pivot'}", "--json"
-    )
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+def found(made, models) -> dict:
+    seeds = [*named(two=models / "twin"), *named(two=models / "pivot")]
+    return printed_json("evaluate", made, *seeds)
 
 
 def bits(folder: str, made: Path) -> dict[str, tuple[float, int]]:
-    """Each held-out conversation's bits and bytes, densely; for templates with clean edges."""
+    """Each held-out conversation's bits and bytes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = open_inputs(made)
+    conversations = open_inputs(made).conversations
     sums = {}
-    for conversation in inputs.conversations[: len(inputs.conversations)]:
-        if not held_out(conversation.key, 0.2):
-            continue
-        messages = [message._asdict() for message in conversation.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = batch["input_ids"]
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        total, size, at = 0.0, 0, 0
-        for message in conversation.messages:
-            if message.role != "assistant":
-                continue
-            begin = text.index(message.content, at)
-            at = begin + len(message.content)
-            size += len(message.content.encode())
-            inside = [i for i, (a, b) in enumerate(batch["offset_mapping"]) if a < at and b > begin]
-            total -= sum(float(logprobs[i - 1, ids[i]]) for i in inside) / math.log(2)
-        sums[conversation.key] = total, size
+    for conversation in conversations[: len(conversations)]:
+        if held_out(conversation.key, 0.2):
+            of_each, _, sizes = zip(*answer_bits(model, tokenizer, conversation), strict=True)
+            sums[conversation.key] = sum(of_each), sum(sizes)
     return sums
 
 
@@ -164,15 +152,12 @@ def test_what_is_a_group():
     assert conversations.labels("domain") is conversations.labels("topic") is None
 
 
-def test_addresses_are_no_groups(tmp_path, made, caplog):
-    path = chain.recipe(
-        tmp_path, made.parent / "models", count=200, max_length=128, dataset={"eval_fraction": 0.3}
-    )
+def test_addresses_are_no_groups(tmp_path, models, caplog):
+    dataset = {"eval_fraction": 0.3}
+    path = chain.recipe(tmp_path, models, count=200, max_length=128, dataset=dataset)
     rows = [row | {"source": f"https://{i}"} for i, row in enumerate(chain.rows(200))]
     chain.write_rows(tmp_path / "chats.jsonl", rows)
-    result = run(path, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert list(json.loads(result.stdout)["groups"]) == ["all"]
+    assert list(printed_json("evaluate", path)["groups"]) == ["all"]
     assert "too many for groups" in caplog.text
 
 
@@ -232,42 +217,39 @@ def test_the_pairs_that_matter():
     assert ("merge", "target sft") in pairs_to_test([m for m in models if m.name != "sft"])
 
 
-def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, monkeypatch):
+def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, models, monkeypatch):
     loaded: list[str] = []
-
     load = compare.load_scorer
     monkeypatch.setattr(
         compare,
         "load_scorer",
         lambda what, model, processes: loaded.append(model.name) or load(what, model, processes),
     )
-    twin = recipe.parent / "twin"
-    content = yaml.safe_load(recipe.read_text("utf-8"))
-    shutil.copytree(Path(content["pivot"]).parent / "twin", twin)
-    first = run(recipe, "--model", f"twin={twin}", "--json")
+    twin = copied(models / "twin", recipe.parent / "twin")
+    command = ("evaluate", recipe, *named(twin=twin))
+    first = printed_json(*command)
     assert loaded == ["pivot", "neox", "target neox", f"--model twin={twin}"]
     out = recipe.parent / "out"
     picture = (out / "report" / "evaluation.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert json.loads((out / "evaluation.json").read_text("utf-8")) == json.loads(first.stdout)
+    assert read_json(out / "evaluation.json") == first
     loaded.clear()
-    again = run(recipe, "--model", f"twin={twin}", "--json")
-    assert (again.stdout, loaded) == (first.stdout, [])
+    assert (printed_json(*command), loaded) == (first, [])
     assert (out / "report" / "evaluation.png").read_bytes() == picture
     weights = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32)
     with torch.no_grad():
         weights.get_output_embeddings().weight.mul_(1.5)
     weights.save_pretrained(twin)
-    assert run(recipe, "--model", f"twin={twin}", "--json").stdout != first.stdout
+    assert printed_json(*command) != first
     assert loaded == [f"--model twin={twin}"]
     damaged = next((out / "evaluation").glob("*.json"))
     damaged.write_text("{", encoding="utf-8")
-    assert run(recipe).exit_code == 0
+    printed("evaluate", recipe)
     assert len(loaded) == 2
     # A file under another's name is not taken for it.
     one, other, *_ = (out / "evaluation").glob("*.json")
     one.write_bytes(other.read_bytes())
-    table = run(recipe, "--model", f"twin={twin}").stdout
+    table = printed(*command)
     assert len(loaded) == 3
     assert "target neox vs pivot*" in " ".join(table.split())
     assert "source neox" in table
@@ -275,49 +257,39 @@ def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, mo
 
 def test_killed_and_started_again(recipe, found):
     """The kill comes when the second model's numbers are about to get their name."""
-    assert in_child(lambda: run(recipe), kill_at("/evaluation/", 4)) == -signal.SIGKILL
-    folder = recipe.parent / "out" / "evaluation"
-    assert len(list(folder.glob("*.json"))) == 1
-    assert not (recipe.parent / "out" / "evaluation.json").exists()
-    (before,) = ((path, path.stat().st_mtime_ns) for path in folder.glob("*.json"))
-    result = run(recipe, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert before[0].stat().st_mtime_ns == before[1]
-    models = json.loads(result.stdout)["models"]
+    assert in_child(lambda: run("evaluate", recipe), kill_at("/evaluation/", 4)) == -signal.SIGKILL
+    out = recipe.parent / "out"
+    (kept,) = (out / "evaluation").glob("*.json")
+    assert not (out / "evaluation.json").exists()
+    before = kept.stat().st_mtime_ns
+    models = printed_json("evaluate", recipe)["models"]
+    assert kept.stat().st_mtime_ns == before
     for name in ("pivot", "neox", "target neox"):
         assert models[name]["groups"] == found["models"][name]["groups"]
 
 
 def test_an_unfinished_target_is_listed(recipe):
-    target = recipe.parent / "out" / "targets" / "neox"
-    shutil.rmtree(target)
-    result = run(recipe, "--json")
-    assert result.exit_code == 0, result.stderr
-    shown = json.loads(result.stdout)
-    assert shown["unfinished"] == ["neox"]
-    assert shown["pairs"] == []
-    assert "target neox: not there yet" in run(recipe).stdout
+    shutil.rmtree(recipe.parent / "out" / "targets" / "neox")
+    shown = printed_json("evaluate", recipe)
+    assert (shown["unfinished"], shown["pairs"]) == (["neox"], [])
+    assert "target neox: not there yet" in printed("evaluate", recipe)
 
 
-def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe, monkeypatch):
+def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe):
     target = recipe.parent / "out" / "targets" / "neox"
     (target / "tokenizer.json").unlink()
     (target / "tokenizer_config.json").unlink()
-    result = run(recipe)
-    assert result.exit_code == 2
-    assert "target neox: has no tokenizer; copy the tokenizer files" in result.stderr
+    said = refused("evaluate", recipe)
+    assert "target neox: has no tokenizer; copy the tokenizer files" in said
     content = yaml.safe_load(recipe.read_text("utf-8"))
     content["training"]["lambda"] = 0.25
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-    result = run(recipe)
-    assert result.exit_code == 2
-    assert f"target neox: {target} was made otherwise (training.lambda was 0.5" in result.stderr
+    said = refused("evaluate", recipe)
+    assert f"target neox: {target} was made otherwise (training.lambda was 0.5" in said
 
 
-def test_models_whose_names_are_alike_have_files_of_their_own(recipe):
-    models = Path(yaml.safe_load(recipe.read_text("utf-8"))["pivot"]).parent
-    result = run(recipe, "--model", f"target-neox={models / 'twin'}", "--generate", 1)
-    assert result.exit_code == 0, result.stderr
+def test_models_whose_names_are_alike_have_files_of_their_own(recipe, models):
+    printed("evaluate", recipe, *named(**{"target-neox": models / "twin"}), "--generate", 1)
     answers = recipe.parent / "out" / "answers" / "held_out"
     names = ["neox", "pivot", "target-neox", "target=neox"]
     for folder, key in (("model_answer", "model_id"), ("alpaca_eval", "generator")):
@@ -335,47 +307,37 @@ def test_it_runs_in_one_process(made, monkeypatch):
             self.count = 2
 
     monkeypatch.setattr("fusechat_distill.storage.processes.Processes", Two)
-    result = run(made)
-    assert result.exit_code == 2
-    assert "evaluate: runs in one process, on all devices of the machine; start it" in result.stderr
+    said = refused("evaluate", made)
+    assert "evaluate: runs in one process, on all devices of the machine; start it" in said
 
 
-def with_template(model: Path, folder: Path, refuses: str) -> Path:
-    shutil.copytree(model, folder)
-    template = "{{ raise_exception('no') if " + refuses + " }}" + chain.CHATML
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return folder
-
-
-def test_only_answers_that_all_models_can_be_given_count(recipe, made):
-    twin = made.parent / "models" / "twin"
-    short = with_template(twin, recipe.parent / "short", "messages | length > 2")
-    long = with_template(twin, recipe.parent / "long", "messages | length == 2")
-    one = ("--model", f"short={short}")
-    result = run(recipe, *one)
-    assert result.exit_code == 0, result.stderr
-    found = json.loads((recipe.parent / "out" / "evaluation.json").read_text("utf-8"))
+def test_only_answers_that_all_models_can_be_given_count(recipe, models):
+    one, other = (
+        named(**{name: copied(models / "twin", recipe.parent / name, {CHAT_TEMPLATE: template})})
+        for name, template in (
+            ("short", "{{ raise_exception('no') if messages | length > 2 }}" + chain.CHATML),
+            ("long", "{{ raise_exception('no') if messages | length == 2 }}" + chain.CHATML),
+        )
+    )
+    shown = " ".join(printed("evaluate", recipe, *one).split())
+    found = read_json(recipe.parent / "out" / "evaluation.json")
     left = found["models"]["short"]["left_out"]
     assert found["dataset"]["counted"] == found["dataset"]["answers"] - left
     assert 0 < left < found["dataset"]["answers"]
-    shown = " ".join(result.stdout.split())
     assert f"short: could not be given {left} answers; not counted for any" in shown
-    result = run(recipe, *one, "--model", f"long={long}")
-    assert result.exit_code == 1
-    assert "there is no held-out answer that all models could be given" in result.stderr
+    said = refused("evaluate", recipe, *one, *other, status=1)
+    assert "there is no held-out answer that all models could be given" in said
 
 
-def test_a_model_that_gives_nan_is_not_evaluated(recipe, made):
-    bad = recipe.parent / "bad"
-    shutil.copytree(made.parent / "models" / "twin", bad)
+def test_a_model_that_gives_nan_is_not_evaluated(recipe, models):
+    bad = copied(models / "twin", recipe.parent / "bad")
     model = AutoModelForCausalLM.from_pretrained(bad, dtype=torch.float32)
     read = AutoTokenizer.from_pretrained(bad)(chain.ANSWERS[3], add_special_tokens=False)
     model.model.embed_tokens.weight.data[read.input_ids[:4]] = float("nan")
     model.save_pretrained(bad)
-    result = run(recipe, "--model", f"bad={bad}")
-    assert result.exit_code == 1
-    assert f"evaluate bad ({bad}): NaN or Inf in its output for " in result.stderr
-    assert "evaluate it in another dtype" in result.stderr
+    said = refused("evaluate", recipe, *named(bad=bad), status=1)
+    assert f"evaluate bad ({bad}): NaN or Inf in its output for " in said
+    assert "evaluate it in another dtype" in said
 
 
 def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
@@ -407,22 +369,17 @@ def test_without_intervals_and_without_single_checkpoints(found, tmp_path):
     assert "*" not in text
 
 
-def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch):
-    content = yaml.safe_load(recipe.read_text("utf-8"))
-    models = Path(content["pivot"]).parent
-    bare = recipe.parent / "bare"
-    shutil.copytree(models / "twin", bare, ignore=shutil.ignore_patterns("token*", "chat*"))
-    pickled = recipe.parent / "pickled"
-    shutil.copytree(models / "twin", pickled, ignore=shutil.ignore_patterns("*.safetensors"))
-    seen = recipe.parent / "seen"
-    shutil.copytree(models / "twin", seen)
-    made_of = {"dataset": {"path": "chats.jsonl", "eval_fraction": 0.01}}
-    (seen / "fusechat_distill.json").write_text(json.dumps(made_of), encoding="utf-8")
-    torn, orphan = recipe.parent / "torn", recipe.parent / "orphan"
-    for folder, adapter in ((torn, "{"), (orphan, '{"base_model_name_or_path": "./nowhere"}')):
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(adapter, encoding="utf-8")
-    shutil.copy(models / "twin" / "tokenizer.json", orphan)
+def test_every_problem_is_named_before_any_weights_are_read(recipe, models, monkeypatch):
+    made_of = json.dumps({"dataset": {"path": "chats.jsonl", "eval_fraction": 0.01}})
+    twin, folder = models / "twin", recipe.parent
+    bare = copied(twin, folder / "bare", without="token*")
+    pickled = copied(twin, folder / "pickled", without="*.safetensors")
+    seen = copied(twin, folder / "seen", {"fusechat_distill.json": made_of})
+    torn, orphan = folder / "torn", folder / "orphan"
+    for adapter, content in ((torn, "{"), (orphan, '{"base_model_name_or_path": "./nowhere"}')):
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(content, encoding="utf-8")
+    shutil.copy(twin / "tokenizer.json", orphan)
     (orphan / "adapter_model.safetensors").write_bytes(b"")
     asked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
@@ -432,17 +389,15 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
         lambda *a: pytest.fail("weights were read"),
     )
     options = [
-        f"gone={recipe.parent}/gone", "some/where", f"pivot={models}/twin", f"neox={models}/twin",
-        f"bare={bare}", f"pickled={pickled}", f"seen={seen}", f"x={models}/twin", f"y={models}/twin",
-        f"torn={torn}", f"orphan={orphan}", f"Neox={models}/twin", f"Bare={bare}",
-    ]  # fmt: skip
-    questions = recipe.parent / "questions.jsonl"
+        *named(gone=folder / "gone", pivot=twin, neox=twin, bare=bare, pickled=pickled, seen=seen),
+        *named(x=twin, y=twin, torn=torn, orphan=orphan, Neox=twin, Bare=bare),
+        *("--model", "some/where"),
+    ]
+    questions = folder / "questions.jsonl"
     questions.write_text('{"question": "What?"}\n', encoding="utf-8")
-    result = run(recipe, *(a for o in options for a in ("--model", o)), "--questions", questions)
-    assert result.exit_code == 2
-    lines = result.stderr.splitlines()
+    lines = refused("evaluate", recipe, *options, "--questions", questions).splitlines()
     assert lines[0].endswith("has 15 problems:")
-    for named, said in (
+    for model, said in (
         ("gone=", "there is no such folder"),
         ("some/where", "should be NAME=PATH"),
         ("pivot=", "the recipe has a model pivot already"),
@@ -458,43 +413,33 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, monkeypatch)
         ("Bare=", "differs from --model bare in case only; give it another name"),
         ("orphan=", "its base model ./nowhere: there is no such folder"),
     ):
-        assert any(line.startswith(f"  --model {named}") and said in line for line in lines), named
+        assert any(line.startswith(f"  --model {model}") and said in line for line in lines), model
     assert any("--questions" in line and "neither MT-Bench's" in line for line in lines)
     assert asked == []
-    assert not (recipe.parent / "out" / "evaluation").exists()
+    assert not (folder / "out" / "evaluation").exists()
 
 
-def test_nothing_held_out_is_an_error(tmp_path, made):
-    models = made.parent / "models"
+def test_nothing_held_out_is_an_error(tmp_path, models):
     path = chain.recipe(tmp_path, models, count=20, dataset={"eval_fraction": 0.0})
-    result = run(path)
-    assert result.exit_code == 2
-    assert "dataset.eval_fraction: 0 holds out none of the 20 conversations" in result.stderr
+    said = refused("evaluate", path)
+    assert "dataset.eval_fraction: 0 holds out none of the 20 conversations" in said
 
 
-def test_a_merge_without_template_and_an_adapter(recipe):
+def test_a_merge_without_template_and_an_adapter(recipe, models):
     """The pivot's template stands in; an adapter is its base and what it adds."""
     from peft import LoraConfig, get_peft_model
 
-    content = yaml.safe_load(recipe.read_text("utf-8"))
-    pivot = Path(content["pivot"])
-    bare, adapter = recipe.parent / "bare", recipe.parent / "adapter"
-    shutil.copytree(pivot, bare)
-    (bare / "chat_template.jinja").unlink()
+    pivot, adapter = models / "pivot", recipe.parent / "adapter"
+    bare = copied(pivot, recipe.parent / "bare", without=CHAT_TEMPLATE)
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(pivot), lora)
     adapted.save_pretrained(adapter)
     AutoTokenizer.from_pretrained(pivot).save_pretrained(adapter)
-    whole = recipe.parent / "whole"
-    shutil.copytree(pivot, whole)
+    whole = copied(pivot, recipe.parent / "whole")
     adapted.merge_and_unload().save_pretrained(whole)
-    named = {"bare": bare, "adapter": adapter, "whole": whole}
-    result = run(recipe, *(a for n, p in named.items() for a in ("--model", f"{n}={p}")), "--json")
-    assert result.exit_code == 0, result.stderr
-    values = {
-        n: m["groups"]["all"]["value"] for n, m in json.loads(result.stdout)["models"].items()
-    }
+    found = printed_json("evaluate", recipe, *named(bare=bare, adapter=adapter, whole=whole))
+    values = {name: model["groups"]["all"]["value"] for name, model in found["models"].items()}
     assert values["bare"] == values["pivot"]
     assert values["adapter"] == pytest.approx(values["whole"], rel=1e-5)
     assert values["adapter"] != pytest.approx(values["pivot"], rel=1e-4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from fusechat_distill.fusion.fuse import AlignedScores, Fused, fuse, segment_sums, target_models
+from tests.support.fusion import loops
 
 VOCABULARY = 40
 
@@ -40,68 +40,6 @@ def scores(
                 tokens[t] = 1 if pivot else generator.integers(1, 4)
     present = np.array([s not in absent for s in range(len(lengths))])
     return AlignedScores(ids[:total], logprobs[:total], matched[:total], nll, tokens, present)
-
-
-def loops(
-    models: list[AlignedScores],
-    offsets: list[int],
-    num_bytes: Any,
-    function: str,
-    level: str,
-    cross_entropy: str,
-    tail: str,
-    temperature: float,
-    unmatched: str,
-) -> tuple[list[dict[int, float]], list[list[float]]]:
-    """Each row as {token: probability}, and each row's weights, one model at a time."""
-    rows: list[dict[int, float]] = []
-    weights: list[list[float]] = []
-    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        present = [j for j, model in enumerate(models) if model.present[s]]
-        starts = [start]
-        if level == "token":
-            for t in range(start + 1, stop):
-                if all(models[j].matched[t] for j in present):
-                    starts.append(t)
-        for begin, end in zip(starts, [*starts[1:], stop], strict=True):
-            ce = {}
-            for j in present:
-                nll = math.fsum(models[j].nll[begin:end])
-                size = sum(
-                    num_bytes[begin:end] if cross_entropy == "byte" else models[j].tokens[begin:end]
-                )
-                ce[j] = nll / max(size, 1)
-            share = dict.fromkeys(range(len(models)), 0.0)
-            if ce and function == "min_ce":
-                share[min(ce, key=lambda j: (ce[j], j))] = 1.0
-            elif ce:
-                total = math.fsum(math.exp(-x) for x in ce.values())
-                share.update({j: math.exp(-x) / total for j, x in ce.items()})
-            for t in range(begin, end):
-                row: dict[int, float] = {}
-                for j in present:
-                    own = entries(models[j], t, tail, temperature)
-                    if not own and unmatched == "pivot" and 0 in present:
-                        own = entries(models[0], t, tail, temperature)
-                    for token, probability in own.items():
-                        row[token] = row.get(token, 0.0) + share[j] * probability
-                rows.append({token: p for token, p in row.items() if p > 0})
-                weights.append(list(share.values()))
-    return rows, weights
-
-
-def entries(model: AlignedScores, t: int, tail: str, temperature: float) -> dict[int, float]:
-    if not model.matched[t]:
-        return {}
-    known = {
-        int(token): float(logprob)
-        for token, logprob in zip(model.ids[t], model.logprobs[t], strict=True)
-        if logprob > -math.inf
-    }
-    heated = {token: math.exp(logprob / temperature) for token, logprob in known.items()}
-    total = math.fsum(heated.values())
-    mass = 1.0 if tail == "renormalize" else math.fsum(map(math.exp, known.values()))
-    return {token: mass * value / total for token, value in heated.items()}
 
 
 def as_rows(fused: Fused) -> list[dict[int, float]]:
@@ -176,35 +114,46 @@ def winner(models: list[AlignedScores], **choices: Any) -> list[int]:
     return [int(np.argmax(row)) if row.any() else -1 for row in fused.weights]
 
 
-def test_equal_models_leave_the_choice_to_the_pivot():
-    values = [0.1, 0.2, 0.3]
-    assert winner([one(values), one(values), one(values)]) == [0]
-    assert winner([one(values), one(values), one(values)], level="token") == [0, 0, 0]
-    assert winner([one([0.2, 0.2]), one([0.2, 0.1]), one([0.1, 0.2])]) == [1]
+# The same text: the pivot loses 3 nats on 3 tokens, the source 3.6 nats on 6 of its own.
+COARSE, FINE = one([1.0] * 3), one([1.2] * 3, tokens=np.array([2, 2, 2]))
+EQUAL = [one([0.1, 0.2, 0.3])] * 3
+NUMBERS = one([9.0, 9.0])
 
 
-def test_bytes_compare_tokenizers_and_own_tokens_favour_the_finer_one():
-    # The same text: the pivot loses 3 nats on 3 tokens, the source 3.6 nats on 6 of its own.
-    source = one([1.2, 1.2, 1.2], tokens=np.array([2, 2, 2]))
-    models = [one([1.0, 1.0, 1.0]), source]
-    assert winner(models, cross_entropy="byte") == winner(models) == [0]
-    assert winner(models, cross_entropy="token") == [1]
+@pytest.mark.parametrize(
+    ("models", "choices", "expected"),
+    [
+        # Equal models leave the choice to the pivot.
+        (EQUAL, {}, [0]),
+        (EQUAL, {"level": "token"}, [0, 0, 0]),
+        ([one([0.2, 0.2]), one([0.2, 0.1]), one([0.1, 0.2])], {}, [1]),
+        # Bytes compare tokenizers; own tokens favour the finer one.
+        ([COARSE, FINE], {}, [0]),
+        ([COARSE, FINE], {"cross_entropy": "byte"}, [0]),
+        ([COARSE, FINE], {"cross_entropy": "token"}, [1]),
+        # A loss that is no number never wins.
+        *(
+            case
+            for bad in (math.nan, math.inf)
+            for case in (
+                ([one([bad, 0.0]), NUMBERS], {}, [1]),
+                ([one([bad, 0.0]), one([bad, 0.0])], {}, [0]),
+                ([NUMBERS, one([0.0, bad])], {}, [0]),
+            )
+        ),
+    ],
+)
+def test_who_wins(models, choices, expected):
+    assert winner(models, **choices) == expected
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_never_wins(bad):
-    assert winner([one([bad, 0.0]), one([9.0, 9.0])]) == [1]
-    assert winner([one([bad, 0.0]), one([bad, 0.0])]) == [0]
-    assert winner([one([9.0, 9.0]), one([0.0, bad])]) == [0]
-    fused = fuse([one([bad]), one([bad])], np.array([0, 1]), np.ones(1), function="avg_ce")
-    assert fused.weights.tolist() == [[0.5, 0.5]]
-
-
-def test_a_sample_nobody_understands_is_mixed_like_any_other():
+@pytest.mark.parametrize("losses", [[4000.0, 4.0], [math.nan], [math.inf]])
+def test_a_sample_nobody_understands_is_mixed_like_any_other(losses):
     # exp(-1000) is 0: what counts is the distance to the sample's best, not to another sample's.
-    models = [one([4000.0, 4.0], present=np.ones(2, bool)) for _ in range(2)]
-    fused = fuse(models, np.array([0, 1, 2]), np.full(2, 4), function="avg_ce")
-    assert fused.weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    count = len(losses)
+    models = [one(losses, present=np.ones(count, bool)) for _ in range(2)]
+    fused = fuse(models, np.arange(count + 1), np.full(count, 4), function="avg_ce")
+    assert fused.weights.tolist() == [[0.5, 0.5]] * count
 
 
 def test_a_sample_of_one_position_is_a_segment_of_its_own():
@@ -225,22 +174,22 @@ def test_without_a_score_the_rows_are_zero():
         assert not fused.probs.any()
 
 
-def test_temperature_divides_logprobs_before_renormalising():
-    logprobs = np.log([[0.4, 0.1]])
-    model = one([1.0], ids=np.array([[3, 5]]), logprobs=logprobs)
-    fused = fuse([model], np.array([0, 1]), np.ones(1), temperature=2.0)
-    expected = np.sqrt([0.4, 0.1]) / np.sqrt([0.4, 0.1]).sum()
-    np.testing.assert_allclose(fused.probs, [expected], rtol=1e-6)
-
-
-def test_a_row_of_improbable_entries_is_renormalised_too():
-    # exp(-800) is 0.
-    model = one(
-        [1.0, 1.0], ids=np.array([[3, 5]] * 2), logprobs=np.array([[0.0, -9], [-800, -801]])
-    )
-    fused = fuse([model], np.array([0, 2]), np.ones(2))
-    expected = np.exp([[0.0, -9], [0, -1]]) / np.exp([[0.0, -9], [0, -1]]).sum(axis=1)[:, None]
-    np.testing.assert_allclose(fused.probs, expected, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("logprobs", "choices", "expected"),
+    [
+        # The temperature divides before the probabilities are made to add up to 1 again.
+        (np.log([0.4, 0.1]), {"temperature": 2.0}, np.sqrt([0.4, 0.1]) / np.sqrt([0.4, 0.1]).sum()),
+        # The gold tail is what the entries leave.
+        (np.log([0.4, 0.1]), {"tail": "gold"}, [0.4, 0.1]),
+        # exp(-800) is 0, which can't be divided by.
+        ([-800.0, -801.0], {}, [1 / (1 + math.exp(-1)), 1 / (1 + math.e)]),
+    ],
+)
+def test_the_probabilities_of_one_row(logprobs, choices, expected):
+    certain = [0.0, -np.inf]  # another row beside it
+    model = one([1.0, 1.0], ids=np.array([[3, 5]] * 2), logprobs=np.array([certain, logprobs]))
+    fused = fuse([model], np.array([0, 2]), np.ones(2), **choices)
+    np.testing.assert_allclose(fused.probs, [[1.0, 0.0], expected], rtol=1e-6)
 
 
 def test_of_equally_probable_tokens_the_lower_comes_first():
@@ -262,12 +211,6 @@ def test_the_first_source_takes_the_pivots_row_where_it_has_none():
         assert fused.probs.tolist() == [[1.0], second[1]]
 
 
-def test_the_gold_tail_is_what_the_entries_leave():
-    model = one([1.0], ids=np.array([[3, 5]]), logprobs=np.log([[0.4, 0.1]]))
-    fused = fuse([model], np.array([0, 1]), np.ones(1), tail="gold")
-    np.testing.assert_allclose(fused.probs, [[0.4, 0.1]], rtol=1e-6)
-
-
 def test_fp16_logprobs_of_a_certain_token_stay_a_probability():
     model = one([0.0], logprobs=np.array([[np.float16(0.0005)]]))
     assert fuse([model], np.array([0, 1]), np.ones(1), tail="gold").probs.max() <= 1.0
@@ -287,30 +230,28 @@ def test_nothing_to_fuse_is_no_error():
         assert fused.ids.shape == (0, 3)
 
 
-def test_segment_sums_put_every_token_somewhere_once():
-    losses = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    sums, counts = segment_sums(np.array([0, -1, 2, 3, -1]), losses)
-    assert sums.tolist() == [3.0, 0.0, 4.0, 56.0, 0.0]
-    assert counts.tolist() == [2, 0, 1, 3, 0]
-    # What comes before the first match belongs to the first position, and so does everything
-    # where nothing matches.
-    sums, counts = segment_sums(np.array([-1, 2, -1, 5]), losses)
-    assert sums.tolist() == [3.0, 28.0, 0.0, 32.0]
-    assert counts.tolist() == [2, 3, 0, 1]
-    sums, counts = segment_sums(np.array([-1, 0, 2]), losses)
-    assert sums.tolist() == [0.0, 3.0, 60.0]
-    assert counts.tolist() == [0, 2, 4]
-    sums, counts = segment_sums(np.array([-1, -1]), losses)
-    assert sums.tolist() == [63.0, 0.0]
-    assert counts.tolist() == [6, 0]
-    sums, counts = segment_sums(np.array([0, 2, 2, 5]), losses)
-    assert sums.tolist() == [3.0, 0.0, 28.0, 32.0]
-    assert counts.tolist() == [2, 0, 3, 1]
-    # Losses are stored in float32, where 2^24 + 1 is 2^24.
-    large = np.array([2.0**24, 1.0, 0.5], np.float32)
-    assert segment_sums(np.array([2]), large)[0].tolist() == [2.0**24 + 1.5]
-    assert segment_sums(np.array([0, -1]), np.zeros(0))[1].tolist() == [0, 0]
-    assert segment_sums(np.zeros(0, np.int64), losses)[0].shape == (0,)
+LOSSES = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+
+
+@pytest.mark.parametrize(
+    ("matches", "losses", "sums", "counts"),
+    [
+        ([0, -1, 2, 3, -1], LOSSES, [3.0, 0.0, 4.0, 56.0, 0.0], [2, 0, 1, 3, 0]),
+        # What comes before the first match belongs to the first position, and so does everything
+        # where nothing matches.
+        ([-1, 2, -1, 5], LOSSES, [3.0, 28.0, 0.0, 32.0], [2, 3, 0, 1]),
+        ([-1, 0, 2], LOSSES, [0.0, 3.0, 60.0], [0, 2, 4]),
+        ([-1, -1], LOSSES, [63.0, 0.0], [6, 0]),
+        ([0, 2, 2, 5], LOSSES, [3.0, 0.0, 28.0, 32.0], [2, 0, 3, 1]),
+        # Losses are stored in float32, where 2^24 + 1 is 2^24.
+        ([2], np.array([2.0**24, 1.0, 0.5], np.float32), [2.0**24 + 1.5], [3]),
+        ([0, -1], np.zeros(0), [0.0, 0.0], [0, 0]),
+        ([], LOSSES, [], []),
+    ],
+)
+def test_segment_sums_put_every_token_somewhere_once(matches, losses, sums, counts):
+    found = segment_sums(np.array(matches, np.int64), losses)
+    assert [column.tolist() for column in found] == [sums, counts]
 
 
 def test_samples_are_put_together_from_what_alignment_stores():
@@ -329,11 +270,8 @@ def test_samples_are_put_together_from_what_alignment_stores():
     assert both.nll.tolist() == [2.0, 0.0, 2.0, 0.0, 0.0, 0.25]
     assert both.tokens.tolist() == [2, 0, 2, 0, 0, 1]
     assert both.present.tolist() == [True, False, True]
-
-
-def test_an_absent_sample_widens_nothing():
-    scored = AlignedScores.of(np.array([0]), np.array([[9]]), np.zeros((1, 1)), np.array([0.25]))
-    assert AlignedScores.joined([scored, AlignedScores.absent(2)]).ids.tolist() == [[9], [0], [0]]
+    # An absent sample widens nothing.
+    assert AlignedScores.joined([second, AlignedScores.absent(2)]).ids.tolist() == [[9], [0], [0]]
 
 
 def test_the_strategies_name_their_targets():

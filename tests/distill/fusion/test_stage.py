@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,26 +21,11 @@ from fusechat_distill.scoring.stage import score_stages
 from fusechat_distill.storage.processes import Processes
 from fusechat_distill.storage.shards import ScoreStore, Shards
 from fusechat_distill.text.conversations import Conversation, Message, Rendering, Response
-from fusechat_distill.text.scored import ScoredResponse, ScoredSample
+from fusechat_distill.text.scored import ScoredSample
 from tests.support import chain
-
-
-class Silent:
-    def start(self, title, total):
-        pass
-
-    def advance(self, samples, tokens):
-        pass
-
-    def stop(self):
-        pass
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    chain.save_models(folder)
-    return folder
+from tests.support.chain import Silent, read_json
+from tests.support.fusion import loops
+from tests.support.scores import scored_response
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +45,10 @@ def aligned(tmp_path_factory, models) -> Inputs:
     return inputs
 
 
-def changed(inputs: Inputs, tmp_path: Path | None = None, **fusion) -> Inputs:
-    unmatched = fusion.pop("unmatched", "one_hot")
-    recipe = inputs.recipe.model_copy(
-        update={
-            "fusion": Fusion(**fusion),
-            "alignment": inputs.recipe.alignment.model_copy(update={"unmatched": unmatched}),
-        }
-    )
-    return replace(inputs, recipe=recipe)
+def changed(inputs: Inputs, unmatched: str = "one_hot", **fusion) -> Inputs:
+    alignment = inputs.recipe.alignment.model_copy(update={"unmatched": unmatched})
+    sections = {"fusion": Fusion(**fusion), "alignment": alignment}
+    return replace(inputs, recipe=inputs.recipe.model_copy(update=sections))
 
 
 def fuse_all(inputs: Inputs, folder: Path):
@@ -86,124 +65,78 @@ def read(stage) -> list[dict]:
     return [row for part in shards.manifest.ranges() for row in shards.read(part).to_pylist()]
 
 
-# The reference: one sample at a time, dictionaries, float64.
-
-
-def dense(logprobs: dict[int, float], temperature: float, tail: str) -> dict[int, float]:
-    heated = {i: math.exp(v / temperature) for i, v in logprobs.items()}
-    total = sum(heated.values())
-    mass = 1.0 if tail == "renormalize" else min(1.0, sum(math.exp(v) for v in logprobs.values()))
-    return {i: v / total * mass for i, v in heated.items()}
-
-
-def entries(ids, logprobs) -> dict[int, float]:
-    return {int(i): float(v) for i, v in zip(ids, logprobs, strict=True) if v > -np.inf}
+def bytes_of(response, i: int) -> int:
+    """How many of the answer's bytes token i of a response adds."""
+    before = max(e for e in (response.begin, *response.ends[:i]) if e >= 0)
+    if response.ends[i] >= 0:
+        return response.ends[i] - before
+    last = before < response.end and not any(e >= 0 for e in response.ends[i:])
+    return response.end - before if last and (i == 0 or response.ends[i - 1] >= 0) else 0
 
 
 def reference(inputs: Inputs, sources: tuple[str, ...]):
-    """Per key: list of (token index, distribution), and each model's share of each position."""
-    fusion, unmatched = inputs.recipe.fusion, inputs.recipe.alignment.unmatched
+    """Per key: each model's share of each position, and the positions' distributions."""
     names = ("pivot", *sources)
     stores = {name: ScoreStore(inputs.scores_folder(inputs.models[name])) for name in names}
     found: dict[str, dict[str, AlignedSample]] = {}
     for name in sources:
-        shards = Shards.open(inputs.recipe.output_folder / "aligned" / name)
-        found[name] = {
-            sample.key: sample
-            for part in shards.manifest.ranges()
-            for sample in aligned_samples(shards.read(part))
-        }
-    results = {}
-    for key in stores["pivot"]:
-        pivot = stores["pivot"][key]
-        text = {m: inputs.conversations[inputs.conversations.keys.index(key)].messages for m in [0]}
-        there = {"pivot": {r.turn for r in pivot.responses}}
-        for name in sources:
-            if key in found[name]:
-                turns = {r.turn for r in stores[name][key].responses}
-                if turns & there["pivot"]:
-                    there[name] = turns
-        shared = set.intersection(*there.values())
-        # Distributions at every position of the pivot, by model.
-        flat = [(r, i) for r in pivot.responses for i in range(len(r.tokens))]
-        rows: dict[str, list[dict[int, float] | None]] = {
-            "pivot": [dense(entries(r.ids[i], r.logprobs[i]), fusion.temperature, fusion.tail)
-                      for r, i in flat]
-        }  # fmt: skip
-        for name in there:
-            if name == "pivot":
-                continue
-            sample, at = found[name][key], 0
-            rows[name] = []
-            for match in sample.matches:
-                if match < 0:
-                    rows[name].append(None)
-                    continue
-                own = entries(sample.ids[at], sample.logprobs[at])
-                at += 1
-                rows[name].append(dense(own, fusion.temperature, fusion.tail) if own else None)
-        # Segments of positions that are decided on together.
-        if fusion.level == "sequence":
-            starts = [0]
+        shards = Shards.open(inputs.recipe.aligned_folder / name)
+        parts = (aligned_samples(shards.read(part)) for part in shards.manifest.ranges())
+        found[name] = {sample.key: sample for samples in parts for sample in samples}
+
+    def model(name: str, key: str, positions: list, shared: set[int]):
+        """What the model has at each of the pivot's positions: its entries, its loss from there
+        up to the next match, of what comes before the first match at the first position."""
+        if name == "pivot":
+            matches = list(range(len(positions)))
+            entries = [(r.ids[i], r.logprobs[i]) for r, i in positions]
         else:
-            starts = [0] + [
-                p
-                for p in range(1, len(flat))
-                if all(found[name][key].matches[p] >= 0 for name in there if name != "pivot")
-            ]
-        bounds = list(zip(starts, [*starts[1:], len(flat)], strict=True))
-        shares = []
-        for first, last in bounds:
-            losses = {}
-            size = 0
-            for p in range(first, last):
-                r, i = flat[p]
-                if r.turn not in shared:
-                    continue
-                content = text[0][r.turn].content.encode()
-                known = [e for e in (r.begin, *r.ends[:i]) if e >= 0]
-                before = max(known)
-                if r.ends[i] >= 0:
-                    size += r.ends[i] - before
-                elif before < r.end and not any(e >= 0 for e in r.ends[i:]):
-                    size += (r.end - before) if r.ends[i - 1] >= 0 or i == 0 else 0
-                assert r.end <= len(content)
-            for name in there:
-                own = [
-                    (r.turn, -float(g)) for r in stores[name][key].responses
-                    for g in r.gold_logprobs
-                ]  # fmt: skip
-                if name == "pivot":
-                    low, high = first, last
-                else:
-                    matches = found[name][key].matches
-                    inside = [int(m) for m in matches[first:] if m >= 0]
-                    low = inside[0] if inside and first else 0
-                    later = [int(m) for m in matches[last:] if m >= 0] if last < len(flat) else []
-                    high = later[0] if later else len(own)
-                part = [nll for turn, nll in own[low:high] if turn in shared]
-                divisor = size if fusion.cross_entropy == "byte" else len(part)
-                losses[name] = sum(part) / max(divisor, 1)
-            if fusion.function == "min_ce":
-                best = min(there, key=lambda n: (losses[n], names.index(n)))
-                shares.append({best: 1.0})
-            else:
-                weights = {n: math.exp(-losses[n]) for n in there}
-                total = sum(weights.values())
-                shares.append({n: w / total for n, w in weights.items()})
-        decided, targets = [], []
-        for (first, last), share in zip(bounds, shares, strict=True):
-            for p in range(first, last):
-                mixed: dict[int, float] = defaultdict(float)
-                for name, weight in share.items():
-                    row = rows[name][p]
-                    if row is None:
-                        row = rows["pivot"][p] if unmatched == "pivot" else {}
-                    for token, prob in row.items():
-                        mixed[token] += weight * prob
-                decided.append(share)
-                targets.append({t: v for t, v in mixed.items() if v > 0})
-        results[key] = decided, targets
+            sample = found[name][key]
+            matches = sample.matches.tolist()
+            rows = iter(zip(sample.ids, sample.logprobs, strict=True))
+            entries = [next(rows) if match >= 0 else ([], []) for match in matches]
+        own = [
+            (r.turn in shared, -float(g)) for r in stores[name][key].responses
+            for g in r.gold_logprobs
+        ]  # fmt: skip
+        nll, tokens = [], []
+        for p, match in enumerate(matches):
+            begin = match if p else 0
+            end = next((m for m in matches[p + 1 :] if m >= 0), len(own))
+            part = [loss for counted, loss in own[begin:end] if counted] if begin >= 0 else []
+            nll.append(sum(part))
+            tokens.append(len(part))
+        ids, logprobs = zip(*entries, strict=True)
+        matched = [match >= 0 for match in matches]
+        return SimpleNamespace(
+            present=[True], matched=matched, ids=ids, logprobs=logprobs, nll=nll, tokens=tokens
+        )
+
+    fusion, results = inputs.recipe.fusion, {}
+    for key in stores["pivot"]:
+        responses = stores["pivot"][key].responses
+        turns = {"pivot": {r.turn for r in responses}}
+        for name in sources:
+            own = {r.turn for r in stores[name][key].responses} if key in found[name] else set()
+            if own & turns["pivot"]:
+                turns[name] = own
+        shared = set.intersection(*turns.values())
+        positions = [(r, i) for r in responses for i in range(len(r.tokens))]
+        absent = SimpleNamespace(present=[False])
+        models = [model(n, key, positions, shared) if n in turns else absent for n in names]
+        sizes = [bytes_of(r, i) if r.turn in shared else 0 for r, i in positions]
+        targets, shares = loops(
+            models,
+            [0, len(positions)],
+            sizes,
+            fusion.function,
+            fusion.level,
+            fusion.cross_entropy,
+            fusion.tail,
+            fusion.temperature,
+            inputs.recipe.alignment.unmatched,
+        )
+        results[key] = [dict(zip(names, share, strict=True)) for share in shares], targets
     return results
 
 
@@ -222,16 +155,15 @@ def test_the_dataset_is_the_reference(aligned, tmp_path, settings):
     inputs = changed(aligned, **settings)
     for stage in fuse_all(inputs, tmp_path):
         expected = reference(inputs, stage.sources)
+        stores = [ScoreStore(inputs.scores_folder(inputs.models[s])) for s in stage.sources]
         table = read(stage)
         assert [row["row"] for row in table] == list(range(280))
         won = defaultdict(float)
         compared = 0
         for row in table:
-            key = row["key"].hex()
-            _, targets = expected[key]
+            shares, targets = expected[row["key"].hex()]
             live = [i for i, label in enumerate(row["labels"]) if label != -100]
             assert [row["labels"][i] for i in live] == [row["input_ids"][i] for i in live]
-            assert len(live) == len(targets)
             for i, target in zip(live, targets, strict=True):
                 ids, probs = row["fusion_ids"][i], row["fusion_probs"][i]
                 got = {t: p for t, p in zip(ids, probs, strict=True) if p > 0}
@@ -239,16 +171,12 @@ def test_the_dataset_is_the_reference(aligned, tmp_path, settings):
                 assert probs == sorted(probs, reverse=True)
             dead = set(range(len(row["labels"]))) - set(live)
             assert all(sum(row["fusion_probs"][i]) == 0 for i in dead)
-        keys = {row["row"]: row["key"].hex() for row in table}
-        source_stores = [ScoreStore(inputs.scores_folder(inputs.models[s])) for s in stage.sources]
-        for key in keys.values():
-            if not any(key in store for store in source_stores):
-                continue
-            for share in expected[key][0]:
-                compared += 1
-                for name, weight in share.items():
-                    won[name] += weight
-        said = json.loads((stage.folder / "decisions.json").read_text())
+            if any(row["key"].hex() in store for store in stores):
+                compared += len(shares)
+                for share in shares:
+                    for name, weight in share.items():
+                        won[name] += weight
+        said = read_json(stage.folder / "decisions.json")
         assert said["positions_compared"] == compared
         for name in stage.models:
             assert said["won"][name]["positions"] == pytest.approx(won[name] / compared, abs=1e-5)
@@ -256,52 +184,37 @@ def test_the_dataset_is_the_reference(aligned, tmp_path, settings):
         assert 0 < sum(row["held_out"] for row in table) == said["held_out"] < 60
 
 
-def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_path):
+def test_a_source_without_an_answer_is_compared_over_the_others():
     """neox takes one of two answers; what the pivot lost on the other one doesn't count."""
+    key = "00" * 16
 
     def response(turn, first, nll):
         n = len(nll)
-        return ScoredResponse(
-            turn=turn,
-            begin=0,
-            end=n - 1,
-            first=first,
-            pending=b"",
-            stop="special",
-            tokens=np.arange(n, dtype=np.uint32),
-            ends=np.array([*range(1, n), -1], np.int32),
-            ids=np.arange(2 * n, dtype=np.uint32).reshape(n, 2),
-            logprobs=np.full((n, 2), -1, np.float16),
-            gold_logprobs=-np.array(nll, np.float32),
-        )
+        made = Response(turn, 0, n - 1, first, np.array([*range(1, n), -1]), b"", "special")
+        ids = np.arange(2 * n).reshape(n, 2)
+        return made, scored_response(made, range(n), ids, np.full((n, 2), -1), -np.array(nll))
 
-    def rendered(scored):
-        return Response(
-            scored.turn, scored.begin, scored.end, scored.first, scored.ends, b"", "special"
-        )
-
-    own = (response(1, 2, [1.0, 1.0, 1.0]), response(3, 8, [50.0, 50.0]))
-    pivot = ScoredSample("00" * 16, 0, own)
-    source = ScoredSample("00" * 16, 0, (response(1, 2, [2.0, 0.5, 2.0]),))
-    conversation = Conversation("00" * 16, 0, tuple(Message("assistant", "ab") for _ in range(4)))
-    rendering = Rendering(np.arange(10), tuple(rendered(r) for r in own))
+    (one, first), (two, second) = response(1, 2, [1.0, 1.0, 1.0]), response(3, 8, [50.0, 50.0])
+    pivot = ScoredSample(key, 0, (first, second))
+    source = ScoredSample(key, 0, (response(1, 2, [2.0, 0.5, 2.0])[1],))
+    conversation = Conversation(key, 0, tuple(Message("assistant", "ab") for _ in range(4)))
+    rendering = Rendering(np.arange(10), (one, two))
     matches = AlignedSample(
         np.array([0, 1, 2, -1, -1], np.int32),
         np.zeros((3, 2), np.uint32),
         np.zeros((3, 2), np.float16),
-        "00" * 16,
+        key,
         0,
     )
     sample = join_sample(conversation, rendering, pivot, [(matches, source), None])
-    first, second, third = sample.scores
-    assert first.nll.tolist() == [1, 1, 1, 0, 0]
-    assert first.tokens.tolist() == [1, 1, 1, 0, 0]
-    assert second.nll.tolist() == [2, 0.5, 2, 0, 0]
-    assert first.matched.all()
+    scores = sample.scores
+    assert [s.nll.tolist() for s in scores[:2]] == [[1, 1, 1, 0, 0], [2, 0.5, 2, 0, 0]]
+    assert scores[0].tokens.tolist() == [1, 1, 1, 0, 0]
+    assert scores[0].matched.all()
     assert sample.num_bytes.tolist() == [1, 1, 0, 0, 0]
-    assert [bool(s.present[0]) for s in (first, second, third)] == [True, True, False]
+    assert [bool(s.present[0]) for s in scores] == [True, True, False]
     # Without a common answer it is as if the source had not scored the sample.
-    other = ScoredSample("00" * 16, 0, (response(2, 2, [0.0, 0.0]),))
+    other = ScoredSample(key, 0, (response(2, 2, [0.0, 0.0])[1],))
     sample = join_sample(conversation, rendering, pivot, [(matches, other)])
     assert not sample.scores[1].present[0]
     assert sample.scores[0].nll.tolist() == [1, 1, 1, 50, 50]
@@ -311,7 +224,7 @@ def test_a_source_without_an_answer_is_compared_over_the_others(aligned, tmp_pat
     assert len(sample.num_bytes) == 5
     # Scores of other tokens than the conversation's are no scores of it.
     with pytest.raises(FusechatError, match="5 positions where the conversation has 3; delete the"):
-        join_sample(conversation, replace(rendering, responses=rendering.responses[:1]), pivot, [])
+        join_sample(conversation, replace(rendering, responses=(one,)), pivot, [])
 
 
 @pytest.mark.parametrize(
@@ -341,7 +254,7 @@ def test_the_baseline_has_labels_only(aligned, tmp_path):
     table, other = read(stage), read(fused)
     assert set(table[0]) == set(columns)
     assert table == [{c: row[c] for c in columns} for row in other]
-    assert json.loads((stage.folder / "decisions.json").read_text())["won"] == {}
+    assert read_json(stage.folder / "decisions.json")["won"] == {}
 
 
 def test_the_columns_are_of_fixed_size_and_datasets_reads_them(aligned, tmp_path):

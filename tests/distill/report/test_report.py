@@ -10,16 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from rich.console import Console
-from safetensors.numpy import save_file
-from transformers import LlamaConfig, Qwen3Config
 
 from fusechat_common.errors import RequestError
 from fusechat_distill.alignment.stage import aligned_samples
-from fusechat_distill.cli import commands
 from fusechat_distill.fusion.stage import fuse_stages
-from fusechat_distill.inputs.open import Inputs, open_inputs
+from fusechat_distill.inputs.open import Inputs
 from fusechat_distill.recipe.schema import Alignment, Fusion
 from fusechat_distill.report import compute
 from fusechat_distill.report.page import tables, write_report
@@ -27,8 +23,10 @@ from fusechat_distill.report.schema import REASONS, Report
 from fusechat_distill.storage.shards import ScoreStore, Shards, scores_table
 from fusechat_distill.text.scored import ScoredSample
 from fusechat_distill.text.tokens import vocabulary
-from tests.distill.alignment.test_stage import Alone, Silent, changed, scores, stages
+from tests.distill.alignment.test_stage import changed, stages
 from tests.support import real_tokenizers
+from tests.support.chain import Silent, printed, read_json, refused
+from tests.support.scores import Alone, random_scores, scored_recipe
 
 ANSWERS = [
     ["Hello there, friend."],
@@ -46,31 +44,14 @@ MISSING = 11
 def made(tmp_path_factory) -> Inputs:
     """A pivot and three sources; `other` and `twin` are aligned, `late` has not been scored."""
     folder = tmp_path_factory.mktemp("report")
-    other = real_tokenizers.qwen(nfc=True, template=real_tokenizers.PLAIN)
-    for name, config, tokenizer in (
-        ("pivot", LlamaConfig, real_tokenizers.mistral()),
-        ("twin", LlamaConfig, real_tokenizers.mistral("normalizer", real_tokenizers.INSTRUCT)),
-        ("other", Qwen3Config, other),
-    ):
-        tokenizer.save_pretrained(folder / name)
-        config(vocab_size=len(tokenizer)).save_pretrained(folder / name)
-        save_file({}, folder / name / "model.safetensors", metadata={"model": name})
-    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
-        for i in range(SAMPLES):
-            messages = []
-            for answer in ANSWERS[i % len(ANSWERS)]:
-                messages.append({"role": "user", "content": f"Say {i}"})
-                messages.append({"role": "assistant", "content": answer})
-            file.write(json.dumps({"messages": messages}) + "\n")
-    (folder / "recipe.yaml").write_text(
-        f"output: {folder}/out\npivot: {folder}/pivot\n"
-        f"sources: [{folder}/other, {{model: {folder}/twin, vocabulary: bytes}}, "
-        f"{{model: {folder}/twin, name: late}}]\n"
-        f"dataset: {folder}/chats.jsonl\nmax_length: 77\nscoring: {{top_k: 5, device: cpu}}\n"
+    tokenizer = real_tokenizers.qwen(nfc=True, template=real_tokenizers.PLAIN)
+    sources = (
+        "[{folder}/other, {model: {folder}/twin, vocabulary: bytes}, "
+        "{model: {folder}/twin, name: late}]"
     )
-    inputs = open_inputs(folder / "recipe.yaml")
+    inputs = scored_recipe(folder, ANSWERS, SAMPLES, tokenizer, sources, max_length=77)
     for seed, name in enumerate(("pivot", "other", "twin")):
-        shards = scores(inputs, name, seed)
+        shards = random_scores(inputs, name, seed)
         if name == "other":
             store = ScoreStore(shards.folder)
             for samples in shards.manifest.ranges():
@@ -285,7 +266,7 @@ def test_targets_are_what_the_fuse_stage_decided(inputs):
     (stage,) = fuse_stages(inputs, ["other"])
     stage.run(Alone(), Silent())
     found = report(inputs)
-    decided = json.loads((stage.folder / "decisions.json").read_text("utf-8"))
+    decided = read_json(stage.folder / "decisions.json")
     assert found["targets"] == {"other": decided, "twin": None, "late": None}
     samples = found["sources"]["other"]["samples"]
     assert decided["samples_compared"] == samples["compared"]
@@ -379,48 +360,37 @@ def test_a_source_that_nothing_matches(inputs):
     response = replace(whole, begin=whole.begin + 1, ends=np.full_like(whole.ends, -1))
     shards.write(first, scores_table([]), {})
     shards.write(second, scores_table([ScoredSample(sample.key, sample.row, (response,))]), {})
-    shutil.rmtree(inputs.recipe.aligned_folder / "other")
-    shutil.rmtree(inputs.recipe.aligned_folder / ".vocabularies")
+    for old in ("other", ".vocabularies"):
+        shutil.rmtree(inputs.recipe.aligned_folder / old)
     assert stages(inputs)["other"].run(Alone(), Silent()).complete
     found = report(inputs)["sources"]["other"]
-    (left,) = [
-        s
-        for s in ScoreStore(inputs.scores_folder(inputs.pivot)).shard(second)
-        if s.key == sample.key
-    ]
+    pivots = ScoreStore(inputs.scores_folder(inputs.pivot))[sample.key].responses
     positions = found["positions"]
     assert positions["matched"] == 0
-    assert (
-        positions["no_sample"]
-        == 1 - sum(len(r.tokens) for r in left.responses) / positions["total"]
-    )
+    there = sum(len(r.tokens) for r in pivots) / positions["total"]
+    assert positions["no_sample"] == 1 - there
     assert set(found["edges"].values()) == {None}
     assert found["mass"]["kept"] is None
     write_report(compute.report(inputs), inputs.recipe.output_folder / "report")
 
 
 def test_the_command_writes_json_and_a_page(made, found, monkeypatch):
-    recipe = str(made.recipe.output_folder.parent / "recipe.yaml")
+    recipe = made.recipe.output_folder.parent / "recipe.yaml"
     monkeypatch.setattr("fusechat_distill.inputs.open.open_inputs", lambda path, **options: made)
-    result = CliRunner().invoke(commands, ["report", recipe, "--json"])
-    assert result.exit_code == 0, result.stderr
     folder = made.recipe.output_folder / "report"
-    assert json.loads(result.stdout) == found
-    assert json.loads((folder / "report.json").read_text("utf-8")) == found
+    assert json.loads(printed("report", recipe, "--json")) == found
+    assert read_json(folder / "report.json") == found
     page = (folder / "report.png").read_bytes()
     assert page.startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png"]
     write_report(Report(**found), folder)
     assert (folder / "report.png").read_bytes() == page
-    shown = CliRunner().invoke(commands, ["report", recipe])
-    assert shown.exit_code == 0, shown.stderr
-    assert all(name in shown.stdout for name in ("twin", "other", "late", "written: "))
+    shown = printed("report", recipe)
+    assert all(name in shown for name in ("twin", "other", "late", "written: "))
 
     shutil.rmtree(folder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = CliRunner().invoke(commands, ["report", recipe])
-    assert result.exit_code == 2
-    assert result.stderr == (
+    assert refused("report", recipe) == (
         "Error: report: draws with matplotlib, which is missing: pip install 'fusechat[report]'\n"
     )
     assert not folder.exists()

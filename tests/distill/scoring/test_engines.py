@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,27 +40,22 @@ SMALL = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+GROUPED = SMALL | {"num_key_value_heads": 2}
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0}
+COHERE = {"logit_scale": 0.25, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MPT = {"d_model": 48, "n_heads": 4, "n_layers": 2, "vocab_size": ROWS, "logit_scale": 0.3}
 ARCHITECTURES = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen3, tied": Qwen3Config(**SMALL, head_dim=12, tie_word_embeddings=True),
-    "gemma2, soft cap": Gemma2Config(
-        **SMALL, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=2.0
-    ),
-    "mixtral, experts": MixtralConfig(**SMALL, num_local_experts=4),
-    "cohere, scale": CohereConfig(
-        **SMALL, logit_scale=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    ),
-    "granite, divisor": GraniteConfig(**SMALL, logits_scaling=8.0),
-    "phi, bias": PhiConfig(**SMALL),
-    "mpt, a scale it ignores": MptConfig(
-        d_model=48, n_heads=4, n_layers=2, vocab_size=ROWS, logit_scale=0.3
-    ),
-    "gpt_neox, absolute": GPTNeoXConfig(
-        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
-    ),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen3, tied": Qwen3Config(**GROUPED, head_dim=12, tie_word_embeddings=True),
+    "gemma2, soft cap": Gemma2Config(**GROUPED, **GEMMA),
+    "mixtral, experts": MixtralConfig(**GROUPED, num_local_experts=4),
+    "cohere, scale": CohereConfig(**GROUPED, **COHERE),
+    "granite, divisor": GraniteConfig(**GROUPED, logits_scaling=8.0),
+    "phi, bias": PhiConfig(**GROUPED),
+    "mpt, a scale it ignores": MptConfig(**MPT),
+    "gpt_neox, absolute": GPTNeoXConfig(**SMALL),
 }
 
 
@@ -82,7 +79,7 @@ def requests(rng: np.random.Generator, lengths=(5, 30, 17, 60, 2, 17)) -> list[R
     return made
 
 
-def reference(model, request: Request, k: int) -> tuple[np.ndarray, np.ndarray]:
+def reference(model, request: Request) -> tuple[np.ndarray, np.ndarray]:
     """Dense: [R, V] float64 log-probabilities over the tokens that exist, and gold's [R]."""
     with torch.no_grad():
         logits = model(torch.tensor(request.input_ids)[None], use_cache=False).logits[0]
@@ -114,7 +111,7 @@ def test_scores_are_the_dense_reference(name):
     results = list(scorer.score(wanted))
     assert len(results) == len(wanted)
     for request, scores in zip(wanted, results, strict=True):
-        assert_scores(scores, *reference(model, request, 7), tolerance=5e-6)
+        assert_scores(scores, *reference(model, request), tolerance=5e-6)
         assert scores.finite
 
 
@@ -122,21 +119,16 @@ def test_scores_are_the_dense_reference(name):
 def test_what_tokens_have_together(name):
     model = build(name)
     rng = np.random.default_rng(3)
-    wanted = [
-        dataclasses.replace(
-            request,
-            sets=tuple(
-                (int(row), np.sort(rng.choice(TOKENS, size, replace=False)))
-                for row, size in zip(
-                    rng.integers(len(request.positions), size=3), (1, 40, 0), strict=True
-                )
-            ),
-        )
-        for request in requests(rng)
-    ]
+
+    def with_sets(request: Request) -> Request:
+        rows = rng.integers(len(request.positions), size=3).tolist()
+        sets = [np.sort(rng.choice(TOKENS, size, replace=False)) for size in (1, 40, 0)]
+        return dataclasses.replace(request, sets=tuple(zip(rows, sets, strict=True)))
+
+    wanted = [with_sets(request) for request in requests(rng)]
     plain = TransformersScorer(model, TOKENS, top_k=1, batch_tokens=70)
     for request, scores in zip(wanted, plain.score(wanted), strict=True):
-        logprobs, _ = reference(model, request, 1)
+        logprobs, _ = reference(model, request)
         for (row, ids), found in zip(request.sets, scores.set_logprobs, strict=True):
             expected = np.log(np.exp(logprobs[row, ids]).sum()) if len(ids) else -np.inf
             assert found == pytest.approx(expected, abs=5e-6)
@@ -187,25 +179,18 @@ def test_batching_and_order_change_nothing():
 
 def test_batches_hold_to_their_budget_and_share_a_length():
     model = build("llama")
-    shapes = []
+    scorer = TransformersScorer(model, TOKENS, top_k=5, batch_tokens=64)
+    shapes, sizes = [], []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
-    scorer = TransformersScorer(model, TOKENS, top_k=5, batch_tokens=64)
-    shapes.clear()
+    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
     wanted = requests(np.random.default_rng(4), lengths=(10, 33, 64, 100, 31, 9, 8, 33))
     list(scorer.score(wanted))
     assert shapes == [(1, 100), (1, 64), (1, 33), (1, 33), (2, 31), (2, 9)]
-
-
-def test_models_own_logits_are_never_more_than_one_state():
-    model = build("llama")
-    scorer = TransformersScorer(model, TOKENS, top_k=5, batch_tokens=1000)
-    sizes = []
-    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
-    list(scorer.score(requests(np.random.default_rng(5))))
-    assert sizes == [ROWS]
+    # The model's own logits are never more than those of one state.
+    assert set(sizes) == {ROWS}
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
@@ -220,7 +205,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
     model.model.register_forward_pre_hook(allocate, with_kwargs=True)
     wanted = requests(np.random.default_rng(6), lengths=(40, 39, 38, 37, 36, 35, 20, 20))
     for request, scores in zip(wanted, scorer.score(wanted), strict=True):
-        assert_scores(scores, *reference(model, request, 5), tolerance=5e-6)
+        assert_scores(scores, *reference(model, request), tolerance=5e-6)
     assert scorer.batch_tokens == 80
     assert caplog.messages == [
         "out of memory: going on with batch_tokens: 160",
@@ -245,40 +230,42 @@ def test_nan_is_seen_in_its_own_sample_only():
     model = build("llama")
     scorer = TransformersScorer(model, TOKENS, top_k=5, batch_tokens=1000)
     model.model.embed_tokens.weight.data[3] = float("nan")
-    rng = np.random.default_rng(7)
-    wanted = [
-        dataclasses.replace(
-            request, input_ids=np.where(request.input_ids == 3, 4, request.input_ids)
-        )
-        for request in requests(rng)
-    ]
+    wanted = requests(np.random.default_rng(7))
+    for request in wanted:
+        request.input_ids[request.input_ids == 3] = 4
     wanted[2].input_ids[0] = 3
-    assert [scores.finite for scores in scorer.score(wanted)] == [
-        True,
-        True,
-        False,
-        True,
-        True,
-        True,
-    ]
+    finite = [scores.finite for scores in scorer.score(wanted)]
+    assert finite == [i != 2 for i in range(len(wanted))]
 
 
-def test_a_model_whose_logits_are_something_else_is_refused():
-    model = build("llama")
+def other_logits(model) -> None:
     model.lm_head.register_forward_hook(lambda module, args, out: out.abs())
-    with pytest.raises(FusechatError, match="a llama model's logits are not its output head's"):
-        TransformersScorer(model, TOKENS)
-    model = build("llama")
+
+
+def infinite(model) -> None:
     model.model.norm.weight.data[0] = float("inf")
-    with pytest.raises(FusechatError, match="gives NaN or Inf for the simplest input"):
-        TransformersScorer(model, TOKENS)
-    model = build("llama")
-    weight = model.lm_head.weight.to(torch.int8)  # as a quantised head holds it
+
+
+def quantised(model) -> None:
+    weight = model.lm_head.weight.to(torch.int8)
     model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(FusechatError, match="its output head is Linear without a plain weight"):
-        TransformersScorer(model, TOKENS)
-    with pytest.raises(FusechatError, match=r"has 2 tokens; set scoring\.top_k to at most that"):
-        TransformersScorer(build("llama"), [1, 5], top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "tokens", "message"),
+    [
+        (other_logits, TOKENS, "a llama model's logits are not its output head's"),
+        (infinite, TOKENS, "gives NaN or Inf for the simplest input"),
+        (quantised, TOKENS, "its output head is Linear without a plain weight"),
+        (None, [1, 5], r"has 2 tokens; set scoring\.top_k to at most that"),
+    ],
+)
+def test_a_model_that_can_not_be_scored_is_refused(damage, tokens, message):
+    model = build("llama")
+    if damage is not None:
+        damage(model)
+    with pytest.raises(FusechatError, match=message):
+        TransformersScorer(model, tokens, top_k=3)
 
 
 def test_loads_from_safetensors_only(tmp_path):
@@ -289,7 +276,7 @@ def test_loads_from_safetensors_only(tmp_path):
     )
     wanted = requests(np.random.default_rng(8))
     for request, scores in zip(wanted, loaded.score(wanted), strict=True):
-        assert_scores(scores, *reference(model, request, 5), tolerance=5e-6)
+        assert_scores(scores, *reference(model, request), tolerance=5e-6)
     (tmp_path / "pickled").mkdir()
     model.config.save_pretrained(tmp_path / "pickled")
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
@@ -336,25 +323,25 @@ def test_head_tiles_of_every_shape(tile_elements, size, k):
     torch.testing.assert_close(logprobs.double(), expected.gather(1, ids), atol=5e-6, rtol=0)
 
 
-def test_head_in_float64_is_exact():
+@pytest.mark.parametrize("absent", [None, torch.arange(0, 130)])  # whole tiles
+def test_head_in_float64_is_exact(absent):
     rng = torch.Generator().manual_seed(0)
-    head = Head(torch.randn(500, 16, generator=rng, dtype=torch.float64) * 20, 500)
+    head = Head(torch.randn(500, 16, generator=rng).double() * 20, 500, absent=absent)
     hidden = torch.randn(9, 16, generator=rng, dtype=torch.float64)
-    gold = torch.arange(9)
-    _, logprobs, gold_logprobs = topk_logprobs(hidden, head, gold, 5, tile_elements=640)
+    gold = torch.arange(200, 209)
+    ids, logprobs, gold_logprobs = topk_logprobs(hidden, head, gold, 5, tile_elements=9 * 64)
     expected, expected_gold = dense(hidden, head, gold, 5)
+    assert absent is None or (ids >= 130).all()
     torch.testing.assert_close(logprobs, expected.topk(5).values, atol=1e-11, rtol=0)
     torch.testing.assert_close(gold_logprobs, expected_gold, atol=1e-11, rtol=0)
 
 
 def test_head_ties_go_in_id_order_and_zeros_are_uniform():
-    head = Head(torch.zeros(200, 4), 200)
-    ids, logprobs, gold = topk_logprobs(
-        torch.zeros(3, 4), head, torch.tensor([0, 5, 199]), 6, tile_elements=200
-    )
+    head, gold = Head(torch.zeros(200, 4), 200), torch.tensor([0, 5, 199])
+    ids, logprobs, golds = topk_logprobs(torch.zeros(3, 4), head, gold, 6, tile_elements=200)
     assert (ids.diff(dim=1) > 0).all()
-    torch.testing.assert_close(logprobs, torch.full((3, 6), -np.log(200.0), dtype=torch.float32))
-    torch.testing.assert_close(gold, torch.full((3,), -np.log(200.0), dtype=torch.float32))
+    torch.testing.assert_close(logprobs, torch.full((3, 6), -math.log(200)))
+    torch.testing.assert_close(golds, torch.full((3,), -math.log(200)))
 
 
 def test_head_takes_large_logits_and_no_rows():
@@ -369,54 +356,40 @@ def test_head_takes_large_logits_and_no_rows():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_head_turns_what_is_not_finite_into_nan_for_that_row_only(bad):
-    weight = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+    head = Head(torch.randn(300, 4, generator=torch.Generator().manual_seed(1)), 300)
     hidden = torch.ones(3, 4)
     hidden[1, 2] = bad
-    _, logprobs, gold = topk_logprobs(
-        hidden, Head(weight, 300), torch.tensor([0, 1, 2]), 5, tile_elements=300
-    )
+    _, logprobs, gold = topk_logprobs(hidden, head, torch.arange(3), 5, tile_elements=300)
     assert torch.isfinite(logprobs).all(1).tolist() == [True, False, True]
     assert torch.isfinite(gold).tolist() == [True, False, True]
-
-
-def test_head_whole_tile_of_absent_ids():
-    weight = torch.randn(256, 4, generator=torch.Generator().manual_seed(2))
-    head = Head(weight, 256, absent=torch.arange(0, 130))
-    hidden = torch.randn(2, 4, generator=torch.Generator().manual_seed(3))
-    ids, logprobs, _ = topk_logprobs(hidden, head, torch.tensor([200, 201]), 9, tile_elements=128)
-    assert (ids >= 130).all()
-    expected, _ = dense(hidden, head, torch.tensor([200, 201]), 9)
-    torch.testing.assert_close(logprobs.double(), expected.topk(9).values, atol=5e-6, rtol=0)
 
 
 # vLLM: what it answers, in its documented form, without it.
 
 
-@dataclasses.dataclass
-class Entry:
-    logprob: float
-
-
 def test_prompt_logprobs_are_shifted_filtered_and_sorted():
     request = Request(np.array([5, 6, 7, 8]), np.array([0, 2]))
+    known = frozenset(range(10))
     rows = [
-        None,
-        {6: Entry(-9.0), 1: Entry(-1.0), 99: Entry(-0.5), 3: Entry(-1.0), 2: Entry(-3.0)},
-        {7: Entry(-0.1)},
-        {8: Entry(-0.2), 4: Entry(-2.0), 2: Entry(-4.0)},
+        row and {token: SimpleNamespace(logprob=logprob) for token, logprob in row.items()}
+        for row in (
+            None,
+            {6: -9.0, 1: -1.0, 99: -0.5, 3: -1.0, 2: -3.0},
+            {7: -0.1},
+            {8: -0.2, 4: -2.0, 2: -4.0},
+        )
     ]
-    scores = scores_from_prompt_logprobs(rows, request, frozenset(range(10)), 3)
+    scores = scores_from_prompt_logprobs(rows, request, known, 3)
     assert scores.ids.tolist() == [[1, 3, 2], [8, 4, 2]]
     np.testing.assert_allclose(scores.logprobs, [[-1, -1, -3], [-0.2, -2, -4]], rtol=1e-6)
     np.testing.assert_allclose(scores.gold_logprobs, [-9, -0.2], rtol=1e-6)
+    last = Request(request.input_ids, np.array([2]))
     with pytest.raises(
         FusechatError, match="hold 3 tokens of the tokenizer's, fewer than top_k: 4"
     ):
-        scores_from_prompt_logprobs(
-            rows, Request(request.input_ids, np.array([2])), frozenset(range(10)), 4
-        )
+        scores_from_prompt_logprobs(rows, last, known, 4)
     with pytest.raises(FusechatError, match="vLLM gave no log-probabilities for token 1"):
-        scores_from_prompt_logprobs([None, None], request, frozenset(range(10)), 3)
+        scores_from_prompt_logprobs([None, None], request, known, 3)
 
 
 LOGPROBS = np.log(np.array([[0.5, 0.3, 0.1], [0.6, 0.2, 0.1]], dtype=np.float32))

@@ -6,12 +6,9 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,41 +19,23 @@ from fusechat_common.errors import FusechatError
 from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.scoring.stage import placement, score_stages
 from fusechat_distill.storage.processes import Processes
-
-ROOT = Path(__file__).parents[3]
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def start(self, title: str, total: int) -> None: ...
-
-    def advance(self, samples: int, tokens: int) -> None: ...
-
-    def stop(self) -> None: ...
+from tests.support import chain
+from tests.support.chain import Silent, in_child, kill_at, launched, parquet_files
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, mistral) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("processes")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(mistral),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
+    config = LlamaConfig(**chain.SIZES, vocab_size=len(mistral))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "model")
     mistral.save_pretrained(folder / "model")
     chance = random.Random(0)
     words = ["a", "cat", "reads", "naïve", "文", "books", "🙂", "and", "sleeps,", "two", "letters"]
-    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
-        for i in range(900):
-            answer = " ".join(chance.choices(words, k=chance.randint(1, 6)))
-            file.write(json.dumps({"prompt": f"Say {i}", "completion": answer}) + "\n")
+    answers = [" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(900)]
+    rows = [{"prompt": f"Say {i}", "completion": answer} for i, answer in enumerate(answers)]
+    chain.write_rows(folder / "chats.jsonl", rows)
 
     def write(name: str) -> Path:
         path = folder / f"{name}.yaml"
@@ -70,31 +49,9 @@ def recipe(tmp_path_factory, mistral) -> Callable[[str], Path]:
     return write
 
 
-def store(recipe: Path) -> dict[str, bytes]:
+def stored(recipe: Path) -> dict[str, bytes]:
     folder = recipe.with_suffix("") / "scores" / "pivot"
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.suffix in (".json", ".parquet")
-    }
-
-
-def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
-    """`work` in a forked process with one thread: its exit status, or minus the signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            before()
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    return parquet_files(folder) | {"manifest.json": (folder / "manifest.json").read_bytes()}
 
 
 def score(recipe: Path) -> Callable[[], object]:
@@ -121,36 +78,15 @@ def test_where_a_model_is_put(recipe):
 def expected(recipe) -> dict[str, bytes]:
     path = recipe("whole")
     assert in_child(score(path)) == 0
-    made = store(path)
-    assert sorted(made) == [
-        "00000000-00000256.parquet",
-        "00000256-00000512.parquet",
-        "00000512-00000768.parquet",
-        "00000768-00000900.parquet",
-        "manifest.json",
-    ]
+    made = stored(path)
+    ranges = ("00000000-00000256", "00000256-00000512", "00000512-00000768", "00000768-00000900")
+    assert list(made) == [*(f"{samples}.parquet" for samples in ranges), "manifest.json"]
     return made
 
 
 def kill_after(seconds: float) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def kill_at_file_operation(number: int) -> None:
-    """End without any clean-up when the n-th file is about to be opened, renamed or removed."""
-    left = number
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal left
-        if event in ("os.rename", "os.remove", "os.mkdir") or (
-            event == "open" and str(arguments[1]).startswith(("w", "a"))
-        ):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -161,46 +97,25 @@ def test_killed_again_and_again_the_store_is_the_same(recipe, expected):
     killed = 0
     for attempt in range(10):
         if attempt % 2:
-            moment = chance.uniform(0.0, 0.6)
-            status = in_child(work, lambda moment=moment: kill_after(moment))
+            arm = partial(kill_after, chance.uniform(0.0, 0.6))
         else:
-            number = chance.randint(1, 12)
-            status = in_child(work, lambda number=number: kill_at_file_operation(number))
+            arm = kill_at("", chance.randint(1, 12))
+        status = in_child(work, arm)
         assert status in (0, -signal.SIGKILL, -signal.SIGALRM)
         killed += status != 0
     assert killed >= 5, "it was killed too seldom to show anything"
     assert in_child(work) == 0
-    assert store(path) == expected
+    assert stored(path) == expected
     folder = path.with_suffix("") / "scores" / "pivot"
     assert not list(folder.glob(".*.part"))
     assert not (folder / "quarantine").exists(), "a kill left a torn shard under its final name"
 
 
-def launch(recipe: Path) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", "--main_process_port", str(port)),
-        *("-m", "fusechat_distill", "score", str(recipe)),
-    ]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 def test_two_processes_give_the_same_store(recipe, expected):
     path = recipe("two")
-    result = launch(path)
+    result = launched("score", path)
     assert result.returncode == 0, result.stderr
-    assert store(path) == expected
+    assert stored(path) == expected
     assert result.stdout.startswith("score pivot: 900 of 900 samples; ")
     assert len(result.stdout.splitlines()) == 1, "only the first process speaks"
     log = path.with_suffix("") / "scores" / "pivot" / "log.jsonl"
@@ -210,7 +125,7 @@ def test_two_processes_give_the_same_store(recipe, expected):
 def test_of_two_processes_one_says_what_is_wrong(recipe):
     path = recipe("wrong")
     path.write_text(path.read_text() + "seed: 1\n")
-    result = launch(path)
+    result = launched("score", path)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert errors == [

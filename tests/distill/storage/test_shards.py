@@ -117,21 +117,17 @@ def test_same_content_is_the_same_bytes(tmp_path):
 def test_a_position_of_ten_entries_takes_at_most_55_bytes(tmp_path):
     # As random as it gets: 150,000 equally likely ids, no gold token guessed.
     rng = np.random.default_rng(1)
-    made = [
-        dataclasses.replace(
-            s,
-            responses=tuple(
-                dataclasses.replace(
-                    r,
-                    ids=rng.integers(0, 150_000, r.ids.shape).astype(np.uint32),
-                    tokens=rng.integers(0, 150_000, r.tokens.shape).astype(np.uint32),
-                    logprobs=-np.sort(rng.normal(9, 1, r.ids.shape)).astype(np.float16),
-                )
-                for r in s.responses
-            ),
+
+    def spread(r: ScoredResponse) -> ScoredResponse:
+        return dataclasses.replace(
+            r,
+            ids=rng.integers(0, 150_000, r.ids.shape).astype(np.uint32),
+            tokens=rng.integers(0, 150_000, r.tokens.shape).astype(np.uint32),
+            logprobs=-np.sort(rng.normal(9, 1, r.ids.shape)).astype(np.float16),
         )
-        for s in (sample(rng, row, (200,), 10) for row in range(100))
-    ]
+
+    made = [sample(rng, row, (200,), 10) for row in range(100)]
+    made = [dataclasses.replace(s, responses=tuple(map(spread, s.responses))) for s in made]
     shards = Shards.create(tmp_path, Manifest("scores", 100, {}))
     path = shards.write(SampleRange(0, 100), scores_table(made), {})
     assert path.stat().st_size / 20_000 <= 55
@@ -221,9 +217,8 @@ def test_a_torn_manifest_is_set_aside_and_the_shards_kept(tmp_path):
 def test_reading_what_is_not_there_says_so(tmp_path):
     with pytest.raises(FusechatError) as caught:
         ScoreStore(tmp_path)
-    assert (
-        str(caught.value) == f"{tmp_path}: holds no manifest.json; nothing has been written there"
-    )
+    nothing = f"{tmp_path}: holds no manifest.json; nothing has been written there"
+    assert str(caught.value) == nothing
     Shards.create(tmp_path, Manifest("aligned", 1, {}))
     with pytest.raises(FusechatError) as caught:
         ScoreStore(tmp_path)

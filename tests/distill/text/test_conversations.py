@@ -25,7 +25,7 @@ from fusechat_distill.text.conversations import (
     open_conversations,
 )
 from fusechat_distill.text.tokens import token_bytes
-from tests.support import real_tokenizers
+from tests.support import chain, real_tokenizers
 from tests.support.real_tokenizers import CHATML, INSTRUCT, OPENCHAT, PLAIN
 from tests.support.texts import texts
 
@@ -51,55 +51,43 @@ def test_every_layout_gives_the_same_conversation(tmp_path):
         "completion.jsonl": {"prompt": "Hi", "completion": "Hello."},
         "turns.jsonl": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
     }
-    found = []
     for name, row in rows.items():
-        (tmp_path / name).write_text(json.dumps(row) + "\n")
-        found.append(open_conversations(str(tmp_path / name))[0])
+        chain.write_rows(tmp_path / name, [row])
     dataset = datasets.Dataset.from_list([{"messages": MESSAGES}])
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dict")
     with pytest.raises(RequestError, match="no split 'train'; it has 'test'"):
         open_conversations(str(tmp_path / "dict"))
+    found = [open_conversations(str(tmp_path / name))[0] for name in (*rows, "a.parquet", "saved")]
+    found.append(open_conversations(str(tmp_path / "dict"), split="test")[0])
     columns = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello."]}]}
     found.append(Conversations(datasets.Dataset.from_dict(columns))[0])
-    found.append(open_conversations(str(tmp_path / "a.parquet"))[0])
-    found.append(open_conversations(str(tmp_path / "saved"))[0])
-    found.append(open_conversations(str(tmp_path / "dict"), split="test")[0])
     assert {c.key for c in found} == {found[0].key}
-    assert found[0].messages == (Message("user", "Hi"), Message("assistant", "Hello."))
+    assert {c.messages for c in found} == {(Message("user", "Hi"), Message("assistant", "Hello."))}
     assert len(found[0].key) == 32
 
 
 def test_bad_rows_are_listed_and_left_out(tmp_path):
     user, answer = MESSAGES
     rows = [
-        [user],
-        [user, answer],
-        [user, {"role": "assistant", "content": " \n"}],
-        [user, {"role": "oracle", "content": "x"}],
-        [user, {"role": "assistant", "content": None}],
-        None,
-        [answer],
-        [user, answer | {"tool_calls": [{"name": "f"}]}],
+        ([user], "no assistant turn"),
+        ([user, answer], None),
+        ([user, {"role": "assistant", "content": " \n"}], "empty answer"),
+        ([user, {"role": "oracle", "content": "x"}], "'oracle'"),
+        ([user, {"role": "assistant", "content": None}], "NoneType"),
+        (None, "not a list"),
+        ([answer], None),
+        ([user, answer | {"tool_calls": [{"name": "f"}]}], "message 1 has tool calls"),
     ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    path = chain.write_rows(tmp_path / "a.jsonl", [{"messages": row} for row, _ in rows])
     conversations = open_conversations(str(path))
     assert [c.row for c in conversations] == [1, 6]
     assert [row for row, _ in conversations.rejected] == [0, 2, 3, 4, 5, 7]
+    for row, reason in conversations.rejected:
+        assert rows[row][1] in reason
     texts_alone = Conversations(datasets.Dataset.from_dict({"messages": [["Hi", "Hello."]]}))
     assert texts_alone.rejected[0].reason == "message 0 is not an object with role and content"
-    reasons = " | ".join(reason for _, reason in conversations.rejected)
-    for part in (
-        "no assistant turn",
-        "empty answer",
-        "'oracle'",
-        "NoneType",
-        "not a list",
-        "message 1 has tool calls",
-    ):
-        assert part in reasons
     assert [c.row for c in open_conversations(str(path), max_samples=1)] == [1]
 
 
@@ -114,12 +102,18 @@ def test_the_key_depends_on_the_messages_alone():
     assert len({first, spaced, spelt}) == 3
 
 
+NO_ANSWER = '{"messages": [{"role": "user", "content": "x"}]}\n'
+CUT = gzip.compress(ROW.encode() * 99, mtime=0)[:-9]
+LATIN = (ROW * 5 + ROW.replace("y", "ö")).encode("latin-1")
+HALF = ROW * 5 + ROW.replace("y", r"\ud83d")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n', {}, "dataset.column"),
         ("a.jsonl", '{"text": "x"}\n', {"column": "chat"}, "no column 'chat'; it has 'text'"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', {}, "no assistant turn"),
+        ("a.jsonl", NO_ANSWER, {}, "no assistant turn"),
         ("a.txt", "x", {}, "unknown file type '.txt'"),
         ("a.jsonl", '{"messages": []}\n', {"split": "valid"}, "valid"),
         ("a.jsonl", '{"messages": [}\n', {}, "line 1 is not JSON .Expecting value at column 15"),
@@ -130,34 +124,18 @@ def test_the_key_depends_on_the_messages_alone():
         ("a.jsonl", "\n\n", {}, "can't be opened: it has no rows"),
         ("a.jsonl", f'{ROW}{ROW}{{"messages": [{{\n{ROW}', {}, "line 3 is not JSON .* column 16"),
         ("a.jsonl", f"\n{ROW}[1, 2]\n{ROW}", {}, "line 3 is not an object"),
-        (
-            "a.jsonl",
-            ROW * 5 + ROW.replace("y", r"\ud83d"),
-            {},
-            "line 6 has an unpaired surrogate",
-        ),
+        ("a.jsonl", HALF, {}, "line 6 has an unpaired surrogate"),
         ("a.jsonl", (ROW + ROW).encode("utf-16"), {}, "line 1 is not UTF-8 text; save it as UTF-8"),
-        (
-            "a.jsonl",
-            (ROW * 5 + ROW.replace("y", "ö")).encode("latin-1"),
-            {},
-            "line 6 is not UTF-8 text",
-        ),
+        ("a.jsonl", LATIN, {}, "line 6 is not UTF-8 text"),
         ("a.json.gz", gzip.compress(f"{ROW}nonsense".encode(), mtime=0), {}, "line 2 is not JSON"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(ROW.encode() * 99, mtime=0)[:-9],
-            {},
-            "ended before the end-of-stream",
-        ),
+        ("a.jsonl.gz", CUT, {}, "ended before the end-of-stream"),
         ("a.json", f"[{ROW.strip()}, 3", {}, "can't be opened: Unexpected character"),
     ],
 )
 def test_a_dataset_that_cannot_be_used_is_refused(tmp_path, name, content, options, message):
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    elif content is not None:
-        (tmp_path / name).write_text(content)
+    if content is not None:
+        raw = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(raw)
     with pytest.raises(RequestError, match=message):
         open_conversations(str(tmp_path / name), **options)
 
@@ -188,19 +166,12 @@ def test_the_column_can_be_named(tmp_path):
 
 # --- renderings ---------------------------------------------------------------------------------
 
-MODELS = {
-    "openchat": (lambda: real_tokenizers.mistral("metaspace"), OPENCHAT),
-    "instruct": (lambda: real_tokenizers.mistral("normalizer"), INSTRUCT),
-    "mistral-plain": (lambda: real_tokenizers.mistral("normalizer"), PLAIN),
-    "qwen": (lambda: real_tokenizers.qwen(False), CHATML),
-    "qwen-plain": (lambda: real_tokenizers.qwen(False), PLAIN),
-    "qwen-openchat": (lambda: real_tokenizers.qwen(False), OPENCHAT.replace("bos_token", "''")),
-}
+NAMES = ["openchat", "instruct", "plain", "qwen", "qwen-plain", "qwen-openchat"]
 
 
-@pytest.fixture(scope="session", params=MODELS)
+@pytest.fixture(scope="session", params=NAMES)
 def renderer(request) -> Renderer:
-    tokenizer, template = MODELS[request.param]
+    tokenizer, template = real_tokenizers.SIDES[request.param]
     return Renderer(tokenizer(), template, name=request.param)
 
 
@@ -238,8 +209,7 @@ def test_ends_are_the_answers_own_bytes(renderer, contents, system):
     (rendering,) = renderer([chat])
     assert rendering.problem is None
     answers = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-    found = [response.turn for response in rendering.responses]
-    assert found == answers
+    assert [response.turn for response in rendering.responses] == answers
     for response in rendering.responses:
         check_response(renderer, chat, rendering, response)
     assert len(rendering.input_ids) == rendering.responses[-1].token_slice().stop
@@ -250,22 +220,33 @@ def rendered(tokenizer, *contents: str, template: str | None = None, **options):
     return renderer([conversation(*contents, **options)])[0]
 
 
-def test_a_token_that_joins_template_and_answer_is_the_first(mistral, qwen):
-    instruct = rendered(mistral, "Hi", "Hello there.", template=INSTRUCT).responses[0]
-    assert instruct.pending == b" "
-    assert instruct.ends.tolist() == [5, 11, 12, -1]
-    assert rendered(mistral, "Hi", "日本.").responses[0].pending == b""
-    chatml = rendered(qwen, "Hi", "\nHello.").responses[0]
-    assert chatml.pending == b"\n"
-    assert chatml.ends.tolist() == [1, 6, 7, -1]
-
-
-def test_the_dummy_prefix_is_pending():
-    tokenizer = real_tokenizers.mistral("normalizer")
-    template = OPENCHAT.replace(": '", "' + eos_token")
-    response = rendered(tokenizer, "Hi", "Hello.", template=template).responses[0]
-    assert response.pending == b" "
-    assert response.ends.tolist() == [5, 6, -1]
+@pytest.mark.parametrize(
+    ("side", "answer", "expected"),
+    [
+        (("mistral", INSTRUCT), "Hello there.", (0, b" ", [5, 11, 12, -1])),
+        (("mistral", OPENCHAT), "日本.", (0, b"", [3, 6, 7, -1])),
+        (("qwen", CHATML), "\nHello.", (0, b"\n", [1, 6, 7, -1])),
+        # The tokenizer's own dummy prefix, which the template lacks, is pending too.
+        (("legacy", OPENCHAT.replace(": '", "' + eos_token")), "Hello.", (0, b" ", [5, 6, -1])),
+        # A template that trims starts inside the answer.
+        (("mistral", INSTRUCT), " \n Hello. \n", (3, b" ", [8, 9, -1])),
+        # No special token stands between the answer and a space before the stop.
+        (
+            ("mistral", INSTRUCT.replace("+ eos", "+ ' ' + eos")),
+            "Hello.",
+            (0, b" ", [5, 6, -1, -1]),
+        ),
+        # The template's newlines join the full stop: no state, no stop.
+        (("qwen", PLAIN), "Hello.", (0, b"", [5, -1])),
+    ],
+)
+def test_where_an_answer_begins_and_its_tokens_end(side, answer, expected):
+    name, template = side
+    legacy = {"legacy": lambda: real_tokenizers.mistral("normalizer")}
+    tokenizer = legacy.get(name, getattr(real_tokenizers, name, None))()
+    response = rendered(tokenizer, "Hi", answer, template=template).responses[0]
+    assert (response.begin, response.pending, response.ends.tolist()) == expected
+    assert response.end == len(answer.rstrip().encode())
 
 
 def test_the_stop_is_the_first_special_token_after_the_response(mistral, qwen):
@@ -274,49 +255,49 @@ def test_the_stop_is_the_first_special_token_after_the_response(mistral, qwen):
     assert rendering.input_ids[-1] == qwen.convert_tokens_to_ids("<|im_end|>")
     spaced = rendered(mistral, "Hi", "Hello.", template=INSTRUCT.replace("+ eos", "+ ' ' + eos"))
     assert spaced.input_ids[-1] == mistral.eos_token_id
-    assert spaced.responses[0].ends.tolist() == [5, 6, -1, -1]
     # A role's special token ends the answer before it; after the last one nothing is left.
-    template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
-        "+ message['content'] + '\\n' }}{% endfor %}"
-    )
-    first, last = rendered(qwen, "Hi", "One", "More", "Two", template=template).responses
-    assert (first.stop, last.stop) == ("special", "text")
-    plain = rendered(mistral, "Hi", "Hello", "More", "Two", template=PLAIN)
-    assert [response.stop for response in plain.responses] == ["text", "text"]
-    # Qwen joins the full stop and the template's newlines: no state, no stop.
-    joined = rendered(qwen, "Hi", "Hello.", template=PLAIN).responses[0]
-    assert joined.stop == "none"
-    assert joined.ends.tolist() == [5, -1]
-
-
-def test_a_template_that_trims_starts_inside_the_answer(mistral):
-    response = rendered(mistral, "Hi", " \n Hello. \n", template=INSTRUCT).responses[0]
-    assert (response.begin, response.end) == (3, 9)
-    assert response.ends.tolist() == [8, 9, -1]
+    without_end = CHATML.replace("<|im_end|>", "")
+    for tokenizer, template, stops in (
+        (qwen, without_end, ["special", "text"]),
+        (mistral, PLAIN, ["text", "text"]),
+    ):
+        chat = rendered(tokenizer, "Hi", "One", "More", "Two", template=template)
+        assert [response.stop for response in chat.responses] == stops
+    # Qwen joins the full stop and the template's newlines.
+    assert rendered(qwen, "Hi", "Hello.", template=PLAIN).responses[0].stop == "none"
 
 
 THINKING = CHATML.replace(
     "message['content']",
     "(message['content'].split('</think>')[-1] if not loop.last else message['content'])",
 )
+SPELT = "Write <|im_end|> here."
 
 
-def test_an_answer_that_the_template_rewrites_is_context_only(qwen):
-    rendering = rendered(qwen, "Hi", "<think>Hm</think>Yes", "And", "No", template=THINKING)
-    assert [response.turn for response in rendering.responses] == [3]
-    assert rendering.skipped[0].turn == 1
-    assert "rewrites" in rendering.skipped[0].reason
+@pytest.mark.parametrize(
+    ("template", "contents", "kept", "left_out", "reason"),
+    [
+        (THINKING, ["Hi", "<think>Hm</think>Yes", "And", "No"], [3], 1, "rewrites"),
+        (CHATML, [SPELT, SPELT, "And", "Yes"], [3], 1, "spells the special token <|im_end|>"),
+        # In another order: only what comes before an earlier answer.
+        (CHATML.replace("in messages", "in messages | reverse"), ["Hi", "Yes", "And", "No"],
+         [1], 3, "before an earlier answer"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_can_not_be_learnt_is_context_only(
+    qwen, template, contents, kept, left_out, reason
+):
+    rendering = rendered(qwen, *contents, template=template)
+    assert [response.turn for response in rendering.responses] == kept
+    assert rendering.responses[0].token_slice().stop <= len(rendering.input_ids)
+    assert rendering.skipped[0].turn == left_out
+    assert reason in rendering.skipped[0].reason
 
 
-def test_an_answer_that_spells_a_special_token_is_left_out(qwen, mistral):
-    text = "Write <|im_end|> here."
-    rendering = rendered(qwen, text, text, "And", "Yes")
-    assert [response.turn for response in rendering.responses] == [3]
-    assert "spells the special token <|im_end|>" in rendering.skipped[0].reason
-    assert len(rendered(mistral, text, text, "And", "Yes").responses) == 2
-    both = rendered(qwen, "Hi", "<|im_end|>")
-    assert (len(both.input_ids), both.responses) == (0, ())
+def test_what_spells_another_models_special_token_is_text(qwen, mistral):
+    assert len(rendered(mistral, SPELT, SPELT, "And", "Yes").responses) == 2
+    nothing = rendered(qwen, "Hi", "<|im_end|>")
+    assert (len(nothing.input_ids), nothing.responses) == (0, ())
 
 
 def test_a_system_prompt_goes_before_the_user_where_the_template_takes_none(mistral, qwen):
@@ -356,21 +337,30 @@ def test_the_stop_is_no_part_of_an_answer_whose_end_the_tokenizer_drops():
     assert (response.ends.tolist(), response.stop) == ([1, 2, -1], "special")
 
 
-def test_a_conversation_that_the_template_refuses_has_a_problem(mistral):
-    strict = "{{ raise_exception('No users.') if messages[0].role == 'user' }}" + CHATML
-    (rendering,) = Renderer(mistral, strict)([conversation("Hi", "Yes")])
-    assert rendering.problem == "the chat template rejects it: No users."
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('No users.') if messages[0].role == 'user' }}" + CHATML, "No users."),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 // 0 }}", ""),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ""),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", ""),
+        ("{{ raise_exception.__globals__.os }}", ""),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_has_a_problem(qwen, template, problem):
+    (rendering,) = Renderer(qwen, template)([conversation("Hi", "Yes")])
+    assert rendering.problem.startswith(f"the chat template rejects it: {problem}")
     assert (len(rendering.input_ids), rendering.responses) == (0, ())
-    (rendering,) = Renderer(mistral, "{{ messages[0].content + 1 }}")([conversation("Hi", "Yes")])
-    assert rendering.problem.startswith("the chat template rejects it: can only concatenate str")
 
 
 def test_no_template_is_an_error_that_names_the_remedy(qwen):
     base = PreTrainedTokenizerFast(tokenizer_object=qwen.backend_tokenizer)
     with pytest.raises(RequestError, match="put its chat_template.jinja beside its tokenizer"):
         Renderer(base, name="base")
-    with pytest.raises(RequestError, match="not valid Jinja"):
-        Renderer(qwen, "{% for %}")
+    for template in ("{% for %}", "{{ " + "(" * 500 + "1" + ")" * 500 + " }}"):
+        with pytest.raises(RequestError, match="not valid Jinja"):
+            Renderer(qwen, template)
 
 
 def test_the_date_is_fixed(qwen):
@@ -380,13 +370,8 @@ def test_the_date_is_fixed(qwen):
 
 
 def test_the_fingerprint_tells_tokenizers_and_templates_apart(mistral, qwen):
-    renderers = [
-        Renderer(mistral),
-        Renderer(mistral, CHATML),
-        Renderer(qwen),
-        Renderer(qwen, PLAIN),
-    ]
-    assert len({renderer.fingerprint for renderer in renderers}) == 4
+    sides = [(mistral,), (mistral, CHATML), (qwen,), (qwen, PLAIN)]
+    assert len({Renderer(*side).fingerprint for side in sides}) == 4
     assert Renderer(qwen).fingerprint == Renderer(qwen, CHATML).fingerprint
     again = copy.deepcopy(qwen)
     again(["a", "a b"], padding=True, truncation=True, max_length=5)  # leaves traces in the backend
@@ -404,10 +389,7 @@ def test_roles(mistral, qwen):
 
 
 @settings(max_examples=25)
-@given(
-    contents=st.lists(plain, min_size=2, max_size=6),
-    max_length=st.integers(1, 120),
-)
+@given(contents=st.lists(plain, min_size=2, max_size=6), max_length=st.integers(1, 120))
 def test_a_source_sees_what_the_pivot_sees(renderer, contents, max_length):
     chat = conversation(*contents)
     pivot = Renderer(real_tokenizers.mistral())
@@ -438,15 +420,13 @@ def test_a_source_sees_what_the_pivot_sees(renderer, contents, max_length):
 
 def test_the_cut_is_at_the_end_of_the_pivots_last_whole_token(mistral, qwen):
     chat = conversation("Hi", "Hello there, all.", "And", "Bye.")
-    pivot, source = Renderer(mistral), Renderer(qwen)
-    (whole,) = pivot([chat])
+    (whole,), (other,) = Renderer(mistral)([chat]), Renderer(qwen)([chat])
     first, second = whole.responses
     cut, at = whole.cut_to(first.first + 2)
     assert at == Cut(1, 11)
-    assert cut.responses[0].ends.tolist() == [5, 11]
-    (other,) = source([chat])
-    assert other.cut_at(at).responses[0].ends.tolist() == [5, 11]
-    assert other.cut_at(at).responses[0].stop == "none"
+    for side in (cut, other.cut_at(at)):
+        assert side.responses[0].ends.tolist() == [5, 11]
+        assert side.responses[0].stop == "none"
     # Without the stop; with it, but none of the second answer; nothing.
     stop = first.token_slice().stop
     assert whole.cut_to(stop - 1)[1] == Cut(1, 17)
@@ -476,30 +456,6 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", asked)
     with pytest.raises(RequestError, match="there is no such file or folder here"):
         open_conversations(path)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 // 0 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% for i in range(10 ** 9) %}x{% endfor %}",
-        "{{ raise_exception.__globals__.os }}",
-    ],
-)
-def test_a_template_that_breaks_is_a_reason(qwen, template):
-    (rendering,) = Renderer(qwen, template)([conversation("Hi", "Yes")])
-    assert rendering.problem.startswith("the chat template rejects it: ")
-    with pytest.raises(RequestError, match="not valid Jinja"):
-        Renderer(qwen, "{{ " + "(" * 500 + "1" + ")" * 500 + " }}")
-
-
-def test_answers_that_a_template_puts_in_another_order_are_left_out(qwen):
-    backwards = CHATML.replace("in messages", "in messages | reverse")
-    rendering = rendered(qwen, "Hi", "Yes", "And", "No", template=backwards)
-    assert [response.turn for response in rendering.responses] == [1]
-    assert rendering.responses[0].token_slice().stop <= len(rendering.input_ids)
-    assert "before an earlier answer" in rendering.skipped[0].reason
 
 
 def test_a_models_folder_is_no_dataset(tmp_path):

@@ -135,44 +135,38 @@ def test_added_tokens_that_are_not_special_stand_for_their_own_text():
         assert tokens.ends[-1] == 10
 
 
+def fast(model, **parts) -> PreTrainedTokenizerFast:
+    """A tokenizer of this model: its decoder, and where given its normalizer or pre-tokenizer."""
+    backend = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def trained(texts: list[str], trainer: trainers.BpeTrainer, **parts) -> PreTrainedTokenizerFast:
+    made = fast(models.BPE(), **parts)
+    made.backend_tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer)
+
+
 def test_a_byte_level_piece_outside_the_alphabet_stands_for_itself():
-    backend = Tokenizer(models.BPE({"a": 0, "日本": 1, "Ġa": 2}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made = fast(
+        models.BPE({"a": 0, "日本": 1, "Ġa": 2}, []),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=decoders.ByteLevel(),
+    )
     assert token_bytes(made, [0, 1, 2]) == [b"a", "日本".encode(), b" a"]
 
 
-def small_unigram() -> PreTrainedTokenizerFast:
-    pieces = [
-        "<unk>",
-        "▁",
-        "▁the",
-        "▁fi",
-        "nance",
-        "t",
-        "h",
-        "e",
-        "f",
-        "i",
-        "n",
-        "a",
-        "c",
-        "é",
-        "▁▁",
-    ]
-    backend = Tokenizer(
-        models.Unigram([(piece, -float(len(pieces) - i)) for i, piece in enumerate(pieces)], 0)
-    )
+def test_unigram_with_nfkc():
+    pieces = ["<unk>", "▁", "▁the", "▁fi", "nance", *"thefinacé", "▁▁"]
+    scores = [(piece, -float(len(pieces) - i)) for i, piece in enumerate(pieces)]
+    backend = Tokenizer(models.Unigram(scores, 0))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.add_tokens([AddedToken("▁▁", special=False, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-
-
-def test_unigram_with_nfkc():
-    tokenizer = small_unigram()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     text = "the \ufb01nance e\u0301"
     (tokens,) = tokenize(tokenizer, [text])
     assert b"".join(token_bytes(tokenizer, tokens.ids.tolist())) == " the finance é".encode()
@@ -182,56 +176,55 @@ def test_unigram_with_nfkc():
     assert token_bytes(tokenizer, [tokenizer.convert_tokens_to_ids("▁▁")]) == [b"  "]
 
 
-def test_an_end_inside_a_normalised_character_is_not_known():
-    backend = Tokenizer(models.BPE({"f": 0, "i": 1, "x": 2}, []))
-    backend.normalizer = normalizers.NFKC()
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    (tokens,) = tokenize(tokenizer, ["x\ufb01x"])
-    assert token_bytes(tokenizer, tokens.ids.tolist()) == [b"x", b"f", b"i", b"x"]
-    assert tokens.ends.tolist() == [1, -1, 4, 5]
-
-
-def test_where_text_has_no_token_an_end_is_not_guessed():
-    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
-    backend.decoder = decoders.Fuse()
-    (tokens,) = tokenize(PreTrainedTokenizerFast(tokenizer_object=backend), ["a日b"])
-    assert (tokens.ids.tolist(), tokens.ends.tolist()) == ([0, 1], [1, -1])
-
-
-def lossy(kind: str) -> PreTrainedTokenizerFast:
-    if kind == "WordPiece":
-        backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-        backend.decoder = decoders.WordPiece()
-    elif kind == "suffix":
-        backend = Tokenizer(models.BPE({"a</w>": 0, "a": 1}, [], end_of_word_suffix="</w>"))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel()
-        backend.decoder = decoders.ByteLevel()
-    else:
-        backend = Tokenizer(models.BPE({"a": 0}, []))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+@pytest.mark.parametrize(
+    ("tokens", "normalizer", "text", "pieces", "ends"),
+    [
+        # An end inside a normalised character isn't known.
+        ("fix", normalizers.NFKC(), "x\ufb01x", [b"x", b"f", b"i", b"x"], [1, -1, 4, 5]),
+        # Where text has no token an end isn't guessed.
+        ("ab", normalizers.NFC(), "a日b", [b"a", b"b"], [1, -1]),
+    ],
+)
+def test_an_end_that_is_not_known(tokens, normalizer, text, pieces, ends):
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [])
+    tokenizer = fast(model, normalizer=normalizer, decoder=decoders.Fuse())
+    (found,) = tokenize(tokenizer, [text])
+    assert token_bytes(tokenizer, found.ids.tolist()) == pieces
+    assert found.ends.tolist() == ends
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
-    [("WordPiece", "WordPiece"), ("suffix", "suffix"), ("no decoder", "no decoder")],
+    ("tokenizer", "why"),
+    [
+        (
+            fast(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"), decoder=decoders.WordPiece()),
+            "WordPiece",
+        ),
+        (
+            fast(
+                models.BPE({"a</w>": 0, "a": 1}, [], end_of_word_suffix="</w>"),
+                pre_tokenizer=pre_tokenizers.ByteLevel(),
+                decoder=decoders.ByteLevel(),
+            ),
+            "suffix",
+        ),
+        (
+            fast(models.BPE({"a": 0}, []), pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
+            "no decoder",
+        ),
+        (ByT5Tokenizer(), "ByT5Tokenizer: it is not backed by the `tokenizers`"),
+    ],
+    ids=["WordPiece", "suffix", "no decoder", "in Python"],
 )
-def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(kind, why):
+def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(tokenizer, why):
     with pytest.raises(RequestError, match=why):
-        vocabulary(lossy(kind))
+        vocabulary(tokenizer)
 
 
-def test_a_tokenizer_that_is_written_in_python_is_refused():
-    with pytest.raises(RequestError, match="ByT5Tokenizer: it is not backed by the `tokenizers`"):
-        vocabulary(ByT5Tokenizer())
-
-
-def test_an_id_beyond_the_vocabulary_is_refused(qwen):
-    with pytest.raises(ValueError, match="151936"):
-        token_bytes(qwen, [1, 151936])
-    with pytest.raises(ValueError, match="-1"):
-        token_bytes(qwen, [-1])
+@pytest.mark.parametrize("beyond", [151936, -1])
+def test_an_id_beyond_the_vocabulary_is_refused(qwen, beyond):
+    with pytest.raises(ValueError, match=str(beyond)):
+        token_bytes(qwen, [1, beyond])
 
 
 def test_the_vocabulary_holds_every_token_once(tokenizer):
@@ -247,34 +240,22 @@ def test_the_vocabulary_holds_every_token_once(tokenizer):
 
 
 def test_first_tokens_are_those_of_mid_text(mistral, qwen):
-    texts = [
-        b" the",
-        b"the",
-        b"ing",
-        b"\n",
-        b"\n\n\n",
-        "日本".encode(),
-        b"   x",
-        b"\xe6\x97",
-        b"</s>",
-    ]
-    first = token_bytes(qwen, first_tokens(qwen, texts).tolist())
-    assert first[:4] == [b" the", b"the", b"ing", b"\n"]
-    assert first[4:] == [b"\n\n\n", "日本".encode(), b"  ", b"\xe6\x97", b"</"]
-    first = token_bytes(mistral, first_tokens(mistral, texts).tolist())
-    assert first[:4] == [b" the", b"the", b"ing", b"\n"]
-    assert first[4:7] == [b"\n", "日".encode(), b"  "]
-    assert first[7] == b"\xe6"
-    assert first[8] == b"</"
+    japanese, byte = "日本".encode(), b"\xe6\x97"
+    texts = [b" the", b"the", b"ing", b"\n", b"\n\n\n", japanese, b"   x", byte, b"</s>"]
+    same = [b" the", b"the", b"ing", b"\n"]
+    for tokenizer, others in (
+        (qwen, [b"\n\n\n", japanese, b"  ", byte, b"</"]),
+        (mistral, [b"\n", "日".encode(), b"  ", b"\xe6", b"</"]),
+    ):
+        first = token_bytes(tokenizer, first_tokens(tokenizer, texts).tolist())
+        assert first == same + others
 
 
 @pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.Fuse(), decoders.Metaspace()])
 def test_marked_spaces_have_to_be_turned_back(decoder):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    backend.decoder = decoder
-    backend.train_from_iterator(["a cat"] * 3, trainers.BpeTrainer(show_progress=False))
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    marking = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(show_progress=False)
+    made = trained(["a cat"] * 3, trainer, pre_tokenizer=marking, decoder=decoder)
     if isinstance(decoder, decoders.Metaspace):
         assert b"".join(token_bytes(made, made("a cat")["input_ids"])) == b"a cat"
     else:
@@ -293,13 +274,9 @@ def test_marked_spaces_have_to_be_turned_back(decoder):
 )
 def test_a_pre_tokenizer_that_loses_text_is_refused(pre_tokenizer, refused):
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, level])
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        ["a cat"], trainers.BpeTrainer(initial_alphabet=level.alphabet(), show_progress=False)
-    )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    both = pre_tokenizers.Sequence([pre_tokenizer, level])
+    trainer = trainers.BpeTrainer(initial_alphabet=level.alphabet(), show_progress=False)
+    made = trained(["a cat"], trainer, pre_tokenizer=both, decoder=decoders.ByteLevel())
     if refused:
         with pytest.raises(RequestError, match="its pre-tokenizer removes white space"):
             vocabulary(made)

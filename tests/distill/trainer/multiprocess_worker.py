@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from trl.trainer.utils import add_fused_lm_head
 
 from fusechat_distill.trainer import trainer as trainer_module
-from fusechat_distill.trainer.trainer import DataCollatorForFusion, FusionConfig, FusionTrainer
+from fusechat_distill.trainer.trainer import DataCollatorForFusion
 from tests.support import pico_training as pico
 
 SAMPLES_A_STEP = 4
@@ -26,23 +26,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def train(folder: Path, layout: str, world: int) -> dict[str, Any]:
     """The same samples in every step, however many processes share them."""
     size = SAMPLES_A_STEP // world
-    settings = {
-        "per_device_train_batch_size": size,
-        "per_device_eval_batch_size": size,
-        "clm_weight": 0.5,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        **LAYOUTS[layout],
-    }
-    recorder = pico.Recorder()
-    net = pico.model("tied")
-    trainer = FusionTrainer(
+    recorder, net = pico.Recorder(), pico.model("tied")
+    trainer = pico.trainer(
+        folder,
         net,
-        FusionConfig(**pico.arguments(folder, **settings)),
-        train_dataset=pico.rows((9, 5, 12, 7, 11, 8, 3, 10)),
-        eval_dataset=pico.rows((8, 8, 8, 8), seed=3),
-        processing_class=pico.tokenizer(),
-        callbacks=[recorder],
+        pico.rows((9, 5, 12, 7, 11, 8, 3, 10)),
+        given={"eval_dataset": pico.rows((8, 8, 8, 8), seed=3), "callbacks": [recorder]},
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=size,
+        clm_weight=0.5,
+        optim="sgd",
+        learning_rate=0.1,
+        **LAYOUTS[layout],
     )
     assert trainer.accelerator.num_processes == world
     trainer.train()

@@ -13,7 +13,11 @@ from fusechat_distill.trainer.loss import FusionLogProbFunction
 POSITIONS, WIDTH, HIDDEN, VOCABULARY = 37, 5, 24, 83
 
 
-def problem(dtype: torch.dtype, with_bias: bool, spread: float = 1.0) -> dict[str, torch.Tensor]:
+Given = dict[str, torch.Tensor | None]
+Result = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+def problem(dtype: torch.dtype, with_bias: bool, spread: float = 1.0) -> Given:
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -42,12 +46,12 @@ def problem(dtype: torch.dtype, with_bias: bool, spread: float = 1.0) -> dict[st
 
 
 def reference(
-    given: dict[str, torch.Tensor],
+    given: Given,
     clm_weight: float,
-    scale: float,
-    cap: float | None,
+    scale: float = 1.0,
+    cap: float | None = None,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> Result:
     """λ·Σ NLL + (1 − λ)·Σ CE and its gradients, in float64 with full [N, V] tensors."""
     leaves = {
         name: given[name].double().requires_grad_()
@@ -72,39 +76,43 @@ def reference(
     return objective.detach(), [leaf.grad for leaf in leaves.values()]
 
 
-def fused(
-    given: dict[str, torch.Tensor],
-    clm_weight: float,
-    scale: float,
-    cap: float | None,
+def apply(
+    given: Given,
+    scale: float = 1.0,
+    cap: float | None = None,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    leaves = {
-        name: given[name].clone().requires_grad_() if given[name] is not None else None
-        for name in ("hidden", "weight", "bias")
-    }
+    tile: int = 32,  # several vocabulary tiles
+    outputs: tuple[str, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the labels, and the gap."""
+    leaves = (given["hidden"], given["weight"], given.get("bias"), given["targets"])
     log_probs, *_, gap = FusionLogProbFunction.apply(
-        *leaves.values(),
-        given["targets"],
-        temperature,
-        32,  # several vocabulary tiles
-        cap,
-        scale,
-        ("entropy",),
-        given["ids"],
-        given["probs"],
+        *leaves, temperature, tile, cap, scale, outputs, given["ids"], given["probs"]
     )
+    return log_probs, gap
+
+
+def with_gradients(given: Given) -> tuple[Given, list[torch.Tensor]]:
+    """Copies that gradients can be taken of, and which these are."""
+    names = [name for name in ("hidden", "weight", "bias") if given[name] is not None]
+    leaves = [given[name].clone().requires_grad_() for name in names]
+    return given | dict(zip(names, leaves, strict=True)), leaves
+
+
+def fused(given: Given, clm_weight: float, *choices: float | None) -> Result:
+    given, leaves = with_gradients(given)
+    log_probs, gap = apply(given, *choices, outputs=("entropy",))
     objective = -log_probs + (1 - clm_weight) * gap
     objective.sum().backward()
-    return objective.detach(), [x.grad for x in leaves.values() if x is not None]
+    return objective.detach(), [leaf.grad for leaf in leaves]
 
 
-def plain(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def plain(given: Given) -> Result:
     """TRL's own negative log-likelihood on the same tensors."""
-    leaves = [given["hidden"].clone().requires_grad_(), given["weight"].clone().requires_grad_()]
+    given, leaves = with_gradients(given)
     log_probs, *_ = ChunkedLogProbFunction.apply(*leaves, None, given["targets"], 1.0, 32)
     (-log_probs).sum().backward()
-    return -log_probs.detach(), [x.grad for x in leaves]
+    return -log_probs.detach(), [leaf.grad for leaf in leaves]
 
 
 def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -146,10 +154,10 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 def test_in_bfloat16_it_is_as_exact_as_trls_own_loss():
     # λ = 0.9, the papers'; a bf16 sum of the head's gradient would be off by percents.
     given = problem(torch.bfloat16, False, spread=2.0)
-    value, gradients = fused(given, 0.9, 1.0, None)
-    exact, exact_gradients = reference(given, 0.9, 1.0, None)
+    value, gradients = fused(given, 0.9)
+    exact, exact_gradients = reference(given, 0.9)
     trl_value, trl_gradients = plain(given)
-    trl_exact, trl_exact_gradients = reference(given, 1.0, 1.0, None)
+    trl_exact, trl_exact_gradients = reference(given, 1.0)
     # 1 %: the two round different numbers.
     assert distance(value, exact) <= 1.01 * distance(trl_value, trl_exact)
     for ours, wanted, theirs, trl_wanted in zip(
@@ -162,48 +170,33 @@ def test_in_bfloat16_it_is_as_exact_as_trls_own_loss():
 def test_the_head_gradient_is_summed_in_float32():
     # One token in every row: 4,096 equal contributions, of which a bf16 sum keeps at most 256.
     count = 4096
-    hidden = torch.full((count, 4), 0.5, dtype=torch.bfloat16)
     weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.zeros(count, dtype=torch.int64)
-    ids = torch.full((count, 1), 3)
-    *_, gap = FusionLogProbFunction.apply(
-        hidden, weight, None, targets, 1.0, 8, None, 1.0, (), ids, torch.ones(count, 1)
-    )
-    gap.sum().backward()
+    given = {
+        "hidden": torch.full((count, 4), 0.5, dtype=torch.bfloat16),
+        "weight": weight,
+        "targets": torch.zeros(count, dtype=torch.int64),
+        "ids": torch.full((count, 1), 3),
+        "probs": torch.ones(count, 1),
+    }
+    apply(given, tile=8)[1].sum().backward()
     expected = torch.zeros(8, 4)
     expected[0], expected[3] = 0.5 * count, -0.5 * count
     torch.testing.assert_close(weight.grad.float(), expected)
 
 
 def test_without_a_gap_gradient_the_backward_is_trls():
-    given = problem(torch.float32, False)
-    leaves = [given["hidden"].clone().requires_grad_(), given["weight"].clone().requires_grad_()]
-    log_probs, *_ = FusionLogProbFunction.apply(
-        *leaves, None, given["targets"], 1.0, 32, None, 1.0, (), given["ids"], given["probs"]
-    )
-    (-log_probs).sum().backward()
-    _, theirs = plain(given)
+    given, leaves = with_gradients(problem(torch.float32, False))
+    (-apply(given)[0]).sum().backward()
+    _, theirs = plain(problem(torch.float32, False))
     assert all(torch.equal(x.grad, y) for x, y in zip(leaves, theirs, strict=True))
 
 
 def test_a_frozen_head_gets_no_gradient():
     given = problem(torch.float32, True)
     hidden = given["hidden"].clone().requires_grad_()
-    log_probs, *_, gap = FusionLogProbFunction.apply(
-        hidden,
-        given["weight"],
-        given["bias"],
-        given["targets"],
-        1.0,
-        32,
-        None,
-        1.0,
-        (),
-        given["ids"],
-        given["probs"],
-    )
+    log_probs, gap = apply(given | {"hidden": hidden})
     (gap - log_probs).sum().backward()
-    _, exact = reference(given, 0.0, 1.0, None)
+    _, exact = reference(given, 0.0)
     torch.testing.assert_close(hidden.grad.double(), exact[0], rtol=1e-4, atol=2e-5)
     assert given["weight"].grad is None
 
@@ -224,31 +217,23 @@ class Sizes(TorchDispatchMode):
 def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
     count, hidden_size, vocabulary, tile = 512, 4, 4096, 64
     monkeypatch.setattr(loss_module, "_CPU_BLOCK", 2**12)
-    hidden = torch.randn(count, hidden_size, requires_grad=True)
-    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     ids = torch.randint(vocabulary, (count, 31))  # at once their rows would be the largest
+    given = {
+        "hidden": torch.randn(count, hidden_size, requires_grad=True),
+        "weight": torch.randn(vocabulary, hidden_size, requires_grad=True),
+        "targets": ids[:, 0].contiguous(),
+        "ids": ids,
+        "probs": torch.full((count, 31), 0.03),
+    }
     with Sizes() as sizes:
-        log_probs, *_, gap = FusionLogProbFunction.apply(
-            hidden,
-            weight,
-            None,
-            ids[:, 0].contiguous(),
-            1.0,
-            tile,
-            None,
-            1.0,
-            ("entropy", "is_top1"),
-            ids,
-            torch.full((count, 31), 0.03),
-        )
+        log_probs, gap = apply(given, tile=tile, outputs=("entropy", "is_top1"))
         (gap - log_probs).sum().backward()
     assert sizes.largest == count * tile  # TRL's own, twice the head's gradient
 
 
 def test_autocast_does_not_round_the_gap():
     given = problem(torch.float32, False)
-    arguments = (given["hidden"], given["weight"], None, given["targets"], 1.0, 32, None, 1.0, ())
-    *_, exact = FusionLogProbFunction.apply(*arguments, given["ids"], given["probs"])
+    _, exact = apply(given)
     with torch.autocast("cpu", torch.bfloat16):
-        *_, cast = FusionLogProbFunction.apply(*arguments, given["ids"], given["probs"])
+        _, cast = apply(given)
     torch.testing.assert_close(cast, exact)

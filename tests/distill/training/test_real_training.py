@@ -9,24 +9,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from fusechat_distill.alignment.positions import Responses, VocabularyMap, align
 from fusechat_distill.fusion.fuse import AlignedScores, fuse
-from fusechat_distill.text.scored import ScoredResponse
+from fusechat_distill.text.conversations import Response
 from fusechat_distill.text.tokens import first_tokens, vocabulary
 from fusechat_distill.trainer.trainer import FusionConfig, FusionTrainer
+from tests.support import chain
 from tests.support import pico_training as pico
+from tests.support.scores import scored_response
 
 TOP_K = 10
-BOS, EOS = 0, 1
+EOS, BOS = 0, 1
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -47,43 +42,19 @@ def sentences(count: int, seed: int) -> list[str]:
     return texts
 
 
-def tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+def new_model(config: type, size: int, seed: int, hidden: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 96}
+    return AutoModelForCausalLM.from_config(config(vocab_size=size, **sizes, **heads))
 
 
 def new_source(size: int) -> Any:
-    torch.manual_seed(1)
-    config = GPTNeoXConfig(
-        vocab_size=size,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=96,
-    )
-    return GPTNeoXForCausalLM(config)
+    return new_model(GPTNeoXConfig, size, seed=1, hidden=96)
 
 
 def new_pivot(size: int) -> Any:
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=96,
-    )
-    return LlamaForCausalLM(config)
+    return new_model(LlamaConfig, size, seed=2, hidden=64)
 
 
 def encode(text: PreTrainedTokenizerFast, lines: list[str]) -> list[list[int]]:
@@ -114,21 +85,9 @@ def scored(model: Any, text: PreTrainedTokenizerFast, rows: list[list[int]]) -> 
         top = logprobs.topk(TOP_K)
         ends = np.cumsum(lengths[row[1:]])
         ends[-1] = -1  # the stop stands for no text
-        responses.append(
-            ScoredResponse(
-                turn=0,
-                begin=0,
-                end=int(ends[-2]),
-                first=1,
-                pending=b"",
-                stop="token",
-                tokens=gold.numpy().astype(np.uint32),
-                ends=ends.astype(np.int32),
-                ids=top.indices.numpy().astype(np.uint32),
-                logprobs=top.values.numpy().astype(np.float16),
-                gold_logprobs=logprobs.gather(1, gold[:, None])[:, 0].numpy(),
-            )
-        )
+        response = Response(0, 0, int(ends[-2]), 1, ends, b"", "special")
+        of_gold = logprobs.gather(1, gold[:, None])[:, 0]
+        responses.append(scored_response(response, gold, top.indices, top.values, of_gold))
     return responses
 
 
@@ -137,20 +96,20 @@ def dataset(
 ) -> Dataset:
     """The rows with targets fused from `models`; the lengths are those of the responses."""
     offsets = np.cumsum([0, *lengths])
-    sizes = np.ones(offsets[-1])
-    fused = fuse(models, offsets, sizes, tail="gold")
+    fused = fuse(models, offsets, np.ones(offsets[-1]), tail="gold")
+    none = np.zeros((1, fused.ids.shape[1]))
     columns: list[dict[str, Any]] = []
     for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True):
         labels = np.array([-100, *row[1:]])
         if only_matched:
             labels[1:][~models[0].matched[start:stop]] = -100
-        none = np.zeros((1, fused.ids.shape[1]))
+        ids, probs = (np.concatenate([none, x[start:stop]]) for x in (fused.ids, fused.probs))
         columns.append(
             {
                 "input_ids": row,
                 "labels": labels.tolist(),
-                "fusion_ids": np.concatenate([none, fused.ids[start:stop]]).astype(int).tolist(),
-                "fusion_probs": np.concatenate([none, fused.probs[start:stop]]).tolist(),
+                "fusion_ids": ids.astype(int).tolist(),
+                "fusion_probs": probs.tolist(),
             }
         )
     return Dataset.from_list(columns)
@@ -159,7 +118,9 @@ def dataset(
 @pytest.mark.timeout(240)
 def test_a_fused_pivot_is_closer_to_its_source_than_sft_is(tmp_path: Path) -> None:
     corpus, data, held_out = sentences(800, 1), sentences(72, 2), sentences(32, 3)
-    source_text, pivot_text = tokenizer(corpus, 200), tokenizer(corpus, 110)
+    source_text, pivot_text = (
+        chain.tokenizer(size, ["</s>", "<s>"], "", corpus) for size in (440, 350)
+    )
     source = pretrain(new_source(len(source_text)), encode(source_text, corpus), steps=150)
     pivot = pretrain(new_pivot(len(pivot_text)), encode(pivot_text, corpus[:64]), steps=40)
 

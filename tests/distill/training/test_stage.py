@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -29,24 +28,7 @@ from fusechat_distill.trainer.trainer import FusionTrainer
 from fusechat_distill.training.card import model_card
 from fusechat_distill.training.stage import TrainStage, train_stages
 from tests.support import chain
-
-
-class Silent:
-    def start(self, title, total):
-        pass
-
-    def advance(self, samples, tokens):
-        pass
-
-    def stop(self):
-        pass
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    chain.save_models(folder)
-    return folder
+from tests.support.chain import Silent, read_json
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +48,27 @@ def make(fused, tmp_path):
 
     def made(name: str = "out", strategy: str = "pairwise", **training: Any) -> TrainStage:
         given = {"lambda": fused.recipe.training.clm_weight} | fused.recipe.training.sft
-        recipe = fused.recipe.model_copy(
-            update={
-                "training": Training(**given | training),
-                "fusion": fused.recipe.fusion.model_copy(update={"strategy": strategy}),
-            }
-        )
+        fusion = fused.recipe.fusion.model_copy(update={"strategy": strategy})
+        sections = {"training": Training(**given | training), "fusion": fusion}
+        recipe = fused.recipe.model_copy(update=sections)
         (stage,) = train_stages(replace(fused, recipe=recipe))
         stage.folder = tmp_path / name / "targets" / stage.name
         stage.work = tmp_path / name / "training" / stage.name
         return stage
 
     return made
+
+
+def made_of(stage: TrainStage) -> dict:
+    return read_json(stage.folder / "fusechat_distill.json")
+
+
+def refused(stage: TrainStage, message: str, kind: type = RequestError, count: int = 1) -> None:
+    """The stage does not run, in this many processes, and says why."""
+    processes = Processes("cpu")
+    processes.count = count
+    with pytest.raises(kind, match=message):
+        stage.run(processes, Silent())
 
 
 def run(stage: TrainStage) -> dict[str, torch.Tensor]:
@@ -127,12 +118,12 @@ def test_a_target_is_an_ordinary_checkpoint(make, models):
     assert "# neox\n" in text
     assert "`pivot`" in text
     assert "with λ = 0.5" in text
-    made_of = json.loads((stage.folder / "fusechat_distill.json").read_text("utf-8"))
-    assert made_of["sources"] == {"neox": "neox"}
+    made = made_of(stage)
+    assert made["sources"] == {"neox": "neox"}
     assert_publishable(stage.folder)
-    assert made_of["decisions"]["won"].keys() == {"pivot", "neox"}
-    assert made_of["metrics"]["eval_loss"] == pytest.approx(
-        (made_of["metrics"]["eval_clm_loss"] + made_of["metrics"]["eval_fusion_loss"]) / 2, abs=1e-4
+    assert made["decisions"]["won"].keys() == {"pivot", "neox"}
+    assert made["metrics"]["eval_loss"] == pytest.approx(
+        (made["metrics"]["eval_clm_loss"] + made["metrics"]["eval_fusion_loss"]) / 2, abs=1e-4
     )
     status = stage.status()
     assert (status.done, status.total, status.unit) == (4, 4, "steps")
@@ -144,10 +135,7 @@ def test_lambda_weighs_what_is_learnt(make):
     plain = make("one", **{"lambda": 1.0})
     half, none = make("half", **{"lambda": 0.5}), make("none", **{"lambda": 0.0})
     weights = [run(stage) for stage in (plain, half, none)]
-    losses = [
-        json.loads((s.folder / "fusechat_distill.json").read_text())["metrics"]
-        for s in (plain, half, none)
-    ]
+    losses = [made_of(s)["metrics"] for s in (plain, half, none)]
     fusion = [entry["eval_fusion_loss"] for entry in losses]
     assert fusion == sorted(fusion, reverse=True)
     assert fusion[2] < fusion[0] - 1e-3
@@ -161,8 +149,8 @@ def test_the_baseline_is_the_pivot_trained_at_lambda_one(fused, make):
     stage = make("sft", strategy="sft", **{"lambda": 0.3})
     assert stage.fused.run(Processes("cpu"), Silent()).complete
     assert_same(run(stage), one)
-    made_of = json.loads((stage.folder / "fusechat_distill.json").read_text("utf-8"))
-    assert made_of["training"]["lambda"] == 1.0
+    made = made_of(stage)
+    assert made["training"]["lambda"] == 1.0
     assert "the baseline" in (stage.folder / "README.md").read_text("utf-8")
 
 
@@ -186,7 +174,7 @@ def test_an_adapter_stays_one(make, models):
     delta = adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"] * (8 / 4)
     after = merged.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(after, before + delta)
-    config = json.loads((stage.folder / "adapter_config.json").read_text())
+    config = read_json(stage.folder / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(models / "pivot")
     assert_publishable(stage.folder, but="adapter_config.json")  # PEFT loads the base from there
     assert config["task_type"] == "CAUSAL_LM"
@@ -250,14 +238,12 @@ def test_what_decides_about_the_weights_is_not_changed_silently(make, monkeypatc
     assert problem.startswith(f"training of target neox: {stage.work} was made otherwise ")
     assert "training.learning_rate was 0.01, is 0.001" in problem
     assert "logging" not in problem
-    with pytest.raises(RequestError, match="was made otherwise"):
-        other.run(Processes("cpu"), Silent())
+    refused(other, "was made otherwise")
     assert make(logging_steps=1, report_to="none").problems() == []
     run(make(logging_steps=1))
     (problem,) = other.problems()
     assert problem.startswith(f"target neox: {stage.folder} was made otherwise ")
-    with pytest.raises(RequestError, match="was made otherwise"):
-        other.run(Processes("cpu"), Silent())
+    refused(other, "was made otherwise")
 
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
@@ -282,13 +268,11 @@ def test_a_target_that_lost_files_is_not_taken_for_one(make):
     remedy = "lacks config.json, model.safetensors; copy them back, or delete it to train anew"
     assert stage.problems() == [f"target neox: {stage.folder} {remedy}"]
     assert not stage.status().complete
-    with pytest.raises(RequestError, match="lacks config.json, model.safetensors"):
-        stage.run(Processes("cpu"), Silent())
+    refused(stage, "lacks config.json, model.safetensors")
     (stage.folder / "manifest.json").unlink()
     (problem,) = stage.problems()
     assert problem.startswith(f"target neox: {stage.folder} holds no manifest.json")
-    with pytest.raises(RequestError, match="holds no manifest.json"):
-        stage.run(Processes("cpu"), Silent())
+    refused(stage, "holds no manifest.json")
 
 
 def test_a_training_that_never_began_is_begun_anew_otherwise(make, monkeypatch):
@@ -305,10 +289,7 @@ def test_a_training_that_never_began_is_begun_anew_otherwise(make, monkeypatch):
 def test_as_many_processes_go_on_as_began(make, monkeypatch):
     stage = make()
     stopped(stage, 3, monkeypatch)
-    several = Processes("cpu")
-    several.count = 2
-    with pytest.raises(FusechatError, match="was begun by 1 processes, this run has 2; start as"):
-        stage.run(several, Silent())
+    refused(stage, "was begun by 1 processes, this run has 2; start as", FusechatError, count=2)
 
 
 def test_a_target_without_weights_is_none(make, monkeypatch):
@@ -320,8 +301,7 @@ def test_a_target_without_weights_is_none(make, monkeypatch):
         "save_model",
         lambda self, folder, _internal_call=False: _internal_call and save(self, folder, True),
     )
-    with pytest.raises(FusechatError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
-        stage.run(Processes("cpu"), Silent())
+    refused(stage, "set fsdp_state_dict_type: FULL_STATE_DICT", FusechatError)
     assert not stage.folder.exists()
     monkeypatch.undo()
     run(stage)
@@ -332,20 +312,19 @@ def test_nothing_is_trained_on_half_a_dataset(make, fused, tmp_path):
     stage.fused.folder = tmp_path / "copy"
     shutil.copytree(fused.recipe.fused_folder / "neox", stage.fused.folder)
     next(stage.fused.folder.glob("*.parquet")).unlink()
-    with pytest.raises(FusechatError, match="fused neox: is not complete"):
-        stage.run(Processes("cpu"), Silent())
+    refused(stage, "fused neox: is not complete", FusechatError)
     assert not stage.work.exists()
 
 
 def test_settings_are_trls_own_but_for_what_the_recipe_owns(tmp_path, models):
-    path = chain.recipe(
-        tmp_path,
-        models,
+    def settings(training: dict[str, Any], **sections: Any):
+        path = chain.recipe(tmp_path, models, training=training, **sections)
+        return fusion_config(load_recipe(path), tmp_path / "work")
+
+    config = settings(
+        {"weight_decay": 0.25, "packing": True, "model_init_kwargs": {"dtype": "auto"}},
         pivot={"model": str(models / "pivot"), "revision": "v1", "dtype": "float16"},
-        training={"weight_decay": 0.25, "packing": True, "model_init_kwargs": {"dtype": "auto"}},
     )
-    recipe = load_recipe(path)
-    config = fusion_config(recipe, tmp_path / "work")
     assert (config.weight_decay, config.packing, config.max_length) == (0.25, True, 64)
     assert (config.clm_weight, config.output_dir) == (0.5, str(tmp_path / "work"))
     assert config.model_init_kwargs["dtype"] == "auto"
@@ -353,28 +332,24 @@ def test_settings_are_trls_own_but_for_what_the_recipe_owns(tmp_path, models):
     assert config.model_init_kwargs["use_safetensors"] is True
     assert config.use_cpu, "scoring.device: cpu"
     assert not config.bf16
-    plain = fusion_config(load_recipe(chain.recipe(tmp_path, models)), tmp_path)
+    plain = settings({})
     assert plain.model_init_kwargs["dtype"] == "float32"
     assert plain.save_total_limit == 1
-    free = chain.recipe(tmp_path, models, training={"padding_free": True})
-    assert fusion_config(load_recipe(free), tmp_path).max_length is None
-    half = fusion_config(
-        load_recipe(chain.recipe(tmp_path, models, training={"fp16": True})), tmp_path
-    )
+    assert settings({"padding_free": True}).max_length is None
+    half = settings({"fp16": True})
     assert (half.fp16, half.bf16) == (True, False)
-    unquoted = chain.recipe(tmp_path, models, training={"save_strategy": False})
-    assert fusion_config(load_recipe(unquoted), tmp_path).save_strategy == "no"
+    assert settings({"save_strategy": False}).save_strategy == "no", "an unquoted no"
 
 
 def test_what_decides(tmp_path, models):
     training = {"logging_steps": 7, "save_steps": 3, "eval_strategy": "steps", "seed": 3}
-    recipe = load_recipe(chain.recipe(tmp_path, models, training=training))
-    decides = determining(recipe)
-    assert "seed" in decides
-    assert not {"logging_steps", "save_steps", "eval_strategy"} & set(decides)
     best = training | {"load_best_model_at_end": True}
-    recipe = load_recipe(chain.recipe(tmp_path, models, training=best))
-    assert {"save_steps", "eval_strategy"} <= set(determining(recipe))
+    plain, with_best = (
+        set(determining(load_recipe(chain.recipe(tmp_path, models, training=keys))))
+        for keys in (training, best)
+    )
+    assert {"seed"} == plain & set(training)
+    assert {"save_steps", "eval_strategy"} <= with_best
 
 
 def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_path, models):
@@ -402,61 +377,54 @@ def test_all_that_training_would_refuse_is_said_before_anything_is_scored(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+LORA_TARGETS = "training.lora: target_modules: no module of the model is called q_prj"
+GRANULARITY = (
+    "merge.parameters.granularity: should be 'matrix', 'module', 'layer', 'model' or 'element', "
+    "found 'matrx'"
+)
+FILTERED = [{"filter": "mlp", "value": [0.5, "x"]}, 1]
+LAYERS = {"target_modules": "all-linear", "layers_to_transform": [0]}
+
+
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("section", "keys", "message"),
     [
-        ({"training": {"lora": {"target_modules": ["q_prj"]}}}, "training.lora: Target modules"),
-        ({"training": {"learning_rat": 1.0}}, "did you mean `learning_rate`"),
-        ({"training": {"optim": "adamx"}}, "is not a valid OptimizerNames"),
-        ({"training": {"trust_remote_code": True}}, "training.trust_remote_code: remove it"),
-        ({"training": {"save_only_model": True}}, "training.save_only_model: remove it"),
-        (
-            {"training": {"max_steps": "three"}},
-            "max_steps: should be a valid integer, found 'three'",
-        ),
-        ({"training": {"learning_rate": "small"}}, "learning_rate: should be a valid number"),
-        ({"training": {"learning_rate": -1.0}}, "learning_rate: should be a finite number, 0 or"),
-        ({"training": {"num_train_epochs": None}}, "num_train_epochs: should be a valid number"),
-        ({"training": {"num_train_epochs": 0}}, "num_train_epochs: should be greater than 0"),
-        ({"training": {"per_device_train_batch_size": -4}}, "size: should be greater than 0"),
-        ({"training": {"report_to": "wandbb"}}, "training.report_to: wandbb is not supported"),
-        ({"training": {"model_init_kwargs": {"dtype": "zz"}}}, "training.model_init_kwargs: "),
-        (
-            {"training": {"model_init_kwargs": {"attn_implementation": "flash_attention_9"}}},
-            "training.model_init_kwargs: ",
-        ),
-        ({"training": {"lora": {"target_modules": ".*("}}}, "training.lora: missing )"),
-        (
-            {"training": {"lora": {"target_modules": ["q_proj", "q_prj"]}}},
-            "training.lora: target_modules: no module of the model is called q_prj",
-        ),
-        (
-            {"training": {"lora": {"modules_to_save": ["embed"]}}},
-            "training.lora: modules_to_save: no module of the model is called embed",
-        ),
-        ({"merge": {"parameters": {"granularty": "layer"}}}, "did you mean `granularity`"),
-        (
-            {"merge": {"parameters": {"granularity": "matrx"}}},
-            "merge.parameters.granularity: should be 'matrix', 'module', 'layer', 'model' or "
-            "'element', found 'matrx'",
-        ),
-        (
-            {"merge": {"parameters": {"lambda": [{"filter": "mlp", "value": [0.5, "x"]}, 1]}}},
-            "merge.parameters.lambda: should be a valid number",
-        ),
-        ({"merge": {"merge_method": "slerp"}}, "merge.parameters: slerp needs `t`"),
-        ({"merge": {"parameters": {"granularity": [{"valu": 1}]}}}, "merge: 10 validation errors"),
-        ({"training": {"optim": "galore_adamw"}}, "training.optim: You need to install `galore"),
-        ({"training": {"fsdp": "full_shrad"}}, "training: Unknown `fsdp` option: full_shrad"),
-        ({"training": {"report_to": "codecarbon"}}, "training.report_to: CodeCarbonCallback req"),
-        (
-            {"training": {"lora": {"target_modules": "all-linear", "layers_to_transform": [0]}}},
-            "training.lora: `layers_to_transform` cannot be used when `target_modules` is a str",
-        ),
-        ({"pivot": "./none", "training": {"seed": 1}}, "pivot (./none): there is no such folder"),
+        ("lora", {"target_modules": ["q_prj"]}, "training.lora: Target modules"),
+        ("lora", {"target_modules": ".*("}, "training.lora: missing )"),
+        ("lora", {"target_modules": ["q_proj", "q_prj"]}, LORA_TARGETS),
+        ("lora", {"modules_to_save": ["embed"]}, "modules_to_save: no module of the model is call"),
+        ("lora", LAYERS, "`layers_to_transform` cannot be used when `target_modules` is a str"),
+        ("training", {"learning_rat": 1.0}, "did you mean `learning_rate`"),
+        ("training", {"optim": "adamx"}, "is not a valid OptimizerNames"),
+        ("training", {"trust_remote_code": True}, "training.trust_remote_code: remove it"),
+        ("training", {"save_only_model": True}, "training.save_only_model: remove it"),
+        ("training", {"max_steps": "three"}, "should be a valid integer, found 'three'"),
+        ("training", {"learning_rate": "small"}, "learning_rate: should be a valid number"),
+        ("training", {"learning_rate": -1.0}, "learning_rate: should be a finite number, 0 or"),
+        ("training", {"num_train_epochs": None}, "num_train_epochs: should be a valid number"),
+        ("training", {"num_train_epochs": 0}, "num_train_epochs: should be greater than 0"),
+        ("training", {"per_device_train_batch_size": -4}, "size: should be greater than 0"),
+        ("training", {"report_to": "wandbb"}, "training.report_to: wandbb is not supported"),
+        ("training", {"report_to": "codecarbon"}, "training.report_to: CodeCarbonCallback req"),
+        ("training", {"optim": "galore_adamw"}, "training.optim: You need to install `galore"),
+        ("training", {"fsdp": "full_shrad"}, "training: Unknown `fsdp` option: full_shrad"),
+        ("model_init_kwargs", {"dtype": "zz"}, "training.model_init_kwargs: "),
+        ("model_init_kwargs", {"attn_implementation": "flash_9"}, "training.model_init_kwargs: "),
+        ("merge", {"parameters": {"granularty": "layer"}}, "did you mean `granularity`"),
+        ("merge", {"parameters": {"granularity": "matrx"}}, GRANULARITY),
+        ("merge", {"parameters": {"lambda": FILTERED}}, "parameters.lambda: should be a valid num"),
+        ("merge", {"parameters": {"granularity": [{"valu": 1}]}}, "merge: 10 validation errors"),
+        ("merge", {"merge_method": "slerp"}, "merge.parameters: slerp needs `t`"),
+        ("pivot", {"training": {"seed": 1}}, "pivot (./none): there is no such folder"),
     ],
 )
-def test_settings_that_no_training_can_begin_with(tmp_path, models, sections, message):
+def test_settings_that_no_training_can_begin_with(tmp_path, models, section, keys, message):
+    """`lora` and `model_init_kwargs` stand below `training`; `pivot` names no folder."""
+    sections = {"training": {section: keys}}
+    if section in ("training", "merge"):
+        sections = {section: keys}
+    elif section == "pivot":
+        sections = {"pivot": "./none"} | keys
     with pytest.raises(RequestError) as caught:
         open_inputs(chain.recipe(tmp_path, models, **sections))
     assert any(message in problem for problem in caught.value.problems)
@@ -479,21 +447,21 @@ def test_too_little_disk_for_a_checkpoint_is_found_first(tmp_path, models, monke
 
 
 def test_there_must_be_something_to_learn_from_and_to_evaluate_on(tmp_path, models):
-    dataset = {"path": str(tmp_path / "chats.jsonl"), "eval_fraction": 0.0}
-    path = chain.recipe(
-        tmp_path, models, count=3, dataset=dataset, training={"eval_strategy": "epoch"}
-    )
-    (stage,) = train_stages(open_inputs(path))
-    assert stage.problems() == [
+    def stage(share: float) -> TrainStage:
+        dataset = {"path": str(tmp_path / "chats.jsonl"), "eval_fraction": share}
+        training = {"eval_strategy": "epoch"}
+        path = chain.recipe(tmp_path, models, count=3, dataset=dataset, training=training)
+        return train_stages(open_inputs(path))[0]
+
+    assert stage(0.0).problems() == [
         "training.eval_strategy: no conversation is held out to evaluate on; raise "
         "dataset.eval_fraction"
     ]
-    dataset["eval_fraction"] = 0.999999
-    (stage,) = train_stages(open_inputs(chain.recipe(tmp_path, models, count=3, dataset=dataset)))
-    assert stage.fused.problems() == [
+    all_held_out = stage(0.999999)
+    assert all_held_out.fused.problems() == [
         "dataset.eval_fraction: holds out all 3 conversations; lower it, or add some"
     ]
-    assert np.isfinite(stage.fused.width)
+    assert np.isfinite(all_held_out.fused.width)
 
 
 def test_what_lies_under_a_targets_name_is_left_alone(make, tmp_path):
@@ -516,7 +484,7 @@ def test_a_link_to_elsewhere_is_not_written_through(make, tmp_path):
     (stage.work / "runs" / "today" / "events").write_text("what `report_to` wrote")
     run(stage)
     assert victim.read_text() == "mine"
-    state = json.loads((stage.folder / "trainer_state.json").read_text("utf-8"))
+    state = read_json(stage.folder / "trainer_state.json")
     assert state["best_model_checkpoint"].startswith("checkpoint-")
     assert not (stage.folder / "runs").exists()
     runs = stage.inputs.recipe.output_folder / "report" / "runs" / stage.name
