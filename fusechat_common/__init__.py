@@ -1,1 +1,1 @@
-"""What both programs share: errors, the command line's manners, files, and system calls."""
+"""What both programs share: errors, how commands end, files, and system calls."""

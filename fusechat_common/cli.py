@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from fusechat_common.errors import FusechatError, one_line
+from fusechat_common.errors import KEPT, FusechatError, one_line
 
 _DEBUG = "fusechat.debug"
 
 
 def _remember_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        context.meta[_DEBUG] = True  # one mapping for the group and its commands
+        context.meta[_DEBUG] = True  # the group and its commands share this mapping
 
 
 debug_option = click.option(
@@ -27,7 +27,7 @@ debug_option = click.option(
 
 
 class Commands(click.Group):
-    """A group that takes `--debug`, and whose commands take it too."""
+    """A group that has the option `--debug`, as have its commands."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = {"help_option_names": ["-h", "--help"]}
@@ -45,14 +45,9 @@ class Commands(click.Group):
         except BaseException as error:
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
-            raise _told(error) from error
-
-
-def _told(error: BaseException) -> click.ClickException:
-    """The error that is shown for any other."""
-    if isinstance(error, click.ClickException):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        again = "what was done is kept, the same command goes on from there"
-        return FusechatError(f"interrupted; {again}")
-    return FusechatError(f"{type(error).__name__}: {one_line(error)} (--debug shows where)")
+            if isinstance(error, click.ClickException):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                raise FusechatError(f"interrupted; {KEPT}") from error
+            message = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
+            raise FusechatError(message) from error

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit status that says whose fault it is."""
+"""The errors of both programs; an error's class decides the exit status."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import click
 
+KEPT = "completed work is kept, and the same command resumes"
+
 
 class FusechatError(click.ClickException):
-    """It broke on the way: what was done is kept, and the same command goes on from there.
+    """A command failed while running: completed work is kept, and the same command resumes.
 
     A `ClickException`, so that any click program (mergekit's too) shows it as one line.
     """
@@ -20,37 +22,36 @@ class FusechatError(click.ClickException):
 class RequestError(FusechatError, ValueError):
     """The request can't be carried out as written; nothing was written.
 
-    The message is `where: problem` when there is one problem, otherwise a heading and an indented
-    line for each.
+    The message is `where: problem` for one problem, otherwise a heading and a line for each.
 
     Args:
-        problems: every problem found, each naming its remedy.
-        where: what they are problems of: a file, say.
+        problems: all problems, each naming its remedy.
+        where: what has these problems, such as a file.
     """
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str], where: object = None) -> None:
         self.where = where
-        # A name with a line break in it, say, shall not look like a line of its own.
+        # A name may contain a line break; a problem is one line all the same.
         self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
-        number = len(self.problems)
-        if number == 1:
-            heading = "" if where is None else f"{where}: "
-            super().__init__(heading + self.problems[0])
+        if len(self.problems) == 1:
+            message = self.problems[0] if where is None else f"{where}: {self.problems[0]}"
         else:
-            heading = f"{number} problems:" if where is None else f"{where} has {number} problems:"
-            super().__init__("\n  ".join([heading, *self.problems]))
+            heading = f"{len(problems)} problems:"
+            heading = heading if where is None else f"{where} has {heading}"
+            message = "\n  ".join([heading, *self.problems])
+        super().__init__(message)
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, its lines joined, at most 300 characters."""
+    """An exception's message, its lines joined, at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """` (did you mean 'x'?)` where one of the known names is near, the transposed one first."""
+    """` (did you mean 'x'?)` if a known name is similar; one of the same letters comes first."""
     name = name.lower()
-    letters = [k for k in known if sorted(k) == sorted(name)]
-    found = letters or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    same_letters = [k for k in known if sorted(k) == sorted(name)]
+    similar = same_letters or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written beside, flushed to the disk, then renamed."""
+"""Files that are complete or absent: written under another name, synchronised, then renamed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fusechat_common.system import NO_FOLLOW, sync
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when the block ends without an error.
+    """Open a file for writing that becomes `path` when the block ends without an error.
 
-    A process that is killed leaves `.NAME.PID.part` beside it.
+    A killed process leaves `.NAME.PID.part` beside it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
-        with open(part, "xb") as file:  # never through a link that lies there
+        with open(part, "xb") as file:  # "x" never follows a link
             yield file
             file.flush()
             sync(file.fileno())
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,13 +42,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def no_link(path: str, flags: int) -> int:
-    """For `open`: a file of this very folder, never what a link in a brought folder points to."""
+    """An opener for `open` that refuses links: the folder may come from somebody else."""
     return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have names that were added or changed in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         sync(handle)
     finally:
@@ -56,7 +56,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists: where it would be made."""
+    """The folder itself, or the nearest above it that exists."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -64,6 +64,6 @@ def existing(folder: Path) -> Path:
 
 
 def can_be_made(folder: Path) -> bool:
-    """Whether files can be written there, the folders that are missing made first."""
-    there = existing(folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    """Whether the folder and files in it can be created."""
+    place = existing(folder)
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""What is written as data for other programs to read."""
+"""JSON files that other programs may read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A JSON object with fixed keys. `docs/reference.py` makes the documentation of the keys from
-    the docstrings."""
+    """A JSON object with fixed keys, whose documentation is generated from their docstrings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

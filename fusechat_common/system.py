@@ -1,4 +1,4 @@
-"""System calls that not every system has, and what is done without them."""
+"""System calls that not every system has, each with what is done without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def processors() -> int:
 
 
 def read_into(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read from `offset` on, as many bytes as there are and as `into` holds; how many."""
+    """Read from `offset` on, at most as many bytes as `into` holds; returns their number."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [into], offset)
     data = os.pread(descriptor, into.nbytes, offset)
@@ -35,7 +35,7 @@ def will_read(descriptor: int, offset: int, size: int) -> None:
 
 
 def open_direct(path: Path) -> int | None:
-    """Open for writes past the system's cache, or None where system or file system has none."""
+    """Open for writes that bypass the system's cache; None where that isn't supported."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
@@ -45,14 +45,14 @@ def open_direct(path: Path) -> int | None:
 
 
 def sync(descriptor: int) -> None:
-    """Force a file to the disk; on macOS `fsync` alone may leave it in the disk's own cache."""
+    """Force a file to the disk; on macOS `fsync` alone may leave it in the disk's cache."""
     if hasattr(fcntl, "F_FULLFSYNC"):
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
-                raise  # a second try would not tell what this one lost
+                raise  # a second call wouldn't report what this one lost
     os.fsync(descriptor)
 
 
@@ -65,12 +65,12 @@ def sync_data(descriptor: int) -> None:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Have the file's room set aside where the system can, so that a full disk is known at once.
+    """Allocate a file's disk space where the system can, so that a full disk shows at once.
 
-    Writing is also much cheaper then: the room is found once, not page by page.
+    Writing is also much faster then, as nothing is allocated page by page.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "fallocate"):
@@ -83,9 +83,9 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swap two folders' names in one step where the system can.
+    """Swap two folders' names, in one step where the system can.
 
-    Else in two, and `other` is then called `replaced`, beside `one`.
+    Otherwise in two, and the former `other` is then `replaced`, beside `one`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     at_cwd, swap = -100, 2

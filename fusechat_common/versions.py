@@ -1,6 +1,6 @@
-"""The supported releases of packages of which more is used than they document.
+"""The supported releases of packages of which undocumented parts are used.
 
-docs/design.md lists what that is, and tests/common/test_internals.py tries each.
+docs/design.md lists these parts, and tests/common/test_internals.py tries each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUPPORTED = {
 
 
 def require_supported(*names: str) -> None:
-    """Refuse packages that something would only break on later.
+    """Refuse packages with which a command would fail only later.
 
     Raises:
         RequestError: other releases of them are installed.

@@ -1,4 +1,4 @@
-"""The command ``fusechat-merge``: says what is wrong in one line, imports late."""
+"""The command `fusechat-merge`. Heavy packages are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -21,10 +21,12 @@ from fusechat_common.files import can_be_made, existing
 from fusechat_common.versions import require_supported
 from fusechat_merge import __version__
 
+if TYPE_CHECKING:
+    from fusechat_merge.planning.plan import Plan
+
 NEEDED = ("huggingface_hub", "mergekit", "torch", "transformers")
 """Packages whose release is checked before a command imports them."""
 
-T = TypeVar("T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -40,21 +42,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _mergekit_options(command: _F) -> _F:
-    """mergekit's own options that change what a configuration means."""
-    for option in (
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
-        click.option("--allow-crimes", is_flag=True, help="Allow mixing architectures."),
-        click.option("--transformers-cache", metavar="DIR", help="Where models are downloaded to."),
-        click.option("--lora-merge-cache", metavar="DIR", help="Where merged LoRAs are kept."),
-        click.option(
-            "--unsafe-truncate-embeddings",
-            is_flag=True,
-            help="Drop the embedding rows beyond the smallest vocabulary.",
-        ),
-    ):
-        command = option(command)
-    return command
+def _options(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
+    """One decorator for several options."""
+
+    def add(command: _F) -> _F:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add
 
 
 class _Size(click.ParamType):
@@ -70,55 +66,63 @@ class _Size(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
         if match is None or match[2].upper() not in self._units:
-            self.fail(f"{value!r} is no size; write 256MiB or 5GB", param, ctx)
+            self.fail(f"{value!r} is not a size; write 256MiB or 5GB", param, ctx)
         size = int(Decimal(match[1]) * self._units[match[2].upper()])
         if size < 1:
             self.fail(f"{value!r} is too small", param, ctx)
         return size
 
 
-def _engine_options(command: _F) -> _F:
-    """What bounds the engine."""
-    for option in (
-        click.option(
-            "--threads", type=click.IntRange(1), help="Worker threads; default: one a processor."
-        ),
-        click.option(
-            "--memory",
-            type=_Size(),
-            default="256MiB",
-            show_default=True,
-            help="Of all buffers together, for varm and fusechat_sce.",
-        ),
-    ):
-        command = option(command)
-    return command
+_config = click.argument("config", type=click.Path(path_type=Path))
 
+_mergekit_options = _options(
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
+    click.option("--allow-crimes", is_flag=True, help="Allow mixing architectures."),
+    click.option("--transformers-cache", metavar="DIR", help="Where models are downloaded to."),
+    click.option("--lora-merge-cache", metavar="DIR", help="Where merged LoRAs are kept."),
+    click.option(
+        "--unsafe-truncate-embeddings",
+        is_flag=True,
+        help="Drop the embedding rows beyond the smallest vocabulary.",
+    ),
+)
+"""mergekit's own options that change what a configuration means."""
 
-def _bytes_options(command: _F) -> _F:
-    """mergekit's options that change what is written where."""
-    for option in (
-        click.option(
-            "--random-seed",
-            type=int,
-            default=0,
-            show_default=True,
-            help="Of methods that draw random numbers.",
-        ),
-        click.option(
-            "--shard-size",
-            type=_Size(),
-            default="5GB",
-            show_default=True,
-            help="Most bytes of tensors in one output file.",
-        ),
-    ):
-        command = option(command)
-    return command
+_engine_options = _options(
+    click.option(
+        "--threads", type=click.IntRange(1), help="Worker threads; default: one a processor."
+    ),
+    click.option(
+        "--memory",
+        type=_Size(),
+        default="256MiB",
+        show_default=True,
+        help="Of all buffers together, for varm and fusechat_sce.",
+    ),
+)
+"""What bounds the engine."""
+
+_bytes_options = _options(
+    click.option(
+        "--random-seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Of methods that draw random numbers.",
+    ),
+    click.option(
+        "--shard-size",
+        type=_Size(),
+        default="5GB",
+        show_default=True,
+        help="Most bytes of tensors in one output file.",
+    ),
+)
+"""mergekit's options that change what is written where."""
 
 
 @main.command(short_help="Merge the models of CONFIG into the folder OUT.")
-@click.argument("config", type=click.Path(path_type=Path))
+@_config
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--device",
@@ -133,7 +137,7 @@ def _bytes_options(command: _F) -> _F:
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on where an interrupted merge of the same configuration was.",
+    help="Resume an interrupted merge of the same configuration, or start over.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new model is complete.")
 @click.option(
@@ -144,72 +148,47 @@ def _bytes_options(command: _F) -> _F:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
 @_mergekit_options
-def run(
-    config: Path,
-    out: Path,
-    device: str,
-    memory: int,
-    threads: int | None,
-    resume: bool,
-    overwrite: bool,
-    report: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Merge the models of CONFIG, a mergekit YAML, into the folder OUT.
 
-    Runs in bounded memory. Killed or out of room, the same command goes on where it was.
+    Memory is bounded. After a crash, or once a full disk has room again, the same command resumes.
 
     \b
     Example: fusechat-merge run merge.yml merged --memory 512MiB
     """
     require_supported(*NEEDED)
-    from fusechat_merge.engine.execute import carry_out, chosen_device, is_finished, tidy
-    from fusechat_merge.planning.planner import plan as make_plan
+    from fusechat_merge.engine.execute import merge
 
-    planned = _planned(config, make_plan, options)
-    if resume and is_finished(planned, out):
-        tidy(out)
+    with _Meter(as_json) as meter:
+
+        def started(planned: Plan, device: str) -> None:
+            meter.total = sum(output.nbytes for output in planned.outputs)
+            _say(
+                as_json,
+                f"merging {len(planned.models)} models on {device}:"
+                f" {planned.input_bytes / 1e9:.2f} GB in, {planned.output_bytes / 1e9:.2f} GB out",
+                event="plan",
+                device=device,
+                tensors=len(planned.outputs),
+                input_bytes=planned.input_bytes,
+                output_bytes=planned.output_bytes,
+            )
+
+        merge(config, out, progress=meter, started=started, **options)
+    if meter.total is None:
         _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
-        return
-    device = chosen_device(device)
-
-    def started() -> None:
-        _say(
-            as_json,
-            f"merging {len(planned.models)} models on {device}:"
-            f" {planned.input_bytes / 1e9:.2f} GB in, {planned.output_bytes / 1e9:.2f} GB out",
-            event="plan",
-            device=device,
-            tensors=len(planned.outputs),
-            input_bytes=planned.input_bytes,
-            output_bytes=planned.output_bytes,
-        )
-
-    with _Meter(sum(o.nbytes for o in planned.outputs), as_json) as meter:
-        carry_out(
-            planned,
-            out,
-            memory=memory,
-            threads=threads,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            report=report,
-            progress=meter,
-            started=started,
-        )
-    _say(as_json, f"wrote {out}", event="done", out=str(out))
+    else:
+        _say(as_json, f"wrote {out}", event="done", out=str(out))
 
 
 @main.command(short_help="Show what CONFIG would read and write, and every problem.")
-@click.argument("config", type=click.Path(path_type=Path))
+@_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @_engine_options
 @_bytes_options
 @_mergekit_options
 def plan(config: Path, as_json: bool, memory: int, threads: int | None, **options: Any) -> None:
-    """Show what CONFIG would read and write, and everything that stands in its way.
+    """Show what CONFIG would read and write, and every problem that `run` would report.
 
     Reads headers only: nothing is computed or written, and no weights are downloaded.
 
@@ -229,8 +208,8 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
     peak = memory
     try:
         peak = peak_memory(planned, memory, threads)
-    except ValueError as error:
-        planned.problems.append(str(error))
+    except RequestError as error:
+        planned.problems += error.problems
     summary = planned.summary() | {"peak_memory_bytes": peak}
     if as_json:
         click.echo(json.dumps(summary, indent=1))
@@ -240,8 +219,26 @@ def plan(config: Path, as_json: bool, memory: int, threads: int | None, **option
         raise RequestError(planned.problems)
 
 
+def _print_plan(summary: dict[str, Any]) -> None:
+    click.echo(f"method       {summary['merge_method']}")
+    click.echo(f"parameters   {summary['parameters']:,} in {summary['tensors']} tensors")
+    click.echo(f"reads        {summary['input_bytes'] / 1e9:.3f} GB")
+    click.echo(f"writes       {summary['output_bytes'] / 1e9:.3f} GB")
+    for shard in summary["shards"]:
+        click.echo(f"             {shard['name']}  {shard['bytes'] / 1e9:.3f} GB")
+    click.echo(f"peak memory  about {summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    for key, heading in (
+        ("merged_by_name", "the architecture doesn't know, merged by name"),
+        ("copied_from_base", "the architecture doesn't know, copied from the base"),
+        ("left_out", "left out"),
+    ):
+        for item in summary[key]:
+            text = item if isinstance(item, str) else "{model}: {tensor} ({reason})".format(**item)
+            click.echo(f"{heading}: {text}")
+
+
 @main.command(short_help="Check that OUT is what CONFIG makes.")
-@click.argument("config", type=click.Path(path_type=Path))
+@_config
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--sample",
@@ -262,94 +259,21 @@ def verify(config: Path, out: Path, **options: Any) -> None:
     require_supported(*NEEDED)
     from fusechat_merge.engine.verify import verify as check
 
-    with _Meter(None, False) as meter:
+    with _Meter() as meter:
         differences = check(config, out, progress=meter, **options)
     if differences:
-        raise Different(differences)
+        number, listed = len(differences), differences[:20]
+        if number > 20:
+            listed.append(f"… and {number - 20} more")
+        heading = f"{number} difference{'s' if number > 1 else ''}:"
+        raise FusechatError("\n  ".join([heading, *listed]))
     share = options["sample"]
     sampled = f" ({share:.0%} of its tensors recomputed)" if share < 1 else ""
     click.echo(f"{out} is what {config} makes{sampled}")
 
 
-class Different(FusechatError):
-    """A merged model is not what its configuration makes."""
-
-    def __init__(self, differences: Sequence[str]) -> None:
-        more = [f"… and {len(differences) - 20} more"] if len(differences) > 20 else []
-        listed = "\n  ".join([*differences[:20], *more])
-        number = len(differences)
-        super().__init__(f"{number} difference{'s' if number > 1 else ''}:\n  {listed}")
-
-
-def _planned(config: Path, make_plan: Callable[..., Any], options: dict[str, Any]) -> Any:
-    planned = make_plan(config, **options)
-    if not planned.problems and any(m.folder is None for m in planned.models.values()):
-        planned = make_plan(config, download=True, **options)
-    if planned.problems:
-        raise RequestError(planned.problems)
-    return planned
-
-
-def _say(as_json: bool, text: str, **event: Any) -> None:
-    click.echo(json.dumps(event) if as_json else text, err=not as_json)
-
-
-class _Meter:
-    """Progress: a bar on stderr, or events on stdout twice a second; from the first piece on."""
-
-    def __init__(self, total: int | None, as_json: bool) -> None:
-        self._total, self._as_json = total, as_json
-        self._done, self._last = 0, 0.0
-        self._lock = threading.Lock()
-        self._bar: Any = None
-
-    def __enter__(self) -> _Meter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, tensor: str, nbytes: int) -> None:
-        with self._lock:
-            if self._bar is None and not self._as_json:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=self._total, unit="B", unit_scale=True, file=sys.stderr)
-            self._done += nbytes
-            now = time.monotonic()
-            late = now - self._last > 0.5 or self._done == self._total
-            if late:
-                self._last = now
-            if self._bar is not None:
-                if late:
-                    self._bar.set_postfix_str(tensor, refresh=False)
-                self._bar.update(nbytes)
-            elif late:
-                event = {"event": "progress", "tensor": tensor}
-                click.echo(json.dumps(event | {"bytes": self._done, "of": self._total}))
-
-
-def _print_plan(summary: dict[str, Any]) -> None:
-    click.echo(f"method       {summary['merge_method']}")
-    click.echo(f"parameters   {summary['parameters']:,} in {summary['tensors']} tensors")
-    click.echo(f"reads        {summary['input_bytes'] / 1e9:.3f} GB")
-    click.echo(f"writes       {summary['output_bytes'] / 1e9:.3f} GB")
-    for shard in summary["shards"]:
-        click.echo(f"             {shard['name']}  {shard['bytes'] / 1e9:.3f} GB")
-    click.echo(f"peak memory  about {summary['peak_memory_bytes'] / 1e6:.0f} MB")
-    for key, what in (
-        ("merged_by_name", "the architecture doesn't know, merged by name"),
-        ("copied_from_base", "the architecture doesn't know, copied from the base"),
-        ("left_out", "left out"),
-    ):
-        for item in summary[key]:
-            text = item if isinstance(item, str) else "{model}: {tensor} ({reason})".format(**item)
-            click.echo(f"{what}: {text}")
-
-
 @main.command(short_help="Show the merge weights of every unit.")
-@click.argument("config", type=click.Path(path_type=Path))
+@_config
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_engine_options
@@ -371,20 +295,23 @@ def analyze(
     Example: fusechat-merge analyze merge.yml --out analysis
     """
     if out is not None:
-        _require_matplotlib()
-        _require_writable(out)
+        _check_drawing(out)
     require_supported(*NEEDED)
-    from fusechat_merge.engine.analysis import analyze as measure
-    from fusechat_merge.planning.planner import plan as make_plan
+    from fusechat_merge.engine import analysis, execute
 
-    planned = _planned(config, make_plan, options)
-    with _Meter(sum(o.nbytes for o in planned.outputs), False) as meter:
-        report = measure(planned, memory=memory, threads=threads, progress=meter)
+    planned = execute.local_plan(config, **options)
+    with _Meter(total=sum(output.nbytes for output in planned.outputs)) as meter:
+        report = analysis.analyze(planned, memory=memory, threads=threads, progress=meter)
     text = report.model_dump_json(indent=1)
     if as_json:
         click.echo(text)
     else:
-        _print_tables(report)
+        from rich.console import Console
+
+        from fusechat_merge.results.report import tables
+
+        for table in tables(report):
+            Console().print(table)
     if out is not None:
         from fusechat_merge.results.report import draw
 
@@ -394,28 +321,61 @@ def analyze(
         click.echo(f"wrote {out / 'analysis.json'} and {out / 'analysis.png'}", err=True)
 
 
-def _require_matplotlib() -> None:
+def _check_drawing(folder: Path) -> None:
+    """Refuse --out before the analysis where its files couldn't be written after it."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         raise RequestError(["--out draws with matplotlib: pip install 'fusechat[report]'"])
-
-
-def _require_writable(folder: Path) -> None:
-    """Before anything is measured: the nearest folder that is there takes what is missing."""
     if not can_be_made(folder):
         place = existing(folder)
         raise RequestError([f"--out {folder}: {place} can't be written to; name another folder"])
 
 
-def _print_tables(report: Any) -> None:
-    from rich.console import Console
+def _say(as_json: bool, text: str, **event: Any) -> None:
+    click.echo(json.dumps(event) if as_json else text, err=not as_json)
 
-    from fusechat_merge.results.report import tables
 
-    console = Console()
-    for table in tables(report):
-        console.print(table)
+class _Meter:
+    """Progress, from the first report on: a bar on stderr, or events on stdout twice a second.
+
+    Args:
+        as_json: print events.
+        total: bytes that will be made; None where that is not known (yet).
+    """
+
+    def __init__(self, as_json: bool = False, total: int | None = None) -> None:
+        self.total = total
+        self._as_json = as_json
+        self._done, self._last = 0, 0.0
+        self._lock = threading.Lock()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, tensor: str, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            due = now - self._last > 0.5 or self._done == self.total
+            if due:
+                self._last = now
+            if not self._as_json:
+                if self._bar is None:
+                    from tqdm import tqdm
+
+                    self._bar = tqdm(total=self.total, unit="B", unit_scale=True, file=sys.stderr)
+                if due:
+                    self._bar.set_postfix_str(tensor, refresh=False)
+                self._bar.update(nbytes)
+            elif due:
+                event = {"event": "progress", "tensor": tensor}
+                click.echo(json.dumps(event | {"bytes": self._done, "of": self.total}))
 
 
 if __name__ == "__main__":

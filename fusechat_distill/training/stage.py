@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import FusechatError, RequestError
-from fusechat_common.files import existing, sync_folder, write_json
-from fusechat_common.system import sync
+from fusechat_common.files import existing, sync_path, write_json
 from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.inputs.models import ModelFiles
@@ -286,9 +285,9 @@ class TrainStage:
         write_json(part / "manifest.json", self.manifest().as_json() | {"files": files})
         for path in part.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync_path(path)
         os.replace(part, self.folder)
-        sync_folder(self.folder.parent)
+        sync_path(self.folder.parent)
         shutil.rmtree(self.work)
 
     def made_of(self, metrics: dict[str, float]) -> dict[str, Any]:
@@ -407,11 +406,6 @@ def _step(folder: Path) -> int:
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        sync(file.fileno())
 
 
 def train_stages(

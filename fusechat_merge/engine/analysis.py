@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from fusechat_common.errors import RequestError
@@ -22,62 +23,52 @@ def analyze(
 ) -> Analysis:
     """Compute the statistics and merge weights of every unit in bounded memory.
 
-    With ``granularity: element`` every element has weights of its own; the analysis then shows each
+    With `granularity: element` every element has weights of its own; the analysis then shows each
     matrix with the weights that granularity matrix would give.
 
     Args:
         planned: a merge by varm or fusechat_sce of models on this machine.
-        memory, threads, progress: as for ``stream.merge``.
+        memory, threads, progress: as for `merge`.
 
     Raises:
         RequestError: the plan has problems, or a merge that has no such weights.
         FusechatError: NaN or Inf in an input.
     """
+    method = planned.config.merge_method
     outputs = [output for output in planned.outputs if output.how in NATIVE]
     targets = {tuple(source.model for source in output.sources[1:]) for output in outputs}
     problems = list(planned.problems)
     if not problems:
-        problems += _not_ours(planned, outputs, len(targets))
+        if method not in NATIVE:
+            use = " or ".join(NATIVE)
+            problems.append(f"merge_method {method} has no weights to analyze: use {use}")
+        elif not outputs:
+            problems.append("no tensor is computed from targets, so there is nothing to analyze")
+        elif len(targets) > 1:
+            problems.append("slices with different targets can't be analyzed in one table")
     try:
         ring = divide(outputs, memory, threads)
-    except ValueError as error:
-        problems.append(str(error))
+    except RequestError as error:
+        problems += error.problems
     if problems:
         raise RequestError(problems)
 
-    sink = _NothingWritten()
-    sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
-    try:
-        merger = Merger(planned, sources, sink, ring, progress)
+    with closing(SourceFiles(planned)) as sources:
+        merger = Merger(planned, sources, _NothingWritten(), ring, progress)
         merger.measure(outputs)
-    finally:
-        sources.close()
     units = merger.units()
     if not units:
-        raise RequestError(
-            [f"merge_method {planned.config.merge_method} has no weights to analyze"]
-        )
+        raise RequestError([f"merge_method {method} has no weights to analyze"])
     return Analysis(
-        method=planned.config.merge_method,
+        method=method,
         base=outputs[0].sources[0].model,
         targets=targets.pop(),
         units=tuple(units),
     )
 
 
-def _not_ours(planned: Plan, outputs: list[Output], targets: int) -> list[str]:
-    method = planned.config.merge_method
-    if method not in NATIVE:
-        return [f"merge_method {method} has no weights to analyze: use {' or '.join(NATIVE)}"]
-    if not outputs:
-        return ["no tensor is computed from targets here, so there is nothing to analyze"]
-    if targets > 1:
-        return ["slices with different targets can't be analyzed in one table"]
-    return []
-
-
 class _NothingWritten:
-    """A sink that only remembers."""
+    """A sink that only keeps statistics and weights."""
 
     def __init__(self) -> None:
         self.done = Done()

@@ -1,4 +1,4 @@
-"""Threads that make a tensor each and, once there are no more, help the others with theirs."""
+"""Threads that each make a tensor and, once none is left, share the segments of the others'."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Desk = TypeVar("Desk", bound=AbstractContextManager[Any])
 
 
 class Crew(Generic[Desk]):
-    """One thread a desk; torch's operations use no further threads in them.
+    """One thread for each desk; torch's operations use no other threads.
 
     Args:
-        desks: what each thread works with, entered by it for as long as it works.
+        desks: each thread's buffers, a context that the thread enters while it works.
     """
 
     def __init__(self, desks: Sequence[Desk]) -> None:
@@ -26,13 +26,13 @@ class Crew(Generic[Desk]):
         self._changed = threading.Condition()
         self._shared: list[_Shared[Any]] = []
         self._begun: set[str] = set()
-        self._known: set[str] = set()
+        self._finished: set[str] = set()
         self._working = 0
         self._error: BaseException | None = None
         self._own = threading.local()
 
     def run(self, jobs: Iterable[Job], work: Callable[[Job], object]) -> None:
-        """``work`` on every job, begun in their order; raises what the first failure raised."""
+        """Do `work` on every job, begun in order; raises what the first failure raised."""
         todo = iter(jobs)
         self._working = len(self._desks)
         threads = [
@@ -59,9 +59,9 @@ class Crew(Generic[Desk]):
             raise self._error
 
     def pieces(self, count: int, work: Callable[[int, Desk], T]) -> Iterator[T]:
-        """``work`` on the numbers below ``count``, by this thread and idle ones; results in order.
+        """`work` on the numbers below `count`, by this thread and idle ones; results in order.
 
-        Only a few results wait at a time. For use inside a job.
+        Only a few results wait at a time. To be called inside a job.
         """
         if count < 2:
             for number in range(count):
@@ -74,10 +74,10 @@ class Crew(Generic[Desk]):
         try:
             for number in range(count):
 
-                def there(number: int = number) -> bool:
+                def ready(number: int = number) -> bool:
                     return number in shared.results or shared.error is not None
 
-                self._help_until(there, shared)
+                self._help_until(ready, shared)
                 if shared.error is not None:
                     raise shared.error
                 with self._changed:
@@ -93,7 +93,7 @@ class Crew(Generic[Desk]):
                     self._changed.wait()
 
     def once(self, keys: Sequence[str], work: Callable[[str], object]) -> None:
-        """Return when ``work`` has been done once for each of ``keys``, whoever did it."""
+        """Return when `work` has been done for each of `keys`, once, by whichever thread."""
         for key in keys:
             with self._changed:
                 if key in self._begun:
@@ -101,18 +101,16 @@ class Crew(Generic[Desk]):
                 self._begun.add(key)
             work(key)
             with self._changed:
-                self._known.add(key)
+                self._finished.add(key)
                 self._changed.notify_all()
-        todo = iter(keys)
-        at = next(todo, None)
+        missing = list(keys)
 
-        def all_known() -> bool:
-            nonlocal at
-            while at in self._known:
-                at = next(todo, None)
-            return at is None
+        def all_finished() -> bool:
+            while missing and missing[-1] in self._finished:
+                missing.pop()
+            return not missing
 
-        self._help_until(all_known)
+        self._help_until(all_finished)
 
     def _member(self, desk: Desk, todo: Iterator[Job], work: Callable[[Job], object]) -> None:
         torch.set_num_threads(1)
@@ -139,7 +137,7 @@ class Crew(Generic[Desk]):
             self._changed.notify_all()
 
     def _help_until(self, reached: Callable[[], bool], first: _Shared[Any] | None = None) -> None:
-        """Work on shared pieces, ``first``'s before others, until ``reached``.
+        """Work on shared pieces, or only those of `first`, until `reached`.
 
         Raises:
             InterruptedError: another thread has failed.
@@ -151,9 +149,11 @@ class Crew(Generic[Desk]):
                         raise InterruptedError("another thread has failed")
                     if reached():
                         return
-                    shared = first if first is not None else self._next_open()
+                    shared = first or next((s for s in self._shared if s.open), None)
                     if shared is not None and shared.open:
-                        number = shared.begin()
+                        number = shared.next
+                        shared.next += 1
+                        shared.under_way += 1
                         break
                     self._changed.wait()
             try:
@@ -165,17 +165,15 @@ class Crew(Generic[Desk]):
                     self._changed.notify_all()
                 if first is not None:
                     raise
-                continue  # it is the job's own thread that knows what to say of it
+                continue  # the job's own thread raises it, where its tensor is known
             with self._changed:
-                shared.end(number, result)
+                shared.under_way -= 1
+                shared.results[number] = result
                 self._changed.notify_all()
-
-    def _next_open(self) -> _Shared[Any] | None:
-        return next((shared for shared in self._shared if shared.open), None)
 
 
 class _Shared(Generic[T]):
-    """Pieces of one job; every method is called with the crew's lock held."""
+    """Pieces of one job, used with the crew's lock held."""
 
     def __init__(self, count: int, work: Callable[[int, Any], T], ahead: int) -> None:
         self.count, self.work, self.ahead = count, work, ahead
@@ -189,12 +187,3 @@ class _Shared(Generic[T]):
     def open(self) -> bool:
         """Whether a piece can be begun."""
         return self.next < min(self.count, self.taken + self.ahead)
-
-    def begin(self) -> int:
-        self.under_way += 1
-        self.next += 1
-        return self.next - 1
-
-    def end(self, number: int, result: T) -> None:
-        self.under_way -= 1
-        self.results[number] = result

@@ -1,7 +1,7 @@
-"""Carries a plan out: read, compute, write, in bounded memory and so that nothing done is lost.
+"""Carries a plan out in bounded memory: reads, computes and writes, and resumes after a crash.
 
-Work goes on beside the final name, in a folder that also holds the journal; the output folder
-appears when everything is in it.
+Everything is written to a folder beside the output, which holds the journal too; the output folder
+appears once it is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from fusechat_common.errors import FusechatError, RequestError
+from fusechat_common.errors import KEPT, FusechatError, RequestError
 from fusechat_common.files import can_be_made, existing
 from fusechat_merge import __version__
 from fusechat_merge.engine.journal import Journal, changes
@@ -37,7 +37,7 @@ from fusechat_merge.results.record import read_record
 
 MEMORY = 256 << 20
 """Default bound of all buffers together, bytes."""
-_START_UP = 510_000_000  # what mergekit, torch and numba take once imported
+_START_UP = 510_000_000  # bytes that mergekit, torch and numba take once imported
 
 
 def merge(
@@ -51,78 +51,47 @@ def merge(
     overwrite: bool = False,
     report: bool = True,
     progress: Progress = lambda tensor, nbytes: None,
+    started: Callable[[Plan, str], object] = lambda planned, device: None,
     **options: Any,
 ) -> Path:
     """Merge checkpoints as a mergekit configuration says.
 
     Args:
         config: path of a mergekit YAML, or the configuration itself.
-        out: the folder to be made.
-        memory: bytes of all buffers together, for ``varm`` and ``fusechat_sce``.
+        out: the folder that will hold the merged model.
+        memory: bytes of all buffers together, for `varm` and `fusechat_sce`.
         threads: worker threads; as many as processors by default.
-        device: where to compute: ``cpu``, ``cuda``, or ``auto``: cuda if there is one.
-        resume: go on where an interrupted merge of the same configuration was.
-        overwrite: replace what is in ``out``, once the new model is complete.
-        report: write ``README.md`` and ``mergekit_config.yml`` too.
-        progress: told what has been done.
-        options: fields of ``planning.Options``.
+        device: where to compute: `cpu`, `cuda`, or `auto`: cuda if there is one.
+        resume: continue an interrupted merge of the same configuration.
+        overwrite: replace what is in `out`, once the new model is complete.
+        report: write `README.md` and `mergekit_config.yml` too.
+        progress: called with each tensor and its bytes that are done.
+        started: called with the plan and the device after all checks, before any tensor is read;
+            not called where `out` is this merge already.
+        options: fields of `planning.Options`.
 
     Returns:
-        ``out``.
+        `out`, absolute.
 
     Raises:
-        RequestError: the request can't be carried out; everything that is wrong, nothing written.
-        FusechatError: it broke on the way; the same call goes on from there.
+        RequestError: the request can't be carried out; names every problem, nothing was written.
+        FusechatError: it failed while running; the same call resumes.
     """
-    planned = plan(config, **options)
-    if not planned.problems and any(c.folder is None for c in planned.models.values()):
-        planned = plan(config, download=True, **options)
-    return carry_out(
-        planned,
-        Path(out),
-        memory=memory,
-        threads=threads,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        report=report,
-        progress=progress,
-    )
-
-
-def chosen_device(device: str) -> str:
-    """``cpu`` or ``cuda``, whichever ``auto`` means here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def carry_out(
-    planned: Plan,
-    out: Path,
-    *,
-    memory: int = MEMORY,
-    threads: int | None = None,
-    device: str = "auto",
-    resume: bool = True,
-    overwrite: bool = False,
-    report: bool = True,
-    progress: Progress = lambda tensor, nbytes: None,
-    started: Callable[[], None] = lambda: None,
-) -> Path:
-    """Carry a plan out; see ``merge``. ``started`` is called once nothing stands in its way."""
-    out, device = Path(os.path.abspath(out)), chosen_device(device)
-    work = _work(out)
+    planned = local_plan(config, **options)
+    out = Path(os.path.abspath(out))
+    work = out.parent / f".{out.name}.partial"
     if not planned.problems and resume and is_finished(planned, out):
-        tidy(out)
+        _tidy(work)
         return out
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     native = [output for output in planned.outputs if output.how != "task"]
     tasks = [output for output in planned.outputs if output.how == "task"]
     problems = planned.problems + _out_problems(planned, out, work, overwrite)
     try:
         ring = divide(native, memory, threads, device)
-    except ValueError as error:
-        problems.append(str(error))
+    except RequestError as error:
+        problems += error.problems
     if device == "cuda" and not torch.cuda.is_available():
         problems.append(
             f"--device cuda: PyTorch {torch.__version__} sees no CUDA device; use --device cpu"
@@ -140,11 +109,10 @@ def carry_out(
             if not journal.done.identity:
                 shutil.rmtree(work, ignore_errors=True)
             raise RequestError(problems)
-        _begin(journal, identity(planned) | {"device": device}, work, resume)
-        started()
+        _begin(journal, _identity(planned) | {"device": device}, work, resume)
+        started(planned, device)
         files = stack.enter_context(closing(ShardFiles(planned, work / "model", journal)))
-        folders = {name: m.folder for name, m in planned.models.items() if m.folder}
-        sources = stack.enter_context(closing(SourceFiles(folders)))
+        sources = stack.enter_context(closing(SourceFiles(planned)))
         with _unchanged(planned, journal):
             with Saver(files, journal) as saver:
                 merger = Merger(planned, sources, saver, ring, progress)
@@ -152,32 +120,35 @@ def carry_out(
                 make_tasks(planned, tasks, saver, progress, ring.device)
                 saver.save()
             units = merger.units()
-            write_side_files(planned, units, digest(planned), device, work / "model", report)
+            write_side_files(planned, units, _digest(planned), device, work / "model", report)
         publish(work, out, overwrite)
         shutil.rmtree(work, ignore_errors=True)
     return out
 
 
-def _work(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
+def local_plan(config: str | Path | Mapping[str, Any], **options: Any) -> Plan:
+    """A merge's plan; where it has no problems, models of the hub are downloaded."""
+    planned = plan(config, **options)
+    if not planned.problems and any(model.folder is None for model in planned.models.values()):
+        planned = plan(config, download=True, **options)
+    return planned
 
 
-def tidy(out: Path) -> None:
-    """Remove what a finished merge was killed before removing, unless a run is at work there."""
-    work = _work(Path(os.path.abspath(out)))
+def _tidy(work: Path) -> None:
+    """Remove the work folder of a finished merge that was killed just then, unless it is locked."""
     if work.exists() and not _planted(work):
         with suppress(RequestError), closing(Journal(work / "journal")):
             shutil.rmtree(work, ignore_errors=True)
 
 
 def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None) -> int:
-    """Expected peak memory of ``carry_out``, start-up included, bytes.
+    """Expected peak memory of `merge`, start-up included, bytes.
 
     Exact buffers for what is computed block by block; for mergekit's tasks the largest tensor's
     inputs, those read ahead and float32 working copies, which is an estimate.
 
     Raises:
-        ValueError: ``memory`` is too little.
+        RequestError: `memory` is too little.
     """
     native = [output for output in planned.outputs if output.how != "task"]
     ring = divide(native, memory, threads).total
@@ -194,7 +165,7 @@ def peak_memory(planned: Plan, memory: int = MEMORY, threads: int | None = None)
     return _START_UP + max(ring if native else 0, tasks)
 
 
-def identity(planned: Plan) -> dict[str, Any]:
+def _identity(planned: Plan) -> dict[str, Any]:
     """What decides a merge's bytes: configuration, options, sources, software versions."""
     return {
         # As written: mergekit can't write out a model whose path has a space in it.
@@ -226,16 +197,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def digest(planned: Plan) -> str:
-    """One line for ``identity``, the software aside: a finished merge is known by it."""
-    what = {key: value for key, value in identity(planned).items() if key != "software"}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+def _digest(planned: Plan) -> str:
+    """Hash of the identity without the software, by which a finished merge is recognised."""
+    parts = {key: value for key, value in _identity(planned).items() if key != "software"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(planned: Plan, out: Path) -> bool:
-    """Whether ``out`` is what this plan makes, going by its record and its files' sizes."""
+    """Whether `out` is what this plan makes, judged by its record and its files' sizes."""
     record = read_record(out)
-    if record is None or record.identity != digest(planned):
+    if record is None or record.identity != _digest(planned):
         return False
     files = [(out / shard.name, shard.size) for shard in planned.shards]
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
@@ -255,44 +226,40 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
         )
     place = existing(out.parent)
     if not place.is_dir():
-        problems.append(f"{out}: {place} is a file, no folder; name another folder")
-        return problems
+        return [*problems, f"{out}: {place} is not a folder but a file; name another folder"]
     if not can_be_made(place):
-        problems.append(f"{place}: can't be written to")
-        return problems
+        return [*problems, f"{place}: can't be written to"]
     if _planted(work):
-        problems.append(f"{work}: is in the way, a link or another user's; remove it")
-        return problems
+        return [*problems, f"{work}: is a link or belongs to another user; remove it"]
     room = os.statvfs(place)
-    have = room.f_bavail * room.f_frsize
-    have += sum(f.stat().st_blocks * 512 for f in work.glob("model/*") if f.is_file())
-    need = planned.output_bytes + (16 << 20)
-    if have < need:
+    available = room.f_bavail * room.f_frsize
+    # What an interrupted merge has reserved already is written again, not once more.
+    available += sum(f.stat().st_blocks * 512 for f in work.glob("model/*") if f.is_file())
+    needed = planned.output_bytes + (16 << 20)
+    if available < needed:
         problems.append(
-            f"{place}: has room for {have / 1e9:.2f} GB, the merged model takes {need / 1e9:.2f} GB"
+            f"{place}: has room for {available / 1e9:.2f} GB,"
+            f" the merged model takes {needed / 1e9:.2f} GB"
         )
     return problems
 
 
 def _planted(work: Path) -> bool:
-    """Whether someone else may have put the work folder there, to have us write elsewhere."""
+    """Whether someone else may have put the work folder there, to redirect what is written."""
     try:
-        there = work.lstat()
+        status = work.lstat()
     except FileNotFoundError:
         return False
     shared = work.parent.stat().st_mode & stat.S_IWOTH
-    return not stat.S_ISDIR(there.st_mode) or bool(shared and there.st_uid != os.geteuid())
+    return not stat.S_ISDIR(status.st_mode) or bool(shared and status.st_uid != os.geteuid())
 
 
 def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> None:
+    """Accept what is in the journal if it is of this merge, or start over."""
     before = journal.done.identity
     if before and resume and before != now:
-        raise RequestError(
-            [
-                f"{work} holds an unfinished merge of something else; --no-resume starts over",
-                *changes(before, now),
-            ]
-        )
+        problem = f"{work} holds an unfinished merge of something else; --no-resume starts over"
+        raise RequestError([problem, *changes(before, now)])
     if not before or not resume:
         shutil.rmtree(work / "model", ignore_errors=True)
         journal.begin(now)
@@ -300,25 +267,23 @@ def _begin(journal: Journal, now: dict[str, Any], work: Path, resume: bool) -> N
 
 @contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """Tell what a failure means for the merge and what to do."""
-    again = "what was done is kept: the same command goes on from there"
+    """Say of a failed system call what it means for the merge, and what to do."""
     try:
         yield
     except FusechatError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise FusechatError(
-                f"{out}: no room left ({error.strerror}); make room, {again}"
-            ) from error
-        raise FusechatError(f"{error}; {again}") from error
+            message = f"{out}: no room left ({error.strerror}); make room"
+            raise FusechatError(f"{message}: {KEPT}") from error
+        raise FusechatError(f"{error}; {KEPT}") from error
 
 
 @contextmanager
 def _unchanged(planned: Plan, journal: Journal) -> Iterator[None]:
-    """Forget what was made from sources that changed meanwhile, however it ended.
+    """Forget what was computed from sources that have changed, whether the merge failed or not.
 
-    Were it kept, a source put back as it was would be taken for what had been read.
+    If it were kept and the source restored, the journal would match although other bytes were read.
     """
     try:
         yield
@@ -328,8 +293,8 @@ def _unchanged(planned: Plan, journal: Journal) -> Iterator[None]:
                 path = model.folder and model.folder / file
                 if not path or not path.exists():
                     continue
-                now = path.stat()
-                if (now.st_size, now.st_mtime_ns) != (at.size, at.modified):
+                status = path.stat()
+                if (status.st_size, status.st_mtime_ns) != (at.size, at.modified):
                     journal.begin({})
                     raise FusechatError(
                         f"{name}/{file} was changed while it was being merged; the same command"

@@ -1,9 +1,9 @@
-"""What of a merge is finished and safe on the disk, so that the same command can go on from there.
+"""What of a merge is complete and on the disk, so that it can be resumed.
 
-A journal is a file of JSON lines: first what is being merged, then what was found and written. A
-line is added only after the bytes that it speaks of have been forced to the disk; a line that a
-crash cut short is ignored. While a process holds the journal, a second one is refused; the lock
-goes with the process.
+A journal is a file of JSON lines: first the merge's identity, then statistics, weights and how much
+of each output is written. A line is added only after the bytes that it tells of have been forced to
+the disk; a line that a crash cut short is ignored. One process at a time holds the journal, by a
+lock that ends with the process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fusechat_common.system import NO_FOLLOW, sync_data
 
 @dataclass
 class Done:
-    """What a journal knows.
+    """What of a merge is done.
 
     Attributes:
         identity: of the merge: configuration, options and sources.
         elements: of each output: how many, from the first on, are written.
-        statistics: of each tensor and statistic, Σ by target, as ``delta_sums`` gave them.
+        statistics: of each tensor and statistic: sums by target, as `varm.statistics` returns them.
         weights: of each output, by target.
     """
 
@@ -42,7 +42,7 @@ class Journal:
     """The journal file, locked while it is open.
 
     Args:
-        path: the file, made when missing.
+        path: the file, created if missing.
 
     Raises:
         RequestError: another process holds it.
@@ -64,9 +64,6 @@ class Journal:
             os.close(self._file)  # the last holder has just finished and removed it
         self.done = Done()
         self._end = 0
-        self._read()
-
-    def _read(self) -> None:
         raw = b""
         while chunk := os.pread(self._file, 1 << 20, len(raw)):
             raw += chunk
@@ -76,7 +73,7 @@ class Journal:
             except ValueError:
                 entry = None
             if not isinstance(entry, dict):
-                break  # cut short by a crash; what follows was never promised
+                break  # cut short by a crash, and so is everything after it
             self._end += len(line)
             if "identity" in entry:
                 self.done = Done(entry["identity"])
@@ -84,7 +81,7 @@ class Journal:
                 getattr(self.done, name).update(entry.get(name, {}))
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Start over: forget everything and remember what is being merged."""
+        """Start over: forget everything, record the merge's identity."""
         os.ftruncate(self._file, 0)
         self._end, self.done = 0, Done(identity)
         self.add(identity=identity)
@@ -104,15 +101,15 @@ class Journal:
 
 
 def _is(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one with this name."""
     try:
-        there, held = os.stat(path), os.fstat(descriptor)
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterable[str]:
-    """What differs between two identities, in words."""
+    """The differences between two identities, as messages."""
     for part in dict.fromkeys([*before, *now]):
         old, new = before.get(part), now.get(part)
         if old == new:

@@ -1,4 +1,4 @@
-"""Makes a plan's outputs: finds their units' weights, then reads, merges and writes each."""
+"""Makes a plan's outputs: computes their units' weights, then reads, merges and writes each."""
 
 from __future__ import annotations
 
@@ -23,34 +23,33 @@ from fusechat_merge.planning.plan import Output, Plan
 from fusechat_merge.results.record import UnitWeights
 
 varm.compiled_loops()  # half a second, spent with the other imports
-_AHEAD = 128 << 20
+_AHEAD = 128 << 20  # bytes that the system is asked to read ahead
 
 Progress = Callable[[str, int], None]
-"""(tensor, bytes of it just done) -> None; called from several threads."""
+"""Called with a tensor and its bytes that were just done, from several threads."""
 
 
 class Sink(Protocol):
-    """Where a merge's bytes go, and what is known of it already."""
+    """Takes a merge's bytes and results.
+
+    Attributes:
+        done: results so far, an earlier run's included.
+    """
 
     done: Done
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
-        """``data`` belongs at byte ``first`` of the output's tensor; called from any thread."""
+        """Take `data`, which belongs at byte `first` of the output; called from any thread."""
 
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
-        """Remember ``value`` as field ``kind`` of ``done``; ``nbytes`` were written for it."""
+        """Keep `value` under `name` in the field `kind` of `done`, once `nbytes` are written."""
 
 
 class Merger:
     """Makes the outputs that are not mergekit's own tasks."""
 
     def __init__(
-        self,
-        planned: Plan,
-        sources: SourceFiles,
-        sink: Sink,
-        ring: Ring,
-        progress: Progress,
+        self, planned: Plan, sources: SourceFiles, sink: Sink, ring: Ring, progress: Progress
     ) -> None:
         self._plan, self._sources, self._sink = planned, sources, sink
         self._ring, self._progress = ring, progress
@@ -58,14 +57,11 @@ class Merger:
         self._units: dict[Unit, dict[str, float]] = {}
 
     def run(self, outputs: Sequence[Output]) -> None:
-        """Make them, a few at a time."""
+        """Make outputs, one a thread."""
         self._each(outputs, self._make)
 
     def measure(self, outputs: Sequence[Output]) -> None:
-        """Find their statistics and weights only; nothing is written.
-
-        An output of granularity element is measured as the matrix that it is.
-        """
+        """Compute only the outputs' statistics and weights; for granularity element a matrix's."""
         self._each(outputs, self._measure)
 
     def _each(self, outputs: Sequence[Output], work: Callable[[Output], object]) -> None:
@@ -81,7 +77,7 @@ class Merger:
 
         def begin(numbered: tuple[int, Output]) -> None:
             number, output = numbered
-            reading.reached(number)
+            reading.begin(number)
             work(output)
 
         self._crew = Crew([Desk(self._ring) for _ in range(self._ring.threads)])
@@ -93,26 +89,23 @@ class Merger:
 
     def _make(self, output: Output) -> None:
         how, parameters = output.how, output.parameters
-        shares = None
-        if how == "varm" and parameters["granularity"] != "element":
-            shares = self._shares(output)
+        by_unit = how == "varm" and parameters["granularity"] != "element"
+        shares = self._shares(output) if by_unit else []
         passes = self._writing(output)
         with _naming(output):
             if how == "copy":
                 passes.write(lambda block, out: out.copy_(block.base))
             elif how == "fusechat_sce":
-                variant = parameters["variant"]
-                eta, selection = sce.shares(passes, parameters["select_topk"], variant)
-                self._sink.note("weights", output.name, eta)
-                sce.write(passes, eta, selection, variant)
+                eta, selection = self._sce_shares(output, passes)
+                sce.write(passes, eta, selection, parameters["variant"])
             elif how != "varm":
                 raise NotImplementedError(f"{how} is one of `METHODS`, but not written here")
-            elif shares is None:
+            elif by_unit:
+                varm.write(passes, shares, parameters["lambda"])
+            else:
                 varm.write_elements(
                     passes, parameters["weight"], parameters["statistic"], parameters["lambda"]
                 )
-            else:
-                varm.write(passes, shares, parameters["lambda"])
         if not output.numel:
             self._sink.note("elements", output.name, 1)
 
@@ -121,11 +114,8 @@ class Merger:
             self._shares(output)
         else:
             self._tensor_sums(output, "square")
-            parameters = output.parameters
             with _naming(output):
-                passes = self._reading(output)
-                eta, _ = sce.shares(passes, parameters["select_topk"], parameters["variant"])
-            self._sink.note("weights", output.name, eta)
+                self._sce_shares(output, self._reading(output))
         self._progress(output.name, output.nbytes)
 
     def _shares(self, output: Output) -> list[float]:
@@ -133,6 +123,13 @@ class Merger:
         shares = varm.weights(self._sums(output), output.parameters["weight"])
         self._sink.note("weights", output.name, shares)
         return shares
+
+    def _sce_shares(self, output: Output, passes: FilePasses) -> tuple[list[float], Any]:
+        """η_j of the output, and its selection."""
+        parameters = output.parameters
+        eta, selection = sce.shares(passes, parameters["select_topk"], parameters["variant"])
+        self._sink.note("weights", output.name, eta)
+        return eta, selection
 
     def _reading(self, output: Output) -> FilePasses:
         return FilePasses(output, self._sources, self._ring, self._crew)
@@ -156,35 +153,34 @@ class Merger:
 
     def _sums(self, output: Output) -> list[float]:
         """Σ over the output's unit of δ² (or |δ|), one a target."""
-        statistic = output.parameters["statistic"]
-        if output.unit is None:
-            return self._tensor_sums(output, statistic)
-        found = self._units.get(output.unit)
-        if found is None:
-            found = self._units[output.unit] = self._unit_sums(output.unit)
-        return [found.get(source.model, 0.0) for source in output.sources[1:]]
+        unit = output.unit
+        if unit is None:
+            return self._tensor_sums(output, output.parameters["statistic"])
+        if unit not in self._units:
+            self._units[unit] = self._unit_sums(unit)
+        return [self._units[unit].get(source.model, 0.0) for source in output.sources[1:]]
 
     def _unit_sums(self, unit: Unit) -> dict[str, float]:
         """Σ over the unit of δ² (or |δ|), by target."""
         statistic, members = unit.statistic, self._plan.units[unit]
         by_key = {f"{statistic} {name}": self._by_name[name] for name in members}
         self._crew.once(list(by_key), lambda key: self._tensor_sums(by_key[key], statistic))
-        found: dict[str, list[float]] = {}
+        by_target: dict[str, list[float]] = {}
         for key, member in by_key.items():
             sums = self._sink.done.statistics[key]
             for source, value in zip(member.sources[1:], sums, strict=True):
-                found.setdefault(source.model, []).append(value)
-        return {model: math.fsum(values) for model, values in found.items()}
+                by_target.setdefault(source.model, []).append(value)
+        return {model: math.fsum(values) for model, values in by_target.items()}
 
     def _tensor_sums(self, output: Output, statistic: str) -> list[float]:
         key = f"{statistic} {output.name}"
-        known = self._sink.done.statistics.get(key)
-        if known is None:
+        sums = self._sink.done.statistics.get(key)
+        if sums is None:
             with _naming(output):
-                known = varm.statistics(self._reading(output), statistic)
-            self._sink.note("statistics", key, known)
+                sums = varm.statistics(self._reading(output), statistic)
+            self._sink.note("statistics", key, sums)
             self._progress(output.name, 0)
-        return known
+        return sums
 
     def units(self) -> list[UnitWeights]:
         """The units with their statistics and weights, in the order of the outputs."""
@@ -204,30 +200,22 @@ class Merger:
             members = [self._by_name[name] for name in names]
             numel = sum(member.numel for member in members)
             statistic = output.parameters.get("statistic", "square")
-            sums = [
-                found
-                for member in members
-                if (found := done.statistics.get(f"{statistic} {member.name}")) is not None
-            ]
+            keys = [f"{statistic} {member.name}" for member in members]
+            sums = [done.statistics[key] for key in keys if key in done.statistics]
+            totals = varm.total(sums, len(weights)) if sums and numel else []
             units[key] = UnitWeights(
                 name=output.unit.name if output.unit else output.name,
                 granularity=output.parameters.get("granularity", "matrix"),
                 tensors=(output.name,),
                 numel=numel,
-                statistics=tuple(value / numel for value in varm.total(sums, len(weights)))
-                if sums and numel
-                else (),
+                statistics=tuple(total / numel for total in totals),
                 weights=tuple(weights),
             )
         return list(units.values())
 
 
 def make_tasks(
-    planned: Plan,
-    outputs: Sequence[Output],
-    sink: Sink,
-    progress: Progress,
-    device: torch.device,
+    planned: Plan, outputs: Sequence[Output], sink: Sink, progress: Progress, device: torch.device
 ) -> None:
     """Make the outputs that are mergekit's own tasks."""
     todo = []
@@ -243,15 +231,15 @@ def make_tasks(
 
 
 class _ReadAhead:
-    """Asks the system for the tensors that come next, so that the disk is never idle."""
+    """Asks the system to read the next tensors ahead, so that the disk is never idle."""
 
     def __init__(self, files: SourceFiles, outputs: Sequence[Output]) -> None:
         self._files, self._outputs = files, outputs
         self._next, self._ahead = 0, 0
         self._thread = ThreadPoolExecutor(1, "read ahead")
 
-    def reached(self, number: int) -> None:
-        """The output of this number is begun."""
+    def begin(self, number: int) -> None:
+        """Work on the output of this number begins."""
         self._thread.submit(self._announce, number)
 
     def _announce(self, number: int) -> None:
@@ -260,7 +248,7 @@ class _ReadAhead:
             output = self._outputs[self._next]
             if self._next > number:  # else it is being read already
                 for source in output.sources:
-                    with suppress(OSError):  # the read itself will say so
+                    with suppress(OSError):  # the read itself reports it
                         self._files.announce(source)
             self._ahead += read_bytes(output)
             self._next += 1
@@ -275,7 +263,7 @@ def read_bytes(output: Output) -> int:
 
 @contextmanager
 def _naming(output: Output) -> Iterator[None]:
-    """Say which model's tensor holds NaN or Inf."""
+    """Name the model and tensor that hold NaN or Inf."""
     try:
         yield
     except NonFiniteError as error:

@@ -1,8 +1,7 @@
-"""One tensor of every model, read from files a segment at a time as often as a method asks.
+"""Reads one tensor of every model from files, a segment at a time, as often as a method asks.
 
-All memory is allocated once: every thread has a desk with room for one segment. Nothing is kept
-from pass to pass: what was read a moment ago comes from the system's cache, at less cost than
-writing a tensor to memory of our own and reading it again.
+All memory is allocated once: every thread has a desk, buffers for one segment. Nothing is kept from
+pass to pass: reading again from the system's cache costs less than a copy in our own memory.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from mmap import PAGESIZE
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fusechat_common.errors import RequestError
 from fusechat_common.system import processors, read_into, will_read
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.inputs.lora import TILE, Factors
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 from fusechat_merge.methods.sce import CANDIDATES
-from fusechat_merge.planning.plan import Output, Source
+from fusechat_merge.planning.plan import Output, Plan, Source
 
 _BLOCKS = 16
 _ACCELERATOR_BLOCKS = 128  # few, long copies
 _ALIGN = 64
-_SELECTING = 3 * 8 * CANDIDATES + (1 << 20)  # candidates, sorted; and counts on their way
+_SELECTING = 3 * 8 * CANDIDATES + (1 << 20)  # sorted candidates, and counts
 
 T = TypeVar("T")
 
@@ -41,12 +40,12 @@ class Ring:
     """How the memory is divided.
 
     Attributes:
-        threads: threads, and so segments under way.
-        blocks: grid cells in a segment, at most.
+        threads: number of threads, each working on one segment.
+        blocks: most grid cells in a segment.
         segment: bytes of each thread's buffer.
-        scratch: bytes that the methods' own buffers take in each thread, at most; an accelerator
-            has them in its own memory.
-        more: bytes that adapters' factors and SCE's selection take in each thread, at most.
+        scratch: most bytes of the methods' own buffers in each thread; an accelerator has them in
+            its own memory.
+        more: most bytes of adapters' factors and SCE's selection in each thread.
         device: where to compute.
     """
 
@@ -65,26 +64,26 @@ class Ring:
 def divide(
     outputs: Sequence[Output], memory: int, threads: int | None = None, device: str = "cpu"
 ) -> Ring:
-    """Divide ``memory`` bytes between threads, one a processor by default.
+    """Divide `memory` bytes between threads, one a processor by default.
 
     Raises:
-        ValueError: it is too little for one thread to hold one block of every model.
+        RequestError: it is too little for one thread to hold one block of every model.
     """
-    shapes = {(_element_bytes(output), len(output.sources)) for output in outputs}
-    block = BLOCK * max((element for element, _ in shapes), default=0)
-    sources = max((count for _, count in shapes), default=0)
+    block = BLOCK * max(map(_element_bytes, outputs), default=0)
+    sources = max((len(output.sources) for output in outputs), default=0)
     on_cpu = device == "cpu"
     # float64 for every input and some ten intermediate results
     scratch = 8 * BLOCK * (10 + sources) if on_cpu else 0
     gaps = _ALIGN * (2 + 2 * sources) + 2 * PAGESIZE
-    more = max((_factor_bytes(output) for output in outputs), default=0)
+    low_ranks = [[s.low_rank for s in output.sources if s.low_rank] for output in outputs]
+    more = max((sum(each.nbytes for each in some) for some in low_ranks), default=0)
     if more:
         more += 8 * TILE
     if any(output.parameters.get("select_topk", 1.0) < 1.0 for output in outputs):
         more += _SELECTING
     least = block + scratch + gaps + more
     if least > memory:
-        raise ValueError(f"--memory: at least {-(-least >> 20)}MiB is needed here")
+        raise RequestError([f"--memory: at least {-(-least >> 20)}MiB is needed here"])
     threads = threads or processors()
     # Fewer threads with longer segments: short ones wait for the interpreter's lock.
     threads = max(1, min(threads, memory // (4 * (block + scratch) + gaps + more)))
@@ -101,29 +100,20 @@ def divide(
 
 
 def _element_bytes(output: Output) -> int:
-    """Bytes that one element takes in a worker's buffer, inputs and outputs together."""
-    return sum(_input_bytes(source) for source in output.sources) + _output_bytes(output)
+    """Bytes of a segment's buffer for each element: inputs and output, each as stored and as used.
 
-
-def _input_bytes(source: Source) -> int:
-    stored, held = DTYPES[source.location.dtype], _held(source)
-    return held.itemsize + (stored.itemsize if stored != held else 0)
+    A dtype that is both is held once.
+    """
+    pairs = [(DTYPES[source.location.dtype], _held(source)) for source in output.sources]
+    pairs.append((output.dtype, output.merged_dtype))
+    return sum(dtype.itemsize for pair in pairs for dtype in set(pair))
 
 
 def _held(source: Source) -> torch.dtype:
-    """In which dtype a source is handed on; with an adapter it is not rounded to 16 bits."""
+    """The dtype in which methods get a source; with an adapter it is not rounded to 16 bits."""
     if source.low_rank is None or source.dtype == torch.float64:
         return source.dtype
     return torch.float32
-
-
-def _factor_bytes(output: Output) -> int:
-    return sum(source.low_rank.nbytes for source in output.sources if source.low_rank)
-
-
-def _output_bytes(output: Output) -> int:
-    cast = output.dtype.itemsize if output.dtype != output.merged_dtype else 0
-    return output.merged_dtype.itemsize + cast
 
 
 def _round_up(n: int) -> int:
@@ -133,13 +123,13 @@ def _round_up(n: int) -> int:
 class SourceFiles:
     """The inputs' files, opened once each and read at offsets from any thread."""
 
-    def __init__(self, folders: dict[str, Path]) -> None:
-        self._folders = folders
+    def __init__(self, planned: Plan) -> None:
+        self._folders = {name: m.folder for name, m in planned.models.items() if m.folder}
         self._descriptors: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, source: Source) -> int:
-        """Of the source's file, opened by the first who asks."""
+        """The descriptor of the source's file, which is opened at the first call."""
         key = (source.model, source.location.file)
         with self._lock:
             if key not in self._descriptors:
@@ -148,7 +138,7 @@ class SourceFiles:
             return self._descriptors[key]
 
     def factors(self, source: Source, device: torch.device) -> Factors | None:
-        """What an adapter adds to the source, read whole."""
+        """What an adapter adds to the source, read into memory; None without an adapter."""
         low_rank = source.low_rank
         if low_rank is None:
             return None
@@ -161,7 +151,7 @@ class SourceFiles:
         return raw.view(DTYPES[at.dtype]).reshape(at.shape)
 
     def announce(self, source: Source) -> None:
-        """Let the system begin to read the whole tensor."""
+        """Ask the system to read the whole tensor ahead."""
         at = source.location
         will_read(self.descriptor(source), at.offset, at.nbytes)
 
@@ -173,7 +163,12 @@ class SourceFiles:
 
 
 class _Reader:
-    """One source of an output: where to read it and in which dtype to hand it on."""
+    """Reads one source of an output.
+
+    Attributes:
+        stored: dtype in the file.
+        held: dtype in which methods get it.
+    """
 
     def __init__(self, files: SourceFiles, source: Source) -> None:
         self._source, self._descriptor = source, files.descriptor(source)
@@ -182,7 +177,7 @@ class _Reader:
         self.itemsize = self.stored.itemsize
 
     def read(self, first: int, into: memoryview) -> None:
-        """Fill ``into`` from element ``first`` on.
+        """Fill `into` from element `first` on.
 
         Raises:
             OSError: the file can't be read, or ends too early.
@@ -196,9 +191,9 @@ class _Reader:
 
 
 class Desk(AbstractContextManager[None]):
-    """What one thread works with: room for a segment and, on an accelerator, a stream of its own.
+    """One thread's buffers for a segment and, on an accelerator, a stream of its own.
 
-    The streams of several threads let copies in both directions overlap with computing.
+    With several streams, copies in both directions overlap with computing.
     """
 
     def __init__(self, ring: Ring) -> None:
@@ -208,7 +203,7 @@ class Desk(AbstractContextManager[None]):
         self._view = self._host.numpy().data
         self._there = self._host if on_cpu else torch.empty_like(self._host, device=ring.device)
         self._stream = None if on_cpu else torch.cuda.Stream(ring.device)
-        self.cut = lru_cache(256)(self._cut)  # segment after segment lies in the same places
+        self.cut = lru_cache(256)(self._cut)  # all segments have the same places
         self._entered: AbstractContextManager[object] = nullcontext()
 
     def __enter__(self) -> None:
@@ -224,16 +219,16 @@ class Desk(AbstractContextManager[None]):
         return self._view[start : start + size]
 
     def _cut(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """[numel] of ``dtype`` from byte ``start`` on, where computing happens."""
+        """A tensor [numel] of `dtype` from byte `start` on, on the device that computes."""
         return self._there[start : start + numel * dtype.itemsize].view(dtype)
 
     def upload(self, size: int) -> None:
-        """Let the first ``size`` bytes of the host's memory be where computing happens."""
+        """Copy the first `size` bytes of the host's memory to the device that computes."""
         if self._stream is not None:
             self._there[:size].copy_(self._host[:size], non_blocking=True)
 
     def download(self, start: int, size: int) -> memoryview:
-        """Bytes from where computing happens, once all of it has happened."""
+        """Bytes of the device that computes, once it has computed them."""
         if self._stream is not None:
             piece = slice(start, start + size)
             self._host[piece].copy_(self._there[piece], non_blocking=True)
@@ -245,13 +240,13 @@ class FilePasses:
     """Passes over the sources of one output, whose first source is the base.
 
     Args:
-        output: what is made from the sources.
-        files: where they are read.
-        ring: how long a segment is.
+        output: the output that is made from the sources.
+        files: reads the sources.
+        ring: decides how long a segment is.
         crew: the threads that share the segments.
-        writer: (first element, bytes) -> None, called for every segment of the output.
-        begin: element from which on to write, a multiple of ``BLOCK``.
-        finished: told the element up to which everything is written, from time to time.
+        writer: called with the first element and the bytes of every segment of the output.
+        begin: element from which on to write, a multiple of `BLOCK`.
+        finished: called, from time to time, with the element up to which everything is written.
     """
 
     def __init__(
@@ -267,7 +262,7 @@ class FilePasses:
         self.count = len(output.sources) - 1
         self._output, self._crew, self._writer = output, crew, writer
         self._step = BLOCK * ring.blocks
-        # Every pass has the same segments, which may have been others before an interruption.
+        # All passes have the same segments; before an interruption they may have been different.
         self._begin, self._finished = begin // self._step * self._step, finished
         self._numel = output.numel
         self._inputs = [
@@ -285,7 +280,7 @@ class FilePasses:
         def merge(start: int, desk: Desk) -> int:
             block, used = self._block(start, desk)
             n = block.base.numel()
-            # As far into a page as in the file: so it can go to the disk without being copied.
+            # At the same offset within a page as in the file, so that it can be written directly.
             written = output.offset + start * output.dtype.itemsize
             place = used + (written - used) % PAGESIZE
             merged = result = desk.cut(place, n, output.dtype)
@@ -301,14 +296,15 @@ class FilePasses:
             self._finished(element)
 
     def _segments(self, begin: int, work: Callable[[int, Desk], T]) -> Iterator[T]:
-        """``work`` of every segment from element ``begin`` on, results in order."""
+        """`work` of every segment from element `begin` on; results in order."""
         count = -(-(self._numel - begin) // self._step)
         return self._crew.pieces(
             count, lambda number, desk: work(begin + number * self._step, desk)
         )
 
     def _block(self, start: int, desk: Desk) -> tuple[Block, int]:
-        """The segment from element ``start`` on and how many bytes of the desk it takes."""
+        """The segment from element `start` on, and the bytes of the desk that it takes."""
+        # Read all sources, one after the other, to aligned places.
         n = min(self._step, self._numel - start)
         used, places = 0, []
         for reader, _ in self._inputs:
@@ -317,6 +313,7 @@ class FilePasses:
             places.append(used)
             used += _round_up(size)
         desk.upload(used)
+        # Convert those whose dtype differs (behind the others) and add adapters to them.
         tensors = []
         for (reader, factors), place in zip(self._inputs, places, strict=True):
             tensor = desk.cut(place, n, reader.stored)

@@ -1,4 +1,4 @@
-"""A merge's bytes on the disk: written at their final places, made safe, published in one step."""
+"""The output files: written at final offsets, synchronised, renamed once they are complete."""
 
 from __future__ import annotations
 
@@ -11,31 +11,40 @@ from typing import Any
 
 import numpy as np
 
-from fusechat_common.files import sync_folder
-from fusechat_common.system import NO_FOLLOW, exchange, open_direct, reserve, sync, sync_data
+from fusechat_common.files import sync_path
+from fusechat_common.system import NO_FOLLOW, exchange, open_direct, reserve, sync_data
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.planning.plan import Output, Plan
 
 SAVE_EVERY = 64 << 20
-"""Bytes after which what was written is forced to the disk and noted in the journal."""
-_DIRECT = 1 << 16
-"""Fewer bytes are not worth a transfer of their own."""
+"""Bytes after which what was written is forced to the disk and recorded in the journal."""
+_DIRECT = 1 << 16  # bytes; fewer are not worth a direct write of their own
 
 
 class ShardFiles:
-    """The output files, whole from the start, filled at offsets from any thread.
+    """The output files at their full size, written at offsets from any thread.
 
-    Whole pages go to the disk directly where the file system can: a merged model would only push
-    what is to be read out of the system's cache. A page that two writes share goes through it.
+    Whole pages bypass the system's cache where possible, as the merged model would displace inputs
+    that are read next. Pages that two writes share don't bypass it.
 
-    Whatever the journal says of a file that isn't there any more is forgotten.
+    What the journal says of a file that no longer exists is forgotten.
     """
 
     def __init__(self, planned: Plan, folder: Path, journal: Journal) -> None:
         folder.mkdir(exist_ok=True)
         self._descriptors: dict[str, int] = {}
         self._direct: dict[str, int] = {}
-        self._forget_lost(planned, folder, journal)
+        # Before any file is created: if this start fails too, the next must still see the loss.
+        lost = {
+            shard.name
+            for shard in planned.shards
+            if not (path := folder / shard.name).exists() or path.stat().st_size != shard.size
+        }
+        written = journal.done.elements
+        forgotten = {o.name: 0 for o in planned.outputs if o.file in lost and o.name in written}
+        if forgotten:
+            journal.add(elements=forgotten)
+            written.update(forgotten)
         for shard in planned.shards:
             path = folder / shard.name
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
@@ -46,25 +55,10 @@ class ShardFiles:
             if direct is not None:
                 self._direct[shard.name] = direct
             self._write(shard.name, 0, memoryview(shard.header))
-        sync_folder(folder)
-
-    @staticmethod
-    def _forget_lost(planned: Plan, folder: Path, journal: Journal) -> None:
-        """Before any file is made anew: or a start that broke would hide the loss."""
-        lost = set()
-        for shard in planned.shards:
-            path = folder / shard.name
-            if not path.exists() or path.stat().st_size != shard.size:
-                lost.add(shard.name)
-        done = {
-            o.name: 0 for o in planned.outputs if o.file in lost and o.name in journal.done.elements
-        }
-        if done:
-            journal.add(elements=done)
-            journal.done.elements.update(done)
+        sync_path(folder)
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
-        """Write ``data`` from byte ``first`` of the output's tensor on."""
+        """Write `data` from byte `first` of the output's tensor on."""
         offset = output.offset + first
         begin = -offset % PAGESIZE
         end = begin + (data.nbytes - begin) // PAGESIZE * PAGESIZE
@@ -82,14 +76,14 @@ class ShardFiles:
             data, offset = data[count:], offset + count
 
     def _write_pages(self, file: str, offset: int, data: memoryview) -> bool:
-        """Write whole pages past the system's cache; False where that can't be done."""
+        """Write whole pages past the system's cache; False where that isn't possible."""
         descriptor = self._direct.get(file)
         if descriptor is None or np.frombuffer(data, np.uint8).ctypes.data % PAGESIZE:
             return False
         try:
             return os.pwrite(descriptor, data, offset) == data.nbytes
         except OSError:
-            return False  # what is wrong with the disk, the other way will tell
+            return False  # if the disk has failed, the write through the cache reports it
 
     def sync(self) -> None:
         for descriptor in self._descriptors.values():
@@ -102,9 +96,9 @@ class ShardFiles:
 
 
 class Saver:
-    """Forces what was written to the disk and notes it, beside the work of the others.
+    """Forces what was written to the disk and records it in the journal, in a thread of its own.
 
-    It is never behind by more than two saves' worth: then the others wait.
+    The threads that write wait for it once it is behind by two saves.
     """
 
     def __init__(self, files: ShardFiles, journal: Journal) -> None:
@@ -123,14 +117,14 @@ class Saver:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
-            with suppress(OSError):  # a disk that is full, say: then less is kept
+            with suppress(OSError):  # such as a full disk: then less is kept
                 self.save()
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
         self.files.write(output, first, data)
 
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
-        """Something to be remembered, which ``nbytes`` were written for.
+        """See `Sink.note`.
 
         Raises:
             OSError: an earlier save failed.
@@ -154,17 +148,17 @@ class Saver:
         try:
             self.save()
         except OSError:
-            pass  # the next note raises it
+            pass  # the next `note` raises it
         finally:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
     def save(self) -> None:
-        """Force everything noted so far to the disk."""
+        """Force everything written so far to the disk, then record it."""
         with self._saving:
             if self._error:
-                raise self._error  # what a failed sync lost, a second one would not tell
+                raise self._error  # a second sync wouldn't report what a failed one lost
             with self._changed:
                 pending, self._pending, noted = self._pending, {}, self._noted
             try:
@@ -181,21 +175,17 @@ class Saver:
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Let the complete folder be ``out``, in one step.
+    """Give the complete folder the name `out`, in one step.
 
     Raises:
-        OSError: something is in ``out`` that may not be replaced.
+        OSError: `out` contains something that may not be replaced.
     """
-    made = work / "model"
-    for path in [*made.rglob("*"), made]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
+    model = work / "model"
+    for path in [*model.rglob("*"), model]:
+        sync_path(path)
     if overwrite and out.exists() and any(out.iterdir()):
-        exchange(made, out)
+        exchange(model, out)
     else:
-        os.rename(made, out)
-    sync_folder(out.parent)
-    sync_folder(work)
+        os.rename(model, out)
+    sync_path(out.parent)
+    sync_path(work)

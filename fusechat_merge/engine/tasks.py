@@ -1,10 +1,10 @@
-"""mergekit's own tasks, one output at a time: what is not computed block by block runs here."""
+"""Outputs that are not computed block by block: mergekit's own tasks, one output at a time."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mergekit.tokenizer import BuildTokenizer
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError
-from fusechat_merge.mergekit_bridge.loader import CheckpointLoader, loading
+from fusechat_merge.mergekit_bridge.loader import loading
 from fusechat_merge.mergekit_bridge.units import UnitStatistics
 from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.plan import Output, Plan
@@ -24,13 +24,13 @@ def run_tasks(
 ) -> Iterator[tuple[Output, Tensor]]:
     """Compute outputs by mergekit's tasks; the next one's inputs are read meanwhile.
 
-    Random numbers depend on the plan's ``random_seed`` and the tensor's name only.
+    Random numbers depend on the plan's `random_seed` and the tensor's name only.
 
     Yields:
         Each output with its tensor: contiguous, on the CPU, of the output's shape and dtype.
 
     Raises:
-        FusechatError: mergekit refuses the tensors, such as whole-number buffers that differ.
+        FusechatError: mergekit refuses the tensors, such as integer buffers that differ.
     """
     models = {r: planned.models[str(r)] for r in referenced_models(planned.config)}
     shared: dict[int, Any] = {}
@@ -40,12 +40,15 @@ def run_tasks(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         by_name = {str(reference): loader for reference, loader in loaders.items()}
-        coming = [_read(reader, by_name, output) for output in outputs[:1]]
+
+        def read(output: Output) -> None:
+            for model, tensor in dict.fromkeys((s.model, s.tensor) for s in output.sources):
+                by_name[model].read_ahead([tensor])
+
+        reading = [reader.submit(read, output) for output in outputs[:1]]
         for number, output in enumerate(outputs, 1):
-            coming.pop().result()
-            coming += [
-                _read(reader, by_name, following) for following in outputs[number : number + 1]
-            ]
+            reading.pop().result()
+            reading += [reader.submit(read, output) for output in outputs[number : number + 1]]
             torch.manual_seed(_seed(planned.options.random_seed, output.name))
             try:
                 value = _value(planned.tasks[output.name], planned, shared, device)
@@ -54,23 +57,14 @@ def run_tasks(
             yield output, _as_planned(value, output)
 
 
-def _read(
-    reader: ThreadPoolExecutor, loaders: dict[str, CheckpointLoader], output: Output
-) -> Future[None]:
-    def read() -> None:
-        for source in dict.fromkeys((s.model, s.tensor) for s in output.sources):
-            loaders[source[0]].read_ahead([source[1]])
-
-    return reader.submit(read)
-
-
 def _value(task: Task, planned: Plan, shared: dict[int, Any], device: torch.device) -> Any:
+    """A task's result. Units' statistics are computed once and kept in `shared`, by task."""
     if isinstance(task, BuildTokenizer):
         return planned.tokenizer
     if id(task) in shared:
         return shared[id(task)]
     arguments = {
-        key: _value(needed, planned, shared, device) for key, needed in task.arguments().items()
+        key: _value(other, planned, shared, device) for key, other in task.arguments().items()
     }
     if task.uses_accelerator():
         arguments = _moved(arguments, device)
@@ -81,7 +75,7 @@ def _value(task: Task, planned: Plan, shared: dict[int, Any], device: torch.devi
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The same with every tensor in it on ``device``."""
+    """The same value with all its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -90,6 +84,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _as_planned(value: Tensor | None, output: Output) -> Tensor:
+    """A method's result as it will be written, checked against the plan."""
     if value is None or tuple(value.shape) != output.shape or value.dtype != output.merged_dtype:
         got = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
         raise FusechatError(

@@ -1,4 +1,4 @@
-"""Proof after the merge: what a plan expects is there, and recomputed tensors are the same."""
+"""Checks a merged model: all files and tensors of the plan exist, recomputed ones are equal."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import random
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusechat_common.errors import RequestError
-from fusechat_merge.engine.execute import MEMORY
+from fusechat_merge.engine.execute import MEMORY, local_plan
 from fusechat_merge.engine.journal import Done
 from fusechat_merge.engine.merger import Merger, Progress, make_tasks
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.planning.plan import Output, Plan
-from fusechat_merge.planning.planner import plan
 from fusechat_merge.planning.side_files import merged_config, side_files
 from fusechat_merge.results.record import read_record
 
@@ -40,25 +40,24 @@ def verify(
     """Check a merged model against its sources.
 
     Args:
-        config: as it was merged.
+        config: the configuration that it was merged by.
         out: the merged model.
-        sample: share of the tensors that are recomputed, always the same ones; 1 takes them all.
-        memory, threads, progress, options: as for ``stream.merge``.
+        sample: share of the tensors that are recomputed, always the same ones; 1: all.
+        memory, threads, progress, options: as for `merge`.
 
     Returns:
-        Every difference; nothing where the model is what the configuration makes.
+        All differences; none if the model is what the configuration makes.
 
     Raises:
-        RequestError: the configuration or its models are not to be used.
+        RequestError: the configuration or its models can't be used.
     """
-    planned = plan(config, **options)
-    if not planned.problems and any(c.folder is None for c in planned.models.values()):
-        planned = plan(config, download=True, **options)
+    planned = local_plan(config, **options)
     out = Path(out)
-    device = _device(out)
+    record = read_record(out)
+    device = record.device if record else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         planned.problems.append(
-            f"{out}: was computed on a CUDA device, which rounds differently, and none is here"
+            f"{out}: was computed on a CUDA device, which rounds differently; there is none here"
         )
     if planned.problems:
         raise RequestError(planned.problems)
@@ -75,33 +74,17 @@ def verify(
     if sample < 1:
         count = max(1, round(sample * len(chosen))) if chosen else 0
         chosen = random.Random(0).sample(chosen, count)
-    comparison = _Comparison(made, out)
-    sources = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
-    native = [output for output in chosen if output.how != "task"]
-    everything = [output for output in planned.outputs if output.how != "task"]
-    try:
-        try:
-            ring = divide(everything, memory, threads, device)
-        except ValueError as error:
-            raise RequestError([str(error)]) from None
+    native = [output for output in planned.outputs if output.how != "task"]
+    ring = divide(native, memory, threads, device)
+    with closing(_Comparison(made, out)) as comparison, closing(SourceFiles(planned)) as sources:
         merger = Merger(planned, sources, comparison, ring, progress)
-        merger.run(native)
-        make_tasks(
-            planned, [o for o in chosen if o.how == "task"], comparison, progress, ring.device
-        )
-    finally:
-        sources.close()
-        comparison.close()
+        merger.run([output for output in chosen if output.how != "task"])
+        tasks = [output for output in chosen if output.how == "task"]
+        make_tasks(planned, tasks, comparison, progress, ring.device)
     return problems + [
         f"{name}: differs from what its sources give, first in element {element}"
         for name, element in sorted(comparison.differing.items())
     ]
-
-
-def _device(out: Path) -> str:
-    """Where the merged model was computed, going by its record."""
-    record = read_record(out)
-    return record.device if record else "cpu"
 
 
 def _structure_problems(planned: Plan, made: Checkpoint) -> list[str]:
@@ -131,9 +114,8 @@ def _side_file_problems(planned: Plan, out: Path) -> list[str]:
     assert donor is not None
     problems = []
     try:
-        expected = json.loads(
-            merged_config((donor / "config.json").read_text(encoding="utf-8"), planned)
-        )
+        original = (donor / "config.json").read_text(encoding="utf-8")
+        expected = json.loads(merged_config(original, planned))
         if json.loads((out / "config.json").read_text(encoding="utf-8")) != expected:
             problems.append("config.json: differs from the base's as the merge changes it")
     except (OSError, ValueError) as error:
@@ -147,7 +129,11 @@ def _side_file_problems(planned: Plan, out: Path) -> list[str]:
 
 
 class _Comparison:
-    """Takes a merge's bytes and compares them with those of a finished model."""
+    """A sink that compares what it is given with the bytes of a finished model.
+
+    Attributes:
+        differing: of each output that differs, the first element that does.
+    """
 
     def __init__(self, made: Checkpoint, folder: Path) -> None:
         self.done = Done()
@@ -160,14 +146,14 @@ class _Comparison:
         at = self._made.tensors[output.name]
         for start in range(0, data.nbytes, _PIECE):
             piece = data[start : start + _PIECE]
-            there = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)
-            if there != piece:
-                pairs = enumerate(zip(there, piece, strict=False))
-                byte = next((i for i, (a, b) in pairs if a != b), len(there))
+            stored = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)
+            if stored != piece:
+                pairs = enumerate(zip(stored, piece, strict=False))
+                byte = next((i for i, (a, b) in pairs if a != b), len(stored))
                 element = (first + start + byte) // output.dtype.itemsize
-                with self._lock:
-                    known = self.differing.get(output.name, element)
-                    self.differing[output.name] = min(known, element)
+                with self._lock:  # segments of a tensor arrive in any order
+                    before = self.differing.get(output.name, element)
+                    self.differing[output.name] = min(before, element)
                 return
 
     def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:

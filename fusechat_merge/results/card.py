@@ -1,4 +1,4 @@
-"""The merged model's card: what was merged, how, and how much each target counts where."""
+"""The merged model's card: what was merged, how, and by which weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from huggingface_hub import ModelCard, ModelCardData
 
 from fusechat_merge.results.record import MergeRecord
-from fusechat_merge.results.report import place_of, short_names
+from fusechat_merge.results.report import mean_weights, place_of, short_names
 
 _PAPERS = {"varm": "VaRM (arXiv 2402.16107)", "fusechat_sce": "SCE (arXiv 2408.07990)"}
 
 
 def model_card(record: MergeRecord, hub_ids: Sequence[str], configuration: str) -> str:
-    """Markdown with the hub's metadata on top.
+    """Markdown, with the hub's metadata at the top.
 
     Args:
-        record: of the merge.
-        hub_ids: of the merged models that are on the hub.
-        configuration: the merge's YAML, as it may be published.
+        record: the merge's record.
+        hub_ids: ids of the merged models that are on the hub.
+        configuration: the merge's YAML without local paths.
     """
     metadata = ModelCardData(
         base_model=list(hub_ids) or None,
@@ -50,14 +50,12 @@ def model_card(record: MergeRecord, hub_ids: Sequence[str], configuration: str) 
 
 
 def _weights(record: MergeRecord, targets: Sequence[str]) -> list[str]:
-    """The mean weights by kind of module, as a table; nothing where there are none."""
+    """The mean weights of all units and by kind of module, as a table; empty without units."""
     units = [unit for unit in record.units if len(unit.weights) == len(targets)]
     if not units or not targets:
         return []
-    rows: dict[str, list[Sequence[float]]] = {"all": [unit.weights for unit in units]}
-    for unit in units:
-        for tensor in unit.tensors:
-            rows.setdefault(place_of(tensor)[1], []).append(unit.weights)
+    rows = [("all", unit.weights) for unit in units]
+    rows += [(place_of(tensor)[1], unit.weights) for unit in units for tensor in unit.tensors]
     header = " | ".join(short_names(targets))
     lines = [
         "## Weights",
@@ -68,7 +66,6 @@ def _weights(record: MergeRecord, targets: Sequence[str]) -> list[str]:
         f"| | {header} |",
         "|---|" + "---|" * len(targets),
     ]
-    for kind, found in rows.items():
-        means = (sum(column) / len(found) for column in zip(*found, strict=True))
+    for kind, (means, _) in mean_weights(rows).items():
         lines.append(f"| {kind} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
     return [*lines, ""]

@@ -1,4 +1,4 @@
-"""Writes everything of a merged model that is not weights: config, tokenizer, report, card."""
+"""Writes all files of a merged model but its weights: config, tokenizer, record, card."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def write_side_files(
     folder: Path,
     report: bool,
 ) -> None:
-    """Put every file but the weights into ``folder``; what is there is replaced.
+    """Write all files but the weights into `folder`; existing ones are replaced.
 
     Args:
-        units: statistics and weights that the merge found.
-        identity: digest by which the finished merge is known.
+        planned: the merge.
+        units: the merge's statistics and weights.
+        identity: hash by which the finished merge is recognised.
         device: where it was computed.
-        report: whether ``README.md`` and ``mergekit_config.yml`` are wanted.
+        folder: where to write.
+        report: whether to write `README.md` and `mergekit_config.yml`.
     """
     donor = planned.models[planned.donor].folder
     assert donor is not None
@@ -50,27 +52,23 @@ def write_side_files(
         tokenizer.save_pretrained(folder)
     elif planned.chat_template:
         _write(folder / "chat_template.jinja", planned.chat_template)
-        _copy_without_chat_template(donor, folder)
+        # A template in the tokenizer's settings would take precedence over the requested one.
+        settings = own_template(donor)
+        if settings is not None:
+            del settings["chat_template"]
+            _write(folder / "tokenizer_config.json", as_json(settings))
     original = (donor / "config.json").read_text(encoding="utf-8")
     _write(folder / "config.json", merged_config(original, planned))
     if len(planned.shards) > 1:
         _write(folder / "model.safetensors.index.json", index(planned))
     names = PublicNames(planned.config)
     record = _record(planned, names, units, identity, device)
-    _write(folder / RECORD, as_json(record.model_dump()))
+    _write(folder / RECORD, as_json(record.as_json()))
     if report:
         source = names.configuration(planned.source)
         hub_ids = names.hub_ids(referenced_models(planned.config))
         _write(folder / "README.md", model_card(record, hub_ids, source))
         _write(folder / "mergekit_config.yml", source)
-
-
-def _copy_without_chat_template(donor: Path, folder: Path) -> None:
-    """A template in the tokenizer's settings would come before the one that was asked for."""
-    settings = own_template(donor)
-    if settings is not None:
-        del settings["chat_template"]
-        _write(folder / "tokenizer_config.json", as_json(settings))
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""What a merged model says of where its models lay: hub ids and folders' names, no paths."""
+"""How published files name the merged models: hub ids and folders' names, no local paths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic import BaseModel
 
 
 class PublicNames:
-    """How a configuration's models are named in what is made to be published.
+    """The names of a configuration's models in published files.
 
-    A model on the hub keeps its id. A local one has its folder's name, with a number where several
-    have the same.
+    A model on the hub keeps its id. A local one is named by its folder, with a number if that name
+    is taken.
     """
 
     def __init__(self, config: MergeConfiguration) -> None:
@@ -51,8 +51,8 @@ class PublicNames:
         """A configuration's YAML without local paths.
 
         Args:
-            source: as it was written. It is kept, comments included, unless it has a path of this
-                machine in it: then only its values are.
+            source: the YAML. It is returned as it is, unless it contains a path of this machine:
+                then its values are, without comments.
         """
         values = yaml.safe_load(source)
         public = self._without_paths(values)
@@ -66,7 +66,7 @@ class PublicNames:
         if isinstance(value, list):
             return [self._without_paths(item) for item in value]
         if isinstance(value, dict):
-            # A revision means nothing for a folder, so anything may stand there.
+            # A folder has no revision, so this may be anything.
             local = value.get("path") in list(self._local)
             return {
                 key: self._without_paths(item)
@@ -84,7 +84,7 @@ class PublicNames:
 
 
 def _references(value: Any) -> Iterator[ModelReference]:
-    """Every model that a configuration names: to be merged, or for its tokenizer."""
+    """All models that a configuration names, for a merge or a tokenizer."""
     if isinstance(value, ModelReference):
         yield value
     elif isinstance(value, BaseModel):

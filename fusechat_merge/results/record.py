@@ -1,6 +1,6 @@
-"""What a merge and an analysis leave behind as data: `fusechat_merge.json`, `analysis.json`.
+"""The JSON files of a merge and an analysis: `fusechat_merge.json` and `analysis.json`.
 
-docs/merging.md describes the fields from their docstrings here.
+The tables in docs/merging.md are generated from the docstrings here.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from fusechat_common.record import Record
 
 RECORD = "fusechat_merge.json"
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class UnitWeights(_Data):
+class UnitWeights(Record):
     """One set of merge weights and what it was computed from."""
 
     name: str
@@ -34,7 +32,7 @@ class UnitWeights(_Data):
     """A target each; they sum to 1, or are all 0 where no target moved."""
 
 
-class UnusedTensor(_Data):
+class UnusedTensor(Record):
     """An input tensor that no output is made from."""
 
     model: str
@@ -45,7 +43,7 @@ class UnusedTensor(_Data):
     """Why it is not used."""
 
 
-class MergeRecord(_Data):
+class MergeRecord(Record):
     """How the merged model was made."""
 
     format: Literal[1] = 1
@@ -74,7 +72,7 @@ class MergeRecord(_Data):
     """Where it was computed."""
 
 
-class Analysis(_Data):
+class Analysis(Record):
     """The weights of a merge that was not carried out."""
 
     format: Literal[1] = 1
@@ -94,7 +92,7 @@ class Analysis(_Data):
 
 
 def read_record(folder: Path) -> MergeRecord | None:
-    """The record of a merged model; None where there is none of this format."""
+    """The record of a merged model; None if there is none of this format."""
     try:
         return MergeRecord.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):

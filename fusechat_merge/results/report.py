@@ -1,10 +1,10 @@
-"""What a merge decided, for people: tables for the terminal and a heat map of the weights."""
+"""The merge weights for people: tables for the terminal and a heat map."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from fusechat_merge.methods.units import layer_of
 from fusechat_merge.results.record import Analysis
@@ -12,13 +12,12 @@ from fusechat_merge.results.record import Analysis
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-_READABLE = 8
-"""With at most so many layers the heat map's cells show their numbers."""
+K = TypeVar("K")
+_READABLE = 8  # most layers for which the cells of the heat map show their numbers
 
 
 def place_of(tensor: str) -> tuple[int | None, str]:
-    """(layer number, what it is there): ``(3, "self_attn.q_proj")``; no number outside layers."""
+    """Layer number and kind, such as `(3, "self_attn.q_proj")`; no number outside layers."""
     layer = layer_of(tensor)
     kind = tensor if layer == tensor else tensor[len(layer) + 1 :]
     kind = kind.removesuffix(".weight")
@@ -27,58 +26,45 @@ def place_of(tensor: str) -> tuple[int | None, str]:
 
 
 def tables(report: Analysis, most: int = 10) -> list[Table]:
-    """The mean weights by module kind and by layer, and the units with the most uneven ones."""
+    """The mean weights by kind of module and by layer, and the most uneven units' weights."""
     from rich.table import Table
 
-    weights = {tensor: unit.weights for tensor, unit in report.by_tensor().items()}
-    kinds = _means((place_of(tensor)[1], w) for tensor, w in weights.items())
-    layers = _means(
-        (number, w) for t, w in weights.items() if (number := place_of(t)[0]) is not None
-    )
-    names = short_names(report.targets)
-    shown = [
-        _table("weights by module", "module", names, kinds),
-        _table("weights by layer", "layer", names, layers),
-    ]
-    uneven = Table(title=f"most uneven of {len(report.units)} units", title_justify="left")
-    uneven.add_column("unit", overflow="fold")
-    uneven.add_column("elements", justify="right")
-    for name in names:
-        uneven.add_column(name, justify="right")
+    placed = [(*place_of(tensor), unit.weights) for tensor, unit in report.by_tensor().items()]
+    by_kind = mean_weights((kind, weights) for _, kind, weights in placed)
+    by_layer = mean_weights((n, weights) for n, _, weights in placed if n is not None)
     ranked = sorted(report.units, key=lambda unit: -(max(unit.weights) - min(unit.weights)))
-    for unit in ranked[:most]:
-        uneven.add_row(unit.name, f"{unit.numel:,}", *(f"{w:.3f}" for w in unit.weights))
-    return [*shown, uneven]
+    uneven = [(unit.name, unit.numel, unit.weights) for unit in ranked[:most]]
+    shown = []
+    for title, first, second, rows in (
+        ("weights by module", "module", "tensors", [(k, n, w) for k, (w, n) in by_kind.items()]),
+        ("weights by layer", "layer", "tensors", [(k, n, w) for k, (w, n) in by_layer.items()]),
+        (f"most uneven of {len(report.units)} units", "unit", "elements", uneven),
+    ):
+        table = Table(title=title, title_justify="left")
+        table.add_column(first, overflow="fold")
+        for name in (second, *short_names(report.targets)):
+            table.add_column(name, justify="right")
+        for key, number, weights in rows:
+            table.add_row(str(key), f"{number:,}", *(f"{weight:.3f}" for weight in weights))
+        shown.append(table)
+    return shown
 
 
-def _means(rows: Iterable[tuple[Any, Sequence[float]]]) -> dict[Any, tuple[list[float], int]]:
-    """Mean weights of the rows that share a key, and how many they are."""
-    grouped: dict[Any, list[Sequence[float]]] = {}
-    for key, values in rows:
-        grouped.setdefault(key, []).append(values)
+def mean_weights(
+    rows: Iterable[tuple[K, Sequence[float]]],
+) -> dict[K, tuple[list[float], int]]:
+    """Mean weights of the rows that share a key, and the number of these rows."""
+    grouped: dict[K, list[Sequence[float]]] = {}
+    for key, weights in rows:
+        grouped.setdefault(key, []).append(weights)
     return {
-        key: ([sum(column) / len(found) for column in zip(*found, strict=True)], len(found))
-        for key, found in grouped.items()
+        key: ([sum(column) / len(group) for column in zip(*group, strict=True)], len(group))
+        for key, group in grouped.items()
     }
 
 
-def _table(
-    title: str, first: str, names: Sequence[str], rows: Mapping[Any, tuple[list[float], int]]
-) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    table.add_column("tensors", justify="right")
-    for name in names:
-        table.add_column(name, justify="right")
-    for key, (means, count) in rows.items():
-        table.add_row(str(key), str(count), *(f"{mean:.3f}" for mean in means))
-    return table
-
-
 def short_names(models: Sequence[str]) -> list[str]:
-    """The shortest trailing path parts that tell the models apart."""
+    """The models' last path components, as many as it takes to tell them apart."""
     for parts in range(1, max((model.count("/") for model in models), default=0) + 2):
         short = ["/".join(model.rstrip("/").split("/")[-parts:]) for model in models]
         if len(set(short)) == len(short):
@@ -98,14 +84,15 @@ def draw(report: Analysis, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    placed = [(place_of(tensor), unit.weights) for tensor, unit in report.by_tensor().items()]
-    layers = sorted({number for (number, _), _ in placed if number is not None})
-    inside = list(dict.fromkeys(kind for (number, kind), _ in placed if number is not None))
-    outside = [kind for (number, kind), _ in placed if number is None]
+    placed = [(*place_of(tensor), unit.weights) for tensor, unit in report.by_tensor().items()]
+    layers = sorted({number for number, _, _ in placed if number is not None})
+    inside = list(dict.fromkeys(kind for number, kind, _ in placed if number is not None))
+    outside = [kind for number, kind, _ in placed if number is None]
+    # For each target a grid [layers, kinds] and, below it, a strip [1, kinds outside layers].
     count = len(report.targets)
     grid = np.full((count, max(len(layers), 1), max(len(inside), 1)), np.nan)
     strip = np.full((count, 1, max(len(outside), 1)), np.nan)
-    for (number, kind), weights in placed:
+    for number, kind, weights in placed:
         if number is None:
             strip[:, 0, outside.index(kind)] = weights
         else:
@@ -121,13 +108,12 @@ def draw(report: Analysis, path: Path) -> None:
         layout="constrained",
         gridspec_kw={"height_ratios": [max(len(layers), 3), 1]},
     )
-    image = None
     for j, name in enumerate(short_names(report.targets)):
         for axis, values, labels in (
             (axes[0, j], grid[j], inside),
             (axes[1, j], strip[j], outside),
         ):
-            # Fixed ends, so that two merges can be compared; grey: no such tensor.
+            # A fixed range, so that two merges can be compared; grey: no such tensor.
             image = axis.imshow(
                 np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto"
             )
@@ -135,16 +121,9 @@ def draw(report: Analysis, path: Path) -> None:
             if len(layers) <= _READABLE:
                 for (row, column), weight in np.ndenumerate(values):
                     if not np.isnan(weight):
-                        ink = "black" if weight > 0.6 else "white"
-                        axis.text(
-                            column,
-                            row,
-                            f"{weight:.2f}",
-                            ha="center",
-                            va="center",
-                            color=ink,
-                            fontsize=6,
-                        )
+                        style = {"ha": "center", "va": "center", "fontsize": 6}
+                        color = "black" if weight > 0.6 else "white"
+                        axis.text(column, row, f"{weight:.2f}", color=color, **style)
             axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
         axes[0, j].set_title(name, fontsize=10)
         step = max(1, len(layers) // 16)
@@ -152,7 +131,6 @@ def draw(report: Analysis, path: Path) -> None:
         axes[1, j].set_yticks([])
     axes[0, 0].set_ylabel("layer")
     axes[1, 0].set_ylabel("outside\nlayers", fontsize=8)
-    assert image is not None
     figure.colorbar(image, ax=axes, label="merge weight", shrink=0.8)
     granularities = ", ".join(sorted({unit.granularity for unit in report.units}))
     figure.suptitle(f"{report.method}, granularity {granularities}", fontsize=11)

@@ -172,7 +172,7 @@ def test_a_method_without_weights_has_nothing_to_analyze(family, tmp_path, monke
 def test_a_method_that_nothing_writes_is_not_taken_for_another(family):
     planned = plan(weighted(family, granularity="element"))
     outputs = [replace(output, how="median") for output in planned.outputs if output.how == "varm"]
-    files = SourceFiles({name: m.folder for name, m in planned.models.items() if m.folder})
+    files = SourceFiles(planned)
     ring = divide(outputs, 1 << 26, 1)
     merger = Merger(planned, files, _NothingWritten(), ring, lambda tensor, nbytes: None)
     with pytest.raises(NotImplementedError, match="median is one of `METHODS`, but not"):
@@ -202,7 +202,7 @@ def test_what_cannot_be_analyzed(tmp_path, family, changes, options, message):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([[], []], "no tensor is computed from targets here"),
+        ([[], []], "no tensor is computed from targets, so"),
         ([[1], [2]], "slices with different targets can't be analyzed"),
     ],
 )
