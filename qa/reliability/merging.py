@@ -162,7 +162,7 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         must_not_look_whole(out, calm.files[name])
         if ended["status"] or (ended["error"] and ended["error"][0] != 1):
             raise Wrong(f"{name} {more}: {ended}")
-        if ended["error"] and "the same command goes on" not in ended["error"][1]:
+        if ended["error"] and "the same command resumes" not in ended["error"][1]:
             raise Wrong(f"{name} {more}: {ended}")
         if not ended["error"] and content(out) != calm.files[name]:
             raise Wrong(f"{name} {more}: no error, and something is missing")

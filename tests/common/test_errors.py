@@ -67,7 +67,7 @@ def fail(kind: str) -> None:
         (
             "interrupt",
             1,
-            "Error: interrupted; what was done is kept, the same command goes on from there",
+            "Error: interrupted; completed work is kept, and the same command resumes",
         ),
         ("other", 1, "Error: LookupError: where is it (--debug shows where)"),
         ("usage", 2, "Error: no such thing"),

@@ -525,7 +525,7 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monk
     assert told.endswith(said)
     raised.append(KeyboardInterrupt())
     assert refused("score", recipe, status=1) == (
-        "Error: interrupted; what was done is kept, the same command goes on from there\n"
+        "Error: interrupted; completed work is kept, and the same command resumes\n"
     )
 
 

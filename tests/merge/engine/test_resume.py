@@ -1,4 +1,4 @@
-"""What is left after a crash, a full disk or a change of mind, and how it goes on from there."""
+"""What is left after a crash, a full disk or a change of mind, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.engine import execute, saving
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.engine.verify import verify
-from fusechat_merge.planning.planner import plan
 from tests.support.checkpoints import llama_family
 from tests.support.merging import change_json, cli, configuration, write_yaml
 
@@ -154,7 +153,7 @@ def test_no_room(out, config, crashing, whole):
     code, message = crashing(config, out, options=OPTIONS, file_limit=120_000)["error"]
     assert code == 1
     assert "no room left" in message
-    assert "the same command goes on from there" in message
+    assert "the same command resumes" in message
     assert not out.exists()
     assert crashing(config, out, options=OPTIONS)["error"] is None
     assert content(out) == whole[0]
@@ -177,7 +176,7 @@ def interrupted(yml, out):
     with no_side_files():
         result = cli("run", yml, out)
     assert result.exit_code == 1
-    assert "gone; what was done is kept: the same command goes on from there" in result.stderr
+    assert "gone; completed work is kept, and the same command resumes" in result.stderr
     assert work_of(out).exists()
     return work_of(out)
 
@@ -246,14 +245,13 @@ def test_what_was_made_from_a_source_that_changed_is_not_kept(out, config, expec
 
 
 def test_a_source_that_vanished(out, config, other_source):
-    planned = plan(config)
-    elsewhere = other_source.rename(other_source.with_name("elsewhere"))
+    elsewhere = other_source.with_name("elsewhere")
     try:
-        with pytest.raises(FusechatError, match=r"No such file.*the same command goes on"):
-            execute.carry_out(planned, out)
+        with pytest.raises(FusechatError, match=r"No such file.*the same command resumes"):
+            execute.merge(config, out, started=lambda *_: other_source.rename(elsewhere))
     finally:
         elsewhere.rename(other_source)
-    execute.carry_out(planned, out)
+    execute.merge(config, out)
     assert verify(config, out) == []
 
 
@@ -359,7 +357,7 @@ def test_a_disk_that_fails_when_it_is_to_be_sure(out, config, expected, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(saving, "SAVE_EVERY", 1)
         patch.setattr(saving.ShardFiles, "sync", failed)
-        with pytest.raises(FusechatError, match="Input/output error; what was done is kept"):
+        with pytest.raises(FusechatError, match="Input/output error; completed work is kept"):
             execute.merge(config, out)
     assert failed.call_count == 1  # what it lost, a second one would not tell
     assert not out.exists()
@@ -508,7 +506,7 @@ def test_what_came_into_out_during_the_merge_is_kept(out, config):
         out.mkdir(exist_ok=True)
         (out / "precious").touch()
 
-    with pytest.raises(FusechatError, match="not empty.*what was done is kept"):
+    with pytest.raises(FusechatError, match="not empty.*completed work is kept"):
         execute.merge(config, out, progress=someone_else)
     assert [p.name for p in out.iterdir()] == ["precious"]
 
@@ -530,7 +528,7 @@ def test_a_link_in_the_place_of_the_whole_work_is_not_followed(tmp_path, yml, ou
     precious.parent.mkdir(parents=True)
     precious.touch()
     work_of(out).symlink_to(tmp_path / "elsewhere")
-    refused(yml, out, "Error: ", "is in the way")
+    refused(yml, out, "Error: ", "remove it")
     assert precious.exists()
     assert not out.exists()
 

@@ -339,8 +339,8 @@ def test_no_room_and_bad_places(tmp_path, paths, monkeypatch):
     for out, message in [
         (paths[1], "holds one of the models"),
         (file, "is a file"),
-        (file / "out", f"{file} is a file, no folder; name another"),
-        (file / "deep" / "out", f"{file} is a file, no folder; name another"),
+        (file / "out", f"{file} is not a folder but a file; name another"),
+        (file / "deep" / "out", f"{file} is not a folder but a file; name another"),
     ]:
         with pytest.raises(RequestError, match=message):
             execute.merge(config, out)
@@ -599,8 +599,8 @@ def test_the_memory_of_mergekits_tasks_is_planned(tmp_path, paths):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--memory", "lots", "'lots' is no size; write 256MiB or 5GB"),
-        ("--memory", "5 miles", "'5 miles' is no size"),
+        ("--memory", "lots", "'lots' is not a size; write 256MiB or 5GB"),
+        ("--memory", "5 miles", "'5 miles' is not a size"),
         ("--shard-size", "0.5", "'0.5' is too small"),
         ("--memory", "1MiB", "--memory: at least 4MiB is needed"),
     ],
