@@ -30,7 +30,7 @@ class Commands(click.Group):
     """A group that has the option `--debug`, as have its commands."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = {"help_option_names": ["-h", "--help"]}
+        settings = {"help_option_names": ["-h", "--help"], "show_default": True}
         super().__init__(*args, context_settings=settings, **kwargs)
         debug_option(self)
 

@@ -57,7 +57,7 @@ class _Finder:
 
 
 class _WatchedSpec(ModuleSpec):
-    """The spec of a module being imported; importlib clears ``_initializing`` when it has run."""
+    """The spec of a module being imported; importlib clears `_initializing` when it has run."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -93,29 +93,15 @@ _engine_options = _options(
         "--threads", type=click.IntRange(1), help="Worker threads; default: one a processor."
     ),
     click.option(
-        "--memory",
-        type=_Size(),
-        default="256MiB",
-        show_default=True,
-        help="Of all buffers together, for varm and fusechat_sce.",
+        "--memory", type=_Size(), default="256MiB", help="All buffers, for varm and fusechat_sce."
     ),
 )
 """What bounds the engine."""
 
 _bytes_options = _options(
+    click.option("--random-seed", type=int, default=0, help="Of methods that draw random numbers."),
     click.option(
-        "--random-seed",
-        type=int,
-        default=0,
-        show_default=True,
-        help="Of methods that draw random numbers.",
-    ),
-    click.option(
-        "--shard-size",
-        type=_Size(),
-        default="5GB",
-        show_default=True,
-        help="Most bytes of tensors in one output file.",
+        "--shard-size", type=_Size(), default="5GB", help="Most bytes of tensors in an output file."
     ),
 )
 """mergekit's options that change what is written where."""
@@ -128,7 +114,6 @@ _bytes_options = _options(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     help="Where to compute; auto: on a CUDA device if there is one.",
 )
 @_engine_options
@@ -136,16 +121,10 @@ _bytes_options = _options(
 @click.option(
     "--resume/--no-resume",
     default=True,
-    show_default=True,
     help="Resume an interrupted merge of the same configuration, or start over.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new model is complete.")
-@click.option(
-    "--report/--no-report",
-    default=True,
-    show_default=True,
-    help="Write README.md and mergekit_config.yml.",
-)
+@click.option("--report/--no-report", default=True, help="Write README.md and mergekit_config.yml.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
 @_mergekit_options
 def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -176,7 +155,7 @@ def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
 
         merge(config, out, progress=meter, started=started, **options)
     if meter.total is None:
-        _say(as_json, f"{out} is this merge already, finished; nothing to do", event="finished")
+        _say(as_json, f"{out} is complete already; nothing to do", event="finished")
     else:
         _say(as_json, f"wrote {out}", event="done", out=str(out))
 
@@ -244,7 +223,6 @@ def _print_plan(summary: dict[str, Any]) -> None:
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
-    show_default=True,
     help="Share of the tensors to recompute.",
 )
 @_engine_options
@@ -279,12 +257,7 @@ def verify(config: Path, out: Path, **options: Any) -> None:
 @_engine_options
 @_mergekit_options
 def analyze(
-    config: Path,
-    out: Path | None,
-    as_json: bool,
-    memory: int,
-    threads: int | None,
-    **options: Any,
+    config: Path, out: Path | None, as_json: bool, memory: int, threads: int | None, **options: Any
 ) -> None:
     """Show the statistics and merge weights of every unit; no weights are written.
 

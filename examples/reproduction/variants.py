@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusechat_merge.methods.units import GRANULARITIES
+
 DOMAINS = ("documentation", "code")
 """Domains of the text; sources that are trained here are named after their domain."""
 
@@ -92,8 +94,9 @@ class Merge:
         }
 
 
-GRANULARITIES = ("matrix", "module", "layer", "model", "element")
 VARM = "varm matrix"
+
+_VARM = {"matrix": 8.22, "layer": 8.15, "model": 8.10, "element": 1.00}
 
 LINEAR = Merge("linear", "linear", each={"weight": 0.5}, paper=8.05)
 
@@ -107,8 +110,13 @@ MERGES = (
     Merge("sce", "fusechat_sce", {"select_topk": 1.0}),
     Merge("sce 0.1", "fusechat_sce", {"select_topk": 0.1}),
     *(
-        Merge(f"varm {granularity}", "varm", {"granularity": granularity}, paper=figure)
-        for granularity, figure in zip(GRANULARITIES, (8.22, None, 8.15, 8.10, 1.00), strict=True)
+        Merge(
+            f"varm {granularity}",
+            "varm",
+            {"granularity": granularity},
+            paper=_VARM.get(granularity),
+        )
+        for granularity in GRANULARITIES
     ),
 )
 

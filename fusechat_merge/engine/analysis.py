@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any
 
 from fusechat_common.errors import RequestError
 from fusechat_merge.engine.execute import MEMORY
-from fusechat_merge.engine.journal import Done
+from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.merger import Merger, Progress
 from fusechat_merge.engine.passes import SourceFiles, divide
-from fusechat_merge.planning.plan import NATIVE, Output, Plan
+from fusechat_merge.planning.plan import NATIVE, Plan
 from fusechat_merge.results.record import Analysis
 
 
@@ -54,7 +53,7 @@ def analyze(
         raise RequestError(problems)
 
     with closing(SourceFiles(planned)) as sources:
-        merger = Merger(planned, sources, _NothingWritten(), ring, progress)
+        merger = Merger(planned, sources, Sink(), ring, progress)
         merger.measure(outputs)
     units = merger.units()
     if not units:
@@ -65,16 +64,3 @@ def analyze(
         targets=targets.pop(),
         units=tuple(units),
     )
-
-
-class _NothingWritten:
-    """A sink that only keeps statistics and weights."""
-
-    def __init__(self) -> None:
-        self.done = Done()
-
-    def write(self, output: Output, first: int, data: memoryview) -> None:
-        raise AssertionError("measuring writes nothing")  # pragma: no cover (it never does)
-
-    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
-        getattr(self.done, kind)[name] = value

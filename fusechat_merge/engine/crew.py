@@ -41,19 +41,17 @@ class Crew(Generic[Desk]):
         ]
         before = torch.get_num_threads()
         torch.set_num_threads(1)
-        waiting = list(threads)
         try:
             for thread in threads:
                 thread.start()
         except BaseException as error:
             self._fail(error)
-            waiting = [thread for thread in threads if thread.ident is not None]
-        while waiting:
-            try:
-                waiting[-1].join()
-                waiting.pop()
-            except BaseException as error:  # Ctrl-C reaches this thread only, maybe repeatedly
-                self._fail(error)
+        for thread in threads:
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except BaseException as error:  # Ctrl-C reaches this thread only, maybe repeatedly
+                    self._fail(error)
         torch.set_num_threads(before)
         if self._error is not None:
             raise self._error

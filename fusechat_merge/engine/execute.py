@@ -67,7 +67,7 @@ def merge(
         report: write `README.md` and `mergekit_config.yml` too.
         progress: called with each tensor and its bytes that are done.
         started: called with the plan and the device after all checks, before any tensor is read;
-            not called where `out` is this merge already.
+            not called where `out` is complete already.
         options: fields of `planning.Options`.
 
     Returns:
@@ -233,7 +233,7 @@ def _out_problems(planned: Plan, out: Path, work: Path, overwrite: bool) -> list
         return [*problems, f"{work}: is a link or belongs to another user; remove it"]
     room = os.statvfs(place)
     available = room.f_bavail * room.f_frsize
-    # What an interrupted merge has reserved already is written again, not once more.
+    # The files of an interrupted merge are written again in their place.
     available += sum(f.stat().st_blocks * 512 for f in work.glob("model/*") if f.is_file())
     needed = planned.output_bytes + (16 << 20)
     if available < needed:

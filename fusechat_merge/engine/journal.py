@@ -19,6 +19,7 @@ from filelock import lock_descriptor
 
 from fusechat_common.errors import RequestError
 from fusechat_common.system import NO_FOLLOW, sync_data
+from fusechat_merge.planning.plan import Output
 
 
 @dataclass
@@ -36,6 +37,24 @@ class Done:
     elements: dict[str, int] = field(default_factory=dict)
     statistics: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Sink:
+    """Takes a merge's bytes and results; this one keeps the results only.
+
+    Attributes:
+        done: results so far, an earlier run's included.
+    """
+
+    def __init__(self, done: Done | None = None) -> None:
+        self.done = done or Done()
+
+    def write(self, output: Output, first: int, data: memoryview) -> None:
+        """Take `data`, which belongs at byte `first` of the output; called from any thread."""
+
+    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
+        """Keep `value` under `name` in the field `kind` of `done`; `nbytes` were written for it."""
+        getattr(self.done, kind)[name] = value
 
 
 class Journal:
@@ -108,18 +127,14 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterable[str]:
-    """The differences between two identities, as messages."""
-    for part in dict.fromkeys([*before, *now]):
-        old, new = before.get(part), now.get(part)
-        if old == new:
-            continue
+def changes(before: dict[str, Any], now: dict[str, Any], place: str = "") -> Iterable[str]:
+    """The differences between two identities, as messages; `place` begins each."""
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            for key in dict.fromkeys([*old, *new]):
-                if old.get(key) != new.get(key):
-                    yield f"{part}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
-        else:
-            yield f"{part} was {_short(old)}, is {_short(new)}"
+            yield from changes(old, new, f"{place}{key}: ")
+        elif old != new:
+            yield f"{place}{key} was {_short(old)}, is {_short(new)}"
 
 
 def _short(value: Any) -> str:

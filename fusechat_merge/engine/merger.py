@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fusechat_common.errors import FusechatError
 from fusechat_merge.engine.crew import Crew
-from fusechat_merge.engine.journal import Done
+from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.passes import Desk, FilePasses, Ring, SourceFiles
 from fusechat_merge.engine.tasks import run_tasks
 from fusechat_merge.mergekit_bridge.methods import non_finite
@@ -27,22 +27,6 @@ _AHEAD = 128 << 20  # bytes that the system is asked to read ahead
 
 Progress = Callable[[str, int], None]
 """Called with a tensor and its bytes that were just done, from several threads."""
-
-
-class Sink(Protocol):
-    """Takes a merge's bytes and results.
-
-    Attributes:
-        done: results so far, an earlier run's included.
-    """
-
-    done: Done
-
-    def write(self, output: Output, first: int, data: memoryview) -> None:
-        """Take `data`, which belongs at byte `first` of the output; called from any thread."""
-
-    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
-        """Keep `value` under `name` in the field `kind` of `done`, once `nbytes` are written."""
 
 
 class Merger:

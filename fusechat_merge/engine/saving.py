@@ -13,7 +13,7 @@ import numpy as np
 
 from fusechat_common.files import sync_path
 from fusechat_common.system import NO_FOLLOW, exchange, open_direct, reserve, sync_data
-from fusechat_merge.engine.journal import Journal
+from fusechat_merge.engine.journal import Journal, Sink
 from fusechat_merge.planning.plan import Output, Plan
 
 SAVE_EVERY = 64 << 20
@@ -95,15 +95,15 @@ class ShardFiles:
                 os.close(descriptors.popitem()[1])
 
 
-class Saver:
+class Saver(Sink):
     """Forces what was written to the disk and records it in the journal, in a thread of its own.
 
     The threads that write wait for it once it is behind by two saves.
     """
 
     def __init__(self, files: ShardFiles, journal: Journal) -> None:
+        super().__init__(journal.done)
         self.files = files
-        self.done = journal.done
         self._journal = journal
         self._changed = threading.Condition()
         self._saving = threading.Lock()

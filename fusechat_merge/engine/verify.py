@@ -15,7 +15,7 @@ import torch
 
 from fusechat_common.errors import RequestError
 from fusechat_merge.engine.execute import MEMORY, local_plan
-from fusechat_merge.engine.journal import Done
+from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.merger import Merger, Progress, make_tasks
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
@@ -67,10 +67,13 @@ def verify(
         return list(error.problems)
     except OSError as error:
         raise RequestError([f"{out}: can't be read ({error})"]) from error
-    problems = _structure_problems(planned, made) + _side_file_problems(planned, out)
-    chosen = [
-        output for output in planned.outputs if output.name in made.tensors and _fits(output, made)
-    ]
+    misfits = _misfits(planned, made)
+    names = {output.name for output in planned.outputs}
+    problems = list(misfits.values())
+    problems += [f"{name}: doesn't belong here" for name in made.tensors if name not in names]
+    problems += [f"{name}: lies in {file}, unlisted" for name, file in made.unlisted.items()]
+    problems += _side_file_problems(planned, out)
+    chosen = [output for output in planned.outputs if output.name not in misfits]
     if sample < 1:
         count = max(1, round(sample * len(chosen))) if chosen else 0
         chosen = random.Random(0).sample(chosen, count)
@@ -87,26 +90,17 @@ def verify(
     ]
 
 
-def _structure_problems(planned: Plan, made: Checkpoint) -> list[str]:
-    problems = []
+def _misfits(planned: Plan, made: Checkpoint) -> dict[str, str]:
+    """By name, the outputs that are missing or have another dtype or shape, each with a message."""
+    misfits = {}
     for output in planned.outputs:
-        if output.name not in made.tensors:
-            problems.append(f"{output.name}: is missing")
-        elif not _fits(output, made):
-            at = made.tensors[output.name]
-            problems.append(
-                f"{output.name}: is {at.dtype} {list(at.shape)}, not {output.dtype}"
-                f" {list(output.shape)}"
-            )
-    expected = {output.name for output in planned.outputs}
-    problems += [f"{name}: doesn't belong here" for name in made.tensors if name not in expected]
-    problems += [f"{name}: lies in {file}, unlisted" for name, file in made.unlisted.items()]
-    return problems
-
-
-def _fits(output: Output, made: Checkpoint) -> bool:
-    at = made.tensors[output.name]
-    return at.shape == output.shape and DTYPES.get(at.dtype) == output.dtype
+        name, at = output.name, made.tensors.get(output.name)
+        if at is None:
+            misfits[name] = f"{name}: is missing"
+        elif at.shape != output.shape or DTYPES.get(at.dtype) != output.dtype:
+            stored, planned_as = f"{at.dtype} {list(at.shape)}", list(output.shape)
+            misfits[name] = f"{name}: is {stored}, not {output.dtype} {planned_as}"
+    return misfits
 
 
 def _side_file_problems(planned: Plan, out: Path) -> list[str]:
@@ -128,7 +122,7 @@ def _side_file_problems(planned: Plan, out: Path) -> list[str]:
     return problems
 
 
-class _Comparison:
+class _Comparison(Sink):
     """A sink that compares what it is given with the bytes of a finished model.
 
     Attributes:
@@ -136,7 +130,7 @@ class _Comparison:
     """
 
     def __init__(self, made: Checkpoint, folder: Path) -> None:
-        self.done = Done()
+        super().__init__()
         self.differing: dict[str, int] = {}
         self._made = made
         self._lock = threading.Lock()
@@ -155,10 +149,6 @@ class _Comparison:
                     before = self.differing.get(output.name, element)
                     self.differing[output.name] = min(before, element)
                 return
-
-    def note(self, kind: str, name: str, value: Any, nbytes: int = 0) -> None:
-        with self._lock:
-            getattr(self.done, kind)[name] = value
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

@@ -14,7 +14,8 @@ from click.testing import Result
 from matplotlib.axes import Axes
 
 from fusechat_common.errors import RequestError
-from fusechat_merge.engine.analysis import _NothingWritten, analyze
+from fusechat_merge.engine.analysis import analyze
+from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.merger import Merger
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.planning.planner import plan
@@ -174,7 +175,7 @@ def test_a_method_that_nothing_writes_is_not_taken_for_another(family):
     outputs = [replace(output, how="median") for output in planned.outputs if output.how == "varm"]
     files = SourceFiles(planned)
     ring = divide(outputs, 1 << 26, 1)
-    merger = Merger(planned, files, _NothingWritten(), ring, lambda tensor, nbytes: None)
+    merger = Merger(planned, files, Sink(), ring, lambda tensor, nbytes: None)
     with pytest.raises(NotImplementedError, match="median is one of `METHODS`, but not"):
         merger.run(outputs)
     files.close()

@@ -537,5 +537,5 @@ def test_another_users_work_folder_in_a_shared_place(tmp_path, yml, out, interru
     tmp_path.chmod(0o1777)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        refused(yml, out, "another user's")
+        refused(yml, out, "another user; remove it")
     assert cli("run", yml, out).exit_code == 0
