@@ -42,7 +42,7 @@ from fusechat_distill.storage.shards import (
 )
 from fusechat_distill.storage.stage import ShardedStage, Stage, Summary, require_complete
 from fusechat_distill.text.scored import ScoredResponse, ScoredSample
-from fusechat_distill.text.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
+from fusechat_distill.text.tokens import fingerprint, first_tokens, vocabulary
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs, OpenModel
@@ -477,64 +477,6 @@ def alignment_shares(summary: AlignSummary) -> dict[str, float]:
         "pivot_run_over": share("pivot_run_over", "responses"),
         "source_run_over": share("source_run_over", "responses"),
     }
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Text between two positions that match: the tokens of both, and what arrived."""
-
-    pivot: tuple[str, ...]
-    source: tuple[str, ...]
-    gold_logprob: tuple[float, float]
-    """Of the segment: the pivot's, the source's."""
-    arrived: tuple[tuple[str, float], ...]
-    """The source's distribution at the segment's start, in the pivot's tokens; most first."""
-
-
-def side_by_side(
-    pivot: ScoredSample,
-    source: ScoredSample,
-    aligned: AlignedSample,
-    vocabularies: tuple[Vocabulary, Vocabulary],
-    *,
-    entries: int = 3,
-) -> list[Segment]:
-    """One sample of both models, cut where positions match, for a person to read."""
-    left, right = (sample.column("tokens") for sample in (pivot, source))
-    lost, others = (sample.column("gold_logprobs") for sample in (pivot, source))
-    rows = np.flatnonzero(aligned.matches >= 0)
-    states = aligned.matches[rows]
-    starts = [0, *rows.tolist()] if not len(rows) or rows[0] else rows.tolist()
-    own = [0, *states.tolist()] if len(starts) > len(rows) else states.tolist()
-    segments = []
-    for i, (start, state) in enumerate(zip(starts, own, strict=True)):
-        stop = starts[i + 1] if i + 1 < len(starts) else len(left)
-        end = own[i + 1] if i + 1 < len(own) else len(right)
-        row = i - (len(starts) - len(rows))
-        segments.append(
-            Segment(
-                _shown(left[start:stop], vocabularies[0]),
-                _shown(right[state:end], vocabularies[1]),
-                (float(lost[start:stop].sum()), float(others[state:end].sum())),
-                tuple(
-                    (_shown(token[None], vocabularies[0])[0], float(np.exp(np.float64(logprob))))
-                    for token, logprob in zip(
-                        aligned.ids[row, :entries], aligned.logprobs[row, :entries], strict=True
-                    )
-                    if logprob > -np.inf
-                )
-                if row >= 0
-                else (),
-            )
-        )
-    return segments
-
-
-def _shown(tokens: NDArray[Any], table: Vocabulary) -> tuple[str, ...]:
-    return tuple(
-        table.tokens[i].decode(errors="backslashreplace") if table.text[i] else f"<special {i}>"
-        for i in tokens.tolist()
-    )
 
 
 def align_stages(inputs: Inputs, names: Sequence[str] | None = None) -> list[Stage]:

@@ -6,12 +6,14 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusechat_common.errors import RequestError
+from fusechat_common.record import Record
 from fusechat_distill.alignment.positions import Positions, Responses, match_positions
 from fusechat_distill.alignment.stage import (
     AlignedSample,
@@ -21,7 +23,6 @@ from fusechat_distill.alignment.stage import (
     aligned_samples,
     alignment_shares,
     join,
-    side_by_side,
 )
 from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.fuse import AlignedScores, CrossEntropy, fuse
@@ -49,11 +50,16 @@ from fusechat_distill.text.tokens import Vocabulary, vocabulary
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
 
+R = TypeVar("R", bound=Record)
+
 WORST = 3
 """Samples of a source that are shown side by side."""
 
 SEGMENTS = 12
-"""Segments of such a sample that are kept."""
+"""Segments of such a sample that are shown."""
+
+ARRIVED = 3
+"""Entries of a distribution that are shown."""
 
 
 def report(inputs: Inputs) -> Report:
@@ -137,17 +143,28 @@ def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) 
         sums.add(scored, joined, aligned_samples(shards.read(samples)), vocabularies)
     if not sums.positions["matched"]:
         shares = dict.fromkeys(shares)
+
+    def section(record: type[R], prefix: str = "") -> R:
+        return record(**{name: shares[prefix + name] for name in record.model_fields})
+
+    total = sums.positions["total"]
+    positions = {name: _share(sums.positions[name], total) for name in ("matched", *REASONS)}
+    pivot_won, source_won = (_share(won, sums.compared) for won in sums.won)
+    pivot_loss, source_loss = (_share(*pair) for pair in zip(sums.nll, sums.num_bytes, strict=True))
     return AlignedSource(
         **dict(source),
-        positions=sums.position_shares(),
-        edges=EdgeShares(**{name: shares[name] for name in EdgeShares.model_fields}),
-        mass=MassShares(**{name: shares[f"mass_{name}"] for name in MassShares.model_fields}),
-        gold_first=GoldFirst(
-            **{name: shares[f"gold_first_{name}"] for name in GoldFirst.model_fields}
+        positions=PositionShares(mode=stage.positions, total=total, **positions),
+        edges=section(EdgeShares),
+        mass=section(MassShares, "mass_"),
+        gold_first=section(GoldFirst, "gold_first_"),
+        cross_entropy=CrossEntropies(pivot=pivot_loss, source=source_loss),
+        samples=SamplesWon(
+            compared=sums.compared,
+            per=sums.cross_entropy,
+            pivot_won=pivot_won,
+            source_won=source_won,
         ),
-        cross_entropy=sums.cross_entropies(),
-        samples=sums.samples_won(),
-        worst=sums.worst_samples(),
+        worst=[sample for *_, sample in sorted(sums.worst, key=itemgetter(0, 1), reverse=True)],
     )
 
 
@@ -199,15 +216,17 @@ class Sums:
             self._add_worst(sample, left, right, vocabularies)
 
     def _add_losses(self, joined: Joined) -> None:
-        sample_of, sample = np.unique([i for i, _, _ in joined.where], return_inverse=True)
-        count = len(sample_of)
-        models = []
-        sizes = []
+        _, sample = np.unique([i for i, _, _ in joined.where], return_inverse=True)
+        count = int(sample.max()) + 1
+        models, sizes = [], []
         for side in (joined.pivot, joined.source):
+            # Responses [N] to samples [count]: nats, tokens and bytes.
             lost = -np.add.reduceat(side.gold_logprobs.astype(np.float64), side.offsets[:-1])
-            nll = np.bincount(sample, lost, minlength=count)
-            tokens = np.bincount(sample, np.diff(side.offsets), minlength=count).astype(np.int64)
-            sizes.append(np.bincount(sample, side.limits - side.begins, minlength=count))
+            nll, tokens, size = (
+                np.bincount(sample, of_response)
+                for of_response in (lost, np.diff(side.offsets), side.limits - side.begins)
+            )
+            sizes.append(size)
             # One position a sample: for whole samples only the losses are compared.
             models.append(
                 AlignedScores(
@@ -215,7 +234,7 @@ class Sums:
                     logprobs=np.full((count, 1), -np.inf),
                     matched=np.ones(count, bool),
                     nll=nll,
-                    tokens=tokens,
+                    tokens=tokens.astype(np.int64),
                     present=np.ones(count, bool),
                 )
             )
@@ -248,29 +267,10 @@ class Sums:
             row=aligned.row,
             matched=matched,
             kept=mass_kept,
-            segments=_longest_segments(pivot, source, aligned, vocabularies),
+            segments=longest_segments(pivot, source, aligned, vocabularies),
         )
         push = heapq.heappush if len(self.worst) < WORST else heapq.heapreplace
         push(self.worst, (*order, sample))
-
-    def position_shares(self) -> PositionShares:
-        total = self.positions["total"]
-        shares = {name: _share(self.positions[name], total) for name in ("matched", *REASONS)}
-        return PositionShares(mode=self.mode, total=total, **shares)
-
-    def cross_entropies(self) -> CrossEntropies:
-        pivot, source = (_share(*pair) for pair in zip(self.nll, self.num_bytes, strict=True))
-        return CrossEntropies(pivot=pivot, source=source)
-
-    def samples_won(self) -> SamplesWon:
-        pivot, source = (_share(won, self.compared) for won in self.won)
-        return SamplesWon(
-            compared=self.compared, per=self.cross_entropy, pivot_won=pivot, source_won=source
-        )
-
-    def worst_samples(self) -> list[WorstSample]:
-        ordered = sorted(self.worst, key=lambda entry: entry[:2], reverse=True)
-        return [sample for *_, sample in ordered]
 
 
 def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer]) -> Counter[str]:
@@ -320,30 +320,51 @@ def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer])
     return Counter(dict(zip(names.tolist(), counts.tolist(), strict=True)))
 
 
-def _longest_segments(
+def longest_segments(
     pivot: ScoredSample,
     source: ScoredSample,
     aligned: AlignedSample,
     vocabularies: tuple[Vocabulary, Vocabulary],
 ) -> list[Segment]:
-    """The longest segments in order; of equally long ones those in which least arrives."""
-    segments = side_by_side(pivot, source, aligned, vocabularies)
-
-    def order(i: int) -> tuple[int, float, int]:
-        arrived = sum(probability for _, probability in segments[i].arrived)
-        return -len(segments[i].pivot), arrived, i
-
-    return [
+    """A sample's longest segments in order; of equally long ones those in which least arrives."""
+    rows = np.flatnonzero(aligned.matches >= 0)
+    # Every match begins a segment, and so does the text where its first position has no match.
+    unmatched_start = [] if len(rows) and rows[0] == 0 else [0]
+    starts = [[*unmatched_start, *begins.tolist()] for begins in (rows, aligned.matches[rows])]
+    # Per model: its tokens and their log-probabilities, cut at its starts.
+    tokens, logprobs = (
+        [
+            np.split(sample.column(name), begins)[1:]
+            for sample, begins in zip((pivot, source), starts, strict=True)
+        ]
+        for name in ("tokens", "gold_logprobs")
+    )
+    arrived: list[list[tuple[str, float]]] = [[] for _ in unmatched_start]
+    for ids, entries in zip(aligned.ids[:, :ARRIVED], aligned.logprobs[:, :ARRIVED], strict=True):
+        present = entries > -np.inf
+        probabilities = np.exp(entries[present].astype(np.float64)).tolist()
+        shown = _shown(ids[present], vocabularies[0])
+        arrived.append(list(zip(shown, probabilities, strict=True)))
+    segments = [
         Segment(
             index=i,
-            of=len(segments),
-            pivot=list(segments[i].pivot),
-            source=list(segments[i].source),
-            pivot_logprob=segments[i].gold_logprob[0],
-            source_logprob=segments[i].gold_logprob[1],
-            arrived=list(segments[i].arrived),
+            of=len(arrived),
+            pivot=_shown(tokens[0][i], vocabularies[0]),
+            source=_shown(tokens[1][i], vocabularies[1]),
+            pivot_logprob=float(logprobs[0][i].sum()),
+            source_logprob=float(logprobs[1][i].sum()),
+            arrived=distribution,
         )
-        for i in sorted(sorted(range(len(segments)), key=order)[:SEGMENTS])
+        for i, distribution in enumerate(arrived)
+    ]
+    segments.sort(key=lambda s: (-len(s.pivot), sum(probability for _, probability in s.arrived)))
+    return sorted(segments[:SEGMENTS], key=lambda segment: segment.index)
+
+
+def _shown(tokens: NDArray[np.integer], table: Vocabulary) -> list[str]:
+    return [
+        table.tokens[i].decode(errors="backslashreplace") if table.text[i] else f"<special {i}>"
+        for i in tokens.tolist()
     ]
 
 

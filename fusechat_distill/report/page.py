@@ -8,46 +8,44 @@ from typing import TYPE_CHECKING
 
 from fusechat_common.errors import RequestError
 from fusechat_common.files import replacing, write_json
-from fusechat_distill.report.schema import REASONS, AlignedSource, Report, WorstSample
+from fusechat_distill.report.schema import REASONS, AlignedSource, EdgeShares, Report, WorstSample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
-# Blue for what arrives or the source's, grey for the pivot's, warm for what is lost.
-COLOURS = {
-    "matched": "#2b6cb0",
-    "inside_token": "#f2c14e",
-    "edge": "#f08a4b",
-    "past_cut": "#c06c84",
-    "no_offset": "#6c5b7b",
-    "no_sample": "#b0b0b0",
-    "no_answer": "#d0d0d0",
-    "several": "#f2c14e",
-    "exact": "#2b6cb0",
-    "mapped": "#63a4e0",
-    "special": "#9ad1b5",
-    "dropped": "#f08a4b",
-    "pivot": "#8a8f98",
-    "source": "#2b6cb0",
-}
+BLUE, LIGHT_BLUE, GREY, ORANGE = "#2b6cb0", "#63a4e0", "#8a8f98", "#f08a4b"
+"""Blue for what arrives or is the source's, grey for the pivot's, warm colours for what is lost."""
 
-DARK = {COLOURS["matched"], COLOURS["no_offset"], COLOURS["past_cut"]}
-
-LABELS = {
-    "inside_token": "inside a source token",
-    "past_cut": "past the cut",
-    "edge": "at an edge",
-    "no_offset": "no known byte",
-    "no_sample": "no sample",
-    "no_answer": "answer left out",
-    "several": "several partners",
-    "exact": "exact",
-    "mapped": "mapped",
-    "special": "by role",
-    "dropped": "dropped",
-    "matched": "matched",
+BARS = {
+    "matched": ("matched", BLUE),
+    "inside_token": ("inside a source token", "#f2c14e"),
+    "edge": ("at an edge", ORANGE),
+    "past_cut": ("past the cut", "#c06c84"),
+    "no_offset": ("no known byte", "#6c5b7b"),
+    "no_sample": ("no sample", "#b0b0b0"),
+    "no_answer": ("answer left out", "#d0d0d0"),
+    "several": ("several partners", "#f2c14e"),
+    "exact": ("exact", BLUE),
+    "mapped": ("mapped", LIGHT_BLUE),
+    "special": ("by role", "#9ad1b5"),
+    "dropped": ("dropped", ORANGE),
+    "before": ("in the source's tokens", GREY),
+    "after": ("mapped to the pivot's", BLUE),
+    "pivot": ("pivot", GREY),
+    "source": ("source", BLUE),
+    "pivot_won": ("pivot", GREY),
+    "source_won": ("source", BLUE),
+    "begins_matched": ("first positions matched", BLUE),
+    "ends_matched": ("last positions matched", LIGHT_BLUE),
+    "pivot_run_over": ("pivot token runs over the end", GREY),
+    "source_run_over": ("source token runs over the end", ORANGE),
 }
+"""Label and colour of each number that is drawn, by its key in `report.json`."""
+
+MASS = ("exact", "mapped", "special", "dropped")
+
+DARK = {BLUE, BARS["no_offset"][1], BARS["past_cut"][1]}
 
 LONGEST = 14
 """Tokens of a segment that are printed."""
@@ -75,78 +73,29 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 def write_page(report: Report, path: Path) -> None:
     """Draw the report on one page, written beside `path`, then renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     aligned = _aligned(report)
     height = 2.3 + 0.45 * len(aligned)
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
-    figure = Figure(figsize=(13, 3 * height + 1), layout=layout)
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(13, 3 * height + 1))
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
     lines = ["How well the sources' distributions arrive, and which model predicts better"]
     lines += _problems(report)
     figure.suptitle("\n".join(lines), fontsize=11)
     axes = figure.subplots(3, 2)
-    names = list(aligned)
-    sources = list(aligned.values())
-    position_parts = ["matched", *_reasons(sources)]
-    _stacked(
-        axes[0, 0],
-        "Positions of the pivot",
-        names,
-        {LABELS[part]: _column(sources, "positions", part) for part in position_parts},
-        [COLOURS[part] for part in position_parts],
-    )
-    mass_parts = ["exact", "mapped", "special", "dropped"]
-    _stacked(
-        axes[0, 1],
-        "Mass of the source's top k through the vocabulary map",
-        [f"{name}\n{_percent(source.mass.kept)} kept" for name, source in aligned.items()],
-        {LABELS[part]: _column(sources, "mass", part) for part in mass_parts},
-        [COLOURS[part] for part in mass_parts],
-    )
-    _grouped(
-        axes[1, 0],
-        "Most probable token is the gold one (matched positions)",
-        names,
-        {part: _column(sources, "gold_first", part) for part in ("before", "after")},
-        [COLOURS["pivot"], COLOURS["source"]],
-        _percent,
-        labels={"before": "in the source's tokens", "after": "mapped to the pivot's"},
-    )
-    _grouped(
-        axes[1, 1],
-        "Cross-entropy, nats per byte (less is better)",
-        names,
-        {part: _column(sources, "cross_entropy", part) for part in ("pivot", "source")},
-        [COLOURS["pivot"], COLOURS["source"]],
-        _number,
-    )
-    _stacked(
-        axes[2, 0],
-        "Samples that MinCE gives to each",
-        [f"{name}\n{source.samples.compared:,} compared" for name, source in aligned.items()],
-        {part: _column(sources, "samples", f"{part}_won") for part in ("pivot", "source")},
-        [COLOURS["pivot"], COLOURS["source"]],
-    )
-    _grouped(
-        axes[2, 1],
-        "Edges of the answers",
-        names,
-        {
-            part: _column(sources, "edges", part)
-            for part in ("begins_matched", "ends_matched", "pivot_run_over", "source_run_over")
-        },
-        [COLOURS["matched"], COLOURS["mapped"], COLOURS["pivot"], COLOURS["edge"]],
-        _percent,
-        labels={
-            "begins_matched": "first positions matched",
-            "ends_matched": "last positions matched",
-            "pivot_run_over": "pivot token runs over the end",
-            "source_run_over": "source token runs over the end",
-        },
-    )
+    _stacked(axes[0, 0], "Positions of the pivot", aligned, "positions", _reasons(aligned))
+    kept = {f"{name}\n{_percent(s.mass.kept)} kept": s for name, s in aligned.items()}
+    title = "Mass of the source's top k through the vocabulary map"
+    _stacked(axes[0, 1], title, kept, "mass", MASS)
+    title = "Most probable token is the gold one (matched positions)"
+    _grouped(axes[1, 0], title, aligned, "gold_first", ("before", "after"), _percent)
+    title = "Cross-entropy, nats per byte (less is better)"
+    _grouped(axes[1, 1], title, aligned, "cross_entropy", ("pivot", "source"), _number)
+    compared = {f"{name}\n{s.samples.compared:,} compared": s for name, s in aligned.items()}
+    title = "Samples that MinCE gives to each"
+    _stacked(axes[2, 0], title, compared, "samples", ("pivot_won", "source_won"))
+    edges = tuple(EdgeShares.model_fields)
+    _grouped(axes[2, 1], "Edges of the answers", aligned, "edges", edges, _percent)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
@@ -161,9 +110,12 @@ def _problems(report: Report) -> list[str]:
     return [source.problem for source in report.sources.values() if source.problem]
 
 
-def _reasons(sources: Sequence[AlignedSource]) -> list[str]:
-    """Why positions of at least one source have no match."""
-    return [r for r in REASONS if any(_share(source, "positions", r) for source in sources)]
+def _reasons(sources: Mapping[str, AlignedSource]) -> list[str]:
+    """`matched`, and why positions of at least one source have no match."""
+    return [
+        "matched",
+        *(r for r in REASONS if any(_share(s, "positions", r) for s in sources.values())),
+    ]
 
 
 def _share(source: AlignedSource, section: str, name: str) -> float | None:
@@ -171,22 +123,19 @@ def _share(source: AlignedSource, section: str, name: str) -> float | None:
     return share
 
 
-def _column(sources: Sequence[AlignedSource], section: str, name: str) -> list[float | None]:
-    return [_share(source, section, name) for source in sources]
-
-
 def _stacked(
     axes: Axes,
     title: str,
-    names: Sequence[str],
-    parts: Mapping[str, Sequence[float | None]],
-    colours: Sequence[str],
+    sources: Mapping[str, AlignedSource],
+    section: str,
+    parts: Sequence[str],
 ) -> None:
-    """A bar for each name, cut into shares of 1; shares with room for it are written in."""
-    left = [0.0] * len(names)
-    for (label, values), colour in zip(parts.items(), colours, strict=True):
-        shares = [value or 0.0 for value in values]
-        axes.barh(range(len(names)), shares, left=left, color=colour, label=label, height=0.6)
+    """A bar for each source, cut into shares of 1; shares with room for it are written in."""
+    left = [0.0] * len(sources)
+    for part in parts:
+        label, colour = BARS[part]
+        shares = [_share(source, section, part) or 0.0 for source in sources.values()]
+        axes.barh(range(len(sources)), shares, left=left, color=colour, label=label, height=0.6)
         for i, share in enumerate(shares):
             if share >= 0.06:
                 axes.text(
@@ -200,30 +149,30 @@ def _stacked(
                 )
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_xlim(0, 1)
-    _dress(axes, title, names, len(parts))
+    _dress(axes, title, list(sources), len(parts))
 
 
 def _grouped(
     axes: Axes,
     title: str,
-    names: Sequence[str],
-    parts: Mapping[str, Sequence[float | None]],
-    colours: Sequence[str],
+    sources: Mapping[str, AlignedSource],
+    section: str,
+    parts: Sequence[str],
     written: Callable[[float | None], str],
-    labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Bars side by side for each name, their values at their ends."""
+    """Bars side by side for each source, their values at their ends."""
     size = 0.8 / len(parts)
-    highest = max((value or 0.0 for values in parts.values() for value in values), default=0.0)
-    highest = highest or 1.0
-    for j, ((part, values), colour) in enumerate(zip(parts.items(), colours, strict=True)):
-        at = [i - 0.4 + (j + 0.5) * size for i in range(len(names))]
+    columns = [[_share(source, section, part) for source in sources.values()] for part in parts]
+    highest = max((value or 0.0 for values in columns for value in values), default=0.0) or 1.0
+    for j, (part, values) in enumerate(zip(parts, columns, strict=True)):
+        label, colour = BARS[part]
+        at = [i - 0.4 + (j + 0.5) * size for i in range(len(sources))]
         lengths = [value or 0.0 for value in values]
-        axes.barh(at, lengths, height=size, color=colour, label=(labels or {}).get(part, part))
-        for y, value in zip(at, values, strict=True):
-            axes.text((value or 0.0) + 0.01 * highest, y, written(value), va="center", fontsize=8)
+        axes.barh(at, lengths, height=size, color=colour, label=label)
+        for y, length, value in zip(at, lengths, values, strict=True):
+            axes.text(length + 0.01 * highest, y, written(value), va="center", fontsize=8)
     axes.set_xlim(0, 1.15 * highest)
-    _dress(axes, title, names, min(2, len(parts)))
+    _dress(axes, title, list(sources), min(2, len(parts)))
 
 
 def _dress(axes: Axes, title: str, names: Sequence[str], columns: int) -> None:
@@ -273,8 +222,8 @@ def tables(report: Report) -> list[RenderableType]:
 
     line("samples aligned", lambda s: f"{s.aligned.done:,} of {s.aligned.total:,}")
     line("pivot's positions", lambda s: f"{s.positions.total:,}")
-    reasons = {reason: f"  not: {LABELS[reason]}" for reason in _reasons(list(sources.values()))}
-    shares("positions", {"matched": "matched"} | reasons)
+    matched, *reasons = _reasons(sources)
+    shares("positions", {matched: matched} | {r: f"  not: {BARS[r][0]}" for r in reasons})
     shares(
         "edges",
         {
@@ -285,8 +234,7 @@ def tables(report: Report) -> list[RenderableType]:
         },
     )
     table.add_section()
-    parts = ("exact", "mapped", "special", "dropped")
-    shares("mass", {"kept": "mass kept"} | {part: f"  {LABELS[part]}" for part in parts})
+    shares("mass", {"kept": "mass kept"} | {part: f"  {BARS[part][0]}" for part in MASS})
     table.add_section()
     shares(
         "gold_first",

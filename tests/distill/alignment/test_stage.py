@@ -19,12 +19,10 @@ from fusechat_distill.alignment.stage import (
     aligned_table,
     alignment_shares,
     join,
-    side_by_side,
 )
 from fusechat_distill.inputs.open import Inputs
 from fusechat_distill.recipe.schema import Alignment
 from fusechat_distill.storage.shards import ScoreStore, Shards
-from fusechat_distill.text.tokens import vocabulary
 from tests.support import real_tokenizers
 from tests.support.chain import Silent, parquet_files
 from tests.support.scores import Alone, random_scores, scored_recipe
@@ -208,24 +206,6 @@ def test_the_summary_adds_up(inputs):
     assert shares["pivot_cross_entropy"] > 0
     json.dumps(details.model_dump())
     assert AlignStage.status_of("other", shards).details == details
-
-
-def test_one_sample_side_by_side(inputs):
-    stage = stages(inputs)["other"]
-    stage.run(Alone(), Silent())
-    pivot, source, shards = opened(inputs, stage)
-    sample = aligned_samples(shards.read(shards.manifest.ranges()[0]))[0]
-    sides = tuple(vocabulary(inputs.models[n].renderer.tokenizer) for n in ("pivot", "other"))
-    segments = side_by_side(pivot[sample.key], source[sample.key], sample, sides, entries=2)
-    shown = [("".join(segment.pivot), "".join(segment.source)) for segment in segments]
-    assert shown == [
-        (" Hello", "Hello"),
-        *((text, text) for text in (" there", ",", " friend", ".")),
-        ("<special 32000>", "<special 151645>"),
-    ]
-    assert all(1 <= len(segment.arrived) <= 2 for segment in segments)
-    lost = sum(segment.gold_logprob[1] for segment in segments)
-    assert lost == pytest.approx(source[sample.key].responses[0].gold_logprobs.sum(), abs=1e-4)
 
 
 def test_samples_without_a_match_are_kept(inputs):

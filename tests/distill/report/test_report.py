@@ -312,6 +312,21 @@ def test_the_worst_samples_side_by_side(made, found):
             assert lost == pytest.approx(expected, abs=1e-3)
 
 
+def test_one_sample_side_by_side(made):
+    pivot, source, sample = next(entry for entry in aligned(made, "other") if entry[2].row == 5)
+    tables = tuple(vocabulary(made.models[name].renderer.tokenizer) for name in ("pivot", "other"))
+    segments = compute.longest_segments(pivot, source, sample, tables)
+    shown = [("".join(segment.pivot), "".join(segment.source)) for segment in segments]
+    assert shown == [
+        (" Hello", "Hello"),
+        *((text, text) for text in (" there", ",", " friend", ".")),
+        ("<special 32000>", "<special 151645>"),
+    ]
+    assert all(1 <= len(segment.arrived) <= 3 for segment in segments)
+    lost = sum(segment.source_logprob for segment in segments)
+    assert lost == pytest.approx(source.responses[0].gold_logprobs.sum(), abs=1e-4)
+
+
 def test_papers_positions_have_one_reason(inputs):
     other = changed(inputs, alignment=Alignment(positions="dtw"))
     shutil.rmtree(inputs.recipe.aligned_folder)
