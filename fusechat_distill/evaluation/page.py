@@ -14,21 +14,26 @@ from fusechat_distill.evaluation.schema import (
     EvaluatedModel,
     Evaluation,
     Pair,
+    Role,
+    Verdict,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
+SAME: Verdict = "no difference shown"
 
-COLOURS = {
+ONE_SEED = "* of these checkpoints only: other training seeds may differ as much"
+
+COLOURS: dict[Role | Verdict, str] = {
     "pivot": "#8a8f98",
     "source": "#f2a541",
     "target": "#63a4e0",
     "model": "#1d4f8c",
     "better": "#2b6cb0",
     "worse": "#e0702f",
-    "no difference shown": "#9a9a9a",
+    SAME: "#9a9a9a",
 }
 
 
@@ -52,7 +57,8 @@ def tables(evaluation: Evaluation) -> list[RenderableType]:
     for name, model in evaluation.models.items():
         models.add_row(
             Text(_named(name, model)),
-            *(_value(model.groups[group], bare=group != ALL) for group in groups),
+            _value(model.groups[ALL]),
+            *(f"{model.groups[group].value:.4f}" for group in groups if group != ALL),
             "-" if model.end_bits is None else f"{model.end_bits:.2f}",
         )
     shown: list[RenderableType] = [Text(heading), models]
@@ -71,10 +77,8 @@ def tables(evaluation: Evaluation) -> list[RenderableType]:
                 Text(compared.verdict),
             )
         shown += [Text(f"differences over all of them, with {level} intervals"), pairs]
-        if any(is_single(pair) for pair in evaluation.pairs):
-            shown.append(
-                Text("* of these checkpoints only: other training seeds may differ as much")
-            )
+        if any(map(is_single, evaluation.pairs)):
+            shown.append(Text(ONE_SEED))
         shown += _by_group(evaluation)
     least = min(model.left_out for model in evaluation.models.values())
     for name, model in evaluation.models.items():
@@ -105,15 +109,14 @@ def _by_group(evaluation: Evaluation) -> list[RenderableType]:
         for verdict in ("better", "worse"):
             shown = [group for group in groups if pair.groups[group].verdict == verdict]
             if shown:
-                count = f"{len(shown)} of {len(groups)} groups"
-                parts.append(f"{verdict} in {count} ({', '.join(shown)})")
-        parts = parts or ["no difference shown in any group"]
-        lines.append(Text(f"{title(pair)}: {'; '.join(parts)}"))
+                names = ", ".join(shown)
+                parts.append(f"{verdict} in {len(shown)} of {len(groups)} groups ({names})")
+        lines.append(Text(f"{title(pair)}: {'; '.join(parts) or f'{SAME} in any group'}"))
     return lines
 
 
-def _value(bits: BitsPerByte, *, bare: bool) -> str:
-    if bare or bits.low is None or bits.high is None:
+def _value(bits: BitsPerByte) -> str:
+    if bits.low is None or bits.high is None:
         return f"{bits.value:.4f}"
     return f"{bits.value:.4f} ±{(bits.high - bits.low) / 2:.4f}"
 
@@ -131,17 +134,12 @@ def write_picture(evaluation: Evaluation, path: Path) -> None:
 
     A column for each group: above, the models' bits per byte; below, the pairs' differences.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     groups, models, pairs = list(evaluation.groups), evaluation.models, evaluation.pairs
     heights = [len(models), len(pairs)] if pairs else [len(models)]
-    figure = Figure(
-        figsize=(3 + 2.4 * len(groups), 2 + 0.32 * sum(heights)),
-        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1),
-    )
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(3 + 2.4 * len(groups), 2 + 0.32 * sum(heights)))
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.1)
     level = f"{evaluation.method.level:.0%}"
     figure.suptitle(
         f"Held-out answers, {level} intervals (left is better)", x=0.01, ha="left", fontsize=11
@@ -150,47 +148,39 @@ def write_picture(evaluation: Evaluation, path: Path) -> None:
         len(heights), len(groups), sharex="row", sharey="row", squeeze=False, height_ratios=heights
     )
     for column, group in enumerate(groups):
-        _forest(
-            axes[0, column],
-            [model.groups[group] for model in models.values()],
-            [COLOURS[model.role] for model in models.values()],
-            1,
-        )
+        rows = [(model.groups[group], model.role) for model in models.values()]
+        _forest(axes[0, column], rows)
+        conversations = evaluation.groups[group].conversations
         axes[0, column].set_title(
-            f"{group}\n{evaluation.groups[group].conversations:,} conversations",
-            loc="left",
-            fontsize=9,
+            f"{group}\n{conversations:,} conversations", loc="left", fontsize=9
         )
         axes[0, column].set_xlabel("bits per byte", fontsize=8)
-        if not pairs:
-            continue
-        differences = [pair.groups[group] for pair in pairs]
-        _forest(
-            axes[1, column],
-            [difference.relative for difference in differences],
-            [COLOURS[difference.verdict] for difference in differences],
-            100,
-        )
-        axes[1, column].axvline(0, color="black", linewidth=0.8, zorder=1)
-        axes[1, column].set_xlabel("difference, %", fontsize=8)
-    _names(axes[0, 0], [_named(name, model) for name, model in models.items()])
+        if pairs:
+            differences = [pair.groups[group] for pair in pairs]
+            _forest(axes[1, column], [(d.relative, d.verdict) for d in differences], scale=100)
+            axes[1, column].axvline(0, color="black", linewidth=0.8, zorder=1)
+            axes[1, column].set_xlabel("difference, %", fontsize=8)
+    axes[0, 0].set_yticks(range(len(models)), [_named(*entry) for entry in models.items()])
     if pairs:
-        _names(axes[1, 0], [title(pair) for pair in pairs])
-        figure.supxlabel(_legend(pairs), x=0.01, ha="left", fontsize=8)
+        axes[1, 0].set_yticks(range(len(pairs)), map(title, pairs))
+        legend = "blue: better, orange: worse, at 5 % after Holm's correction; grey: " + SAME
+        legend += f"\n{ONE_SEED}" * any(map(is_single, pairs))
+        figure.supxlabel(legend, x=0.01, ha="left", fontsize=8)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
 def _forest(
-    axes: Axes, intervals: Sequence[ConfidenceInterval], colours: Sequence[str], scale: float
+    axes: Axes, rows: Sequence[tuple[ConfidenceInterval, Role | Verdict]], scale: float = 1
 ) -> None:
-    """An estimate with its interval a line, the first on top."""
-    for y, (interval, colour) in enumerate(zip(intervals, colours, strict=True)):
+    """An estimate with its interval a line, in the colour of its kind, the first on top."""
+    for y, (interval, kind) in enumerate(rows):
+        colour = COLOURS[kind]
         if interval.low is not None and interval.high is not None:
             bounds = [interval.low * scale, interval.high * scale]
             axes.plot(bounds, [y, y], color=colour, linewidth=1.6)
         axes.plot([interval.value * scale], [y], marker="o", markersize=5, color=colour)
-    axes.set_ylim(len(intervals) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -199,22 +189,9 @@ def _forest(
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _names(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-
-
 def _named(name: str, model: EvaluatedModel) -> str:
     """With its role or its seeds where the name doesn't say it."""
     if model.role == "source":
         return f"source {name}"
     seeds = len(model.paths)
     return name if seeds == 1 else f"{name} ({seeds} seeds)"
-
-
-def _legend(pairs: Sequence[Pair]) -> str:
-    lines = [
-        "blue: better, orange: worse, at 5 % after Holm's correction; grey: no difference shown"
-    ]
-    if any(is_single(pair) for pair in pairs):
-        lines.append("* of these checkpoints only: other training seeds may differ as much")
-    return "\n".join(lines)
