@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusechat_distill.evaluation.bootstrap import Interval
+from fusechat_distill.evaluation.schema import ConfidenceInterval
 
 COLORS = {"better": "#1a7f37", "worse": "#b42318", "within noise": "#667085"}
 
 
-def forest(rows: Sequence[tuple[str, Interval, str]], title: str, path: Path) -> None:
+def forest(rows: Sequence[tuple[str, ConfidenceInterval, str]], title: str, path: Path) -> None:
     """Draw rows of (what is compared, its relative change, verdict) from the top down."""
     import matplotlib
 

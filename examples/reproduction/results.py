@@ -23,7 +23,8 @@ from variants import (
     Scale,
 )
 
-from fusechat_distill.evaluation.bootstrap import Difference, Interval, Losses, bootstrap, holm
+from fusechat_distill.evaluation.bootstrap import Difference, Losses, bootstrap, holm
+from fusechat_distill.evaluation.schema import ConfidenceInterval
 
 LEVEL = 0.05
 
@@ -73,7 +74,9 @@ class Results:
     """[n], of each held-out answer."""
     losses: Mapping[str, Losses]
 
-    def intervals(self, names: Iterable[str], domain: str | None = None) -> dict[str, Interval]:
+    def intervals(
+        self, names: Iterable[str], domain: str | None = None
+    ) -> dict[str, ConfidenceInterval]:
         chosen = {name: self._of(name, domain) for name in names}
         return bootstrap(chosen)[0]
 
@@ -482,13 +485,13 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _value(interval: Interval) -> str:
+def _value(interval: ConfidenceInterval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.value:.4f}"
     return f"{interval.value:.4f} ±{(interval.high - interval.low) / 2:.4f}"
 
 
-def _percent(interval: Interval) -> str:
+def _percent(interval: ConfidenceInterval) -> str:
     digits = 2 if abs(interval.value) >= 0.0005 else 4
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.{digits}%}"

@@ -13,27 +13,7 @@ seeds' ratios (which holds σa²/S and σe²/(S·n)), the samples' part is freed
 two are put together by the method of variance estimates recovery (Zou and Donner 2008): the squares
 of the distances from the estimate to the two bounds add up.
 
-Measured: how often a 95 % interval held the truth, in per cent, over 200,000 draws of the mean
-squares of normal effects at n = 200 (tests/distill/evaluation/test_bootstrap.py simulates whole
-samples):
-
-| σa²/S : σb²/n : σe²/(S·n) | S = 2 | S = 3 | S = 5 | S = 8 | resampled seeds, S = 3 |
-|---|---|---|---|---|---|
-| 1 : 0 : 0   | 95.0 | 95.0 | 95.0 | 94.9 | 74.9 |
-| 3 : 1 : 0   | 97.5 | 96.8 | 96.1 | 95.6 | 86.0 |
-| 1 : 1 : 0   | 98.3 | 97.5 | 96.6 | 95.9 | 90.8 |
-| 0.1 : 1 : 0 | 98.5 | 97.0 | 95.7 | 95.3 | 94.4 |
-| 0 : 1 : 0   | 95.0 | 95.1 | 95.0 | 95.0 | 94.9 |
-| 0 : 1 : 1   | 98.3 | 97.5 | 96.5 | 95.8 | 97.1 |
-| 0 : 0 : 1   | 95.7 | 95.6 | 95.5 | 95.5 | 97.9 |
-| 1 : 0 : 1   | 95.5 | 95.3 | 95.3 | 95.2 | 93.6 |
-
-So it holds 95 % where seeds or samples dominate, and is too wide rather than too narrow in between,
-most so at two seeds. Satterthwaite's degrees of freedom for the sum kept closer to 95 % in between,
-but fell to 92 % at 3 seeds (87 % at 2). Of lengths that vary
-much (log-normal, σ = 1), an interval over samples alone covers 92 to 94 % at 10 to 50 samples and
-95 % at 200; where the differences are skewed too (exponential), 89 to 90 % and 94 %. Under some 50
-conversations an interval says little.
+How often a 95 % interval holds the true value: docs/distilling.md, "Is it better?".
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -47,6 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fusechat_distill.evaluation.schema import ConfidenceInterval
 
 RESAMPLES = 10_000
 
@@ -79,20 +61,11 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval; bounds are None where there are under 2 samples."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Difference:
     """Model a's bits per byte minus model b's; below zero, a is better."""
 
-    absolute: Interval
-    relative: Interval
+    absolute: ConfidenceInterval
+    relative: ConfidenceInterval
     """Of b's bits per byte."""
     p: float | None
     """Two-sided: the highest level at which the absolute interval leaves zero out."""
@@ -108,7 +81,7 @@ def bootstrap(
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]:
+) -> tuple[dict[str, ConfidenceInterval], dict[tuple[str, str], Difference]]:
     """Bits per byte of each model, and the difference of each pair, with intervals.
 
     All models have the same n samples, in the same order. A pair of models with equally many
@@ -118,10 +91,10 @@ def bootstrap(
     ratios = {name: bits.mean(axis=0) / num_bytes for name, (bits, num_bytes) in totals.items()}
     values = {name: float(losses.by_seed().mean()) for name, losses in models.items()}
     n = len(next(iter(models.values())).num_bytes)
-    own = {}
-    for name, losses in models.items():
-        seeds = _seed_part([(losses, 1.0)])
-        own[name] = _Spread(values[name], ratios[name], n, seeds).interval(level)
+    intervals = {
+        name: _Spread(values[name], ratios[name], n, _seed_part([(losses, 1.0)])).interval(level)
+        for name, losses in models.items()
+    }
     differences = {}
     for a, b in pairs:
         paired = models[a].seeds == models[b].seeds > 1
@@ -145,7 +118,7 @@ def bootstrap(
             (models[a].seeds, models[b].seeds),
             paired,
         )
-    return own, differences
+    return intervals, differences
 
 
 def _resampled(
@@ -231,15 +204,20 @@ class _Spread:
         self._n = n
         self._deviations = np.sort(resampled - value)
         self._seeds = seeds
+        # The resampled variance without e's part, which `seeds` holds: as a factor of deviations.
         variance = float(np.var(resampled)) * n / max(1, n - 1)
         share = 1 - seeds.interaction / variance if variance else 1.0
         self._share = math.sqrt(max(0.0, share))
 
-    def interval(self, level: float) -> Interval:
+    def interval(self, level: float) -> ConfidenceInterval:
         if self._n < 2:
-            return Interval(self.value, None, None)
+            return ConfidenceInterval(value=self.value, low=None, high=None)
         below, above = self._distances(np.array([1 - level]))
-        return Interval(self.value, float(self.value - below[0]), float(self.value + above[0]))
+        return ConfidenceInterval(
+            value=self.value,
+            low=float(self.value - below[0]),
+            high=float(self.value + above[0]),
+        )
 
     def p_value(self) -> float | None:
         """The least of a grid of levels at which the interval leaves zero out."""
@@ -262,6 +240,8 @@ class _Spread:
             -np.quantile(self._deviations, errors / 2),
             np.quantile(self._deviations, 1 - errors / 2),
         )
+        # A bound on the estimate's wrong side (few resamples) counts as no distance. The two parts
+        # are put together by the method of variance estimates recovery.
         return tuple(np.sqrt((np.maximum(d, 0) * widened) ** 2 + of_seeds) for d in of_samples)
 
 
@@ -284,6 +264,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values of one family, adjusted by Holm's step-down method (1979), in their order."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
+    # The smallest times m, the next times m - 1, ...; none below the one before it.
     scaled = np.minimum(1.0, p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(scaled)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,6 @@ from fusechat_common.errors import FusechatError
 from fusechat_distill.evaluation.bootstrap import (
     RESAMPLES,
     Difference,
-    Interval,
     Losses,
     bootstrap,
     holm,
@@ -122,7 +120,7 @@ def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) 
     if held_out.column is not None:
         groups |= {label: labels == label for label in sorted(set(labels.tolist()))}
     pairs = pairs_to_test(plan.candidates)
-    intervals: dict[str, dict[str, Interval]] = {}
+    intervals: dict[str, dict[str, ConfidenceInterval]] = {}
     differences: dict[str, dict[tuple[str, str], Difference]] = {}
     for group, samples in groups.items():
         of_group = {name: of_model.part(samples) for name, of_model in losses.items()}
@@ -153,7 +151,7 @@ def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) 
                 paths=[checkpoint.spec.model for checkpoint in candidate.checkpoints],
                 groups={
                     group: BitsPerByte(
-                        **asdict(intervals[group][candidate.name]),
+                        **dict(intervals[group][candidate.name]),
                         seeds=losses[candidate.name].part(samples).by_seed().tolist(),
                     )
                     for group, samples in groups.items()
@@ -239,8 +237,8 @@ def _group_difference(difference: Difference, p_holm: float | None) -> GroupDiff
     if p_holm is not None and p_holm < 1 - LEVEL:
         verdict = "better" if difference.absolute.value < 0 else "worse"
     return GroupDifference(
-        difference=ConfidenceInterval(**asdict(difference.absolute)),
-        relative=ConfidenceInterval(**asdict(difference.relative)),
+        difference=difference.absolute,
+        relative=difference.relative,
         p=difference.p,
         p_holm=p_holm,
         verdict=verdict,
