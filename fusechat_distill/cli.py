@@ -351,9 +351,7 @@ def evaluate(
 
     _quieten()
     require_matplotlib("evaluate")
-    planner = EvaluationPlanner(
-        models, generate=generate, questions=questions, trust_remote_code=trust_remote_code
-    )
+    planner = EvaluationPlanner(models, generate, questions, trust_remote_code)
     inputs = open_inputs(
         recipe, trust_remote_code=trust_remote_code, more_problems=planner.problems
     )

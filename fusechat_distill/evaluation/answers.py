@@ -35,35 +35,28 @@ def answer(
     progress: Progress,
 ) -> list[list[str] | None]:
     """A model's answers to each question's turns; None where its template refuses the question."""
+    turns = [question.turns for question in questions.questions]
     chats = [list(question.messages) for question in questions.questions]
-    answers: list[list[str] | None] = [[] for _ in chats]
-    progress.start(title, sum(1 + len(question.later_turns) for question in questions.questions))
+    answers: dict[int, list[str]] = {i: [] for i in range(len(chats))}
+    progress.start(title, sum(map(len, turns)))
     try:
-        for turn in range(max(len(question.later_turns) for question in questions.questions) + 1):
+        for turn in range(max(map(len, turns))):
             # Questions that have this turn and were not refused before it.
-            asked = []
-            for i, question in enumerate(questions.questions):
-                if answers[i] is None or turn > len(question.later_turns):
-                    continue
-                if turn:
-                    chats[i].append(Message("user", question.later_turns[turn - 1]))
-                asked.append(i)
-            prompts = {}
-            chats_asked = [chats[i] for i in asked]
-            for i, prompt in zip(asked, _prompts(model.renderer, chats_asked), strict=True):
-                if prompt is None:
-                    answers[i] = None
-                else:
-                    prompts[i] = prompt
+            waiting = [i for i in answers if turn < len(turns[i])]
+            if turn:
+                for i in waiting:
+                    chats[i].append(Message("user", turns[i][turn]))
+            prompts = _prompts(model.renderer, {i: chats[i] for i in waiting})
             texts = _generate(scorer, model, prompts, questions.tokens, progress)
-            for i, text in texts.items():
-                given = answers[i]
-                assert given is not None
-                given.append(text)
-                chats[i].append(Message("assistant", text))
+            for i in waiting:
+                if i in texts:
+                    answers[i].append(texts[i])
+                    chats[i].append(Message("assistant", texts[i]))
+                else:
+                    del answers[i]
     finally:
         progress.stop()
-    return answers
+    return [answers.get(i) for i in range(len(chats))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +66,20 @@ class _Prompt:
     """What the template has between these and the answer, for the model to begin with."""
 
 
-def _prompts(renderer: Renderer, chats: Sequence[Sequence[Message]]) -> list[_Prompt | None]:
-    """The tokens before the answer that each chat waits for."""
-    asked = [Conversation("", i, (*chat, PLACEHOLDER)) for i, chat in enumerate(chats)]
+def _prompts(renderer: Renderer, chats: Mapping[int, Sequence[Message]]) -> dict[int, _Prompt]:
+    """The tokens before the answer that each chat waits for, unless its template refuses it."""
+    conversations = [Conversation("", i, (*chat, PLACEHOLDER)) for i, chat in chats.items()]
     known = vocabulary(renderer.tokenizer)
-    prompts: list[_Prompt | None] = []
-    for conversation, rendering in zip(asked, renderer(asked), strict=True):
-        last = [r for r in rendering.responses if r.turn == len(conversation.messages) - 1]
-        if not last:
-            prompts.append(None)
-            continue
-        ids, pending = rendering.input_ids[: last[0].first], last[0].pending
-        # A space before an answer is most often part of its first token.
-        while len(ids) > 1 and known.tokens[ids[-1]] and not known.tokens[ids[-1]].strip(b" "):
-            ids, pending = ids[:-1], known.tokens[ids[-1]] + pending
-        prompts.append(_Prompt(ids, pending))
+    prompts = {}
+    for conversation, rendering in zip(conversations, renderer(conversations), strict=True):
+        for response in rendering.responses:
+            if response.turn < len(conversation.messages) - 1:
+                continue
+            ids, pending = rendering.input_ids[: response.first], response.pending
+            # A space before an answer is most often part of its first token.
+            while len(ids) > 1 and known.tokens[ids[-1]] and not known.tokens[ids[-1]].strip(b" "):
+                ids, pending = ids[:-1], known.tokens[ids[-1]] + pending
+            prompts[conversation.row] = _Prompt(ids, pending)
     return prompts
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusechat_common.errors import RequestError
-from fusechat_distill.evaluation.questions import (
-    Questions,
-    held_out_questions,
-    read_questions,
-)
+from fusechat_distill.evaluation.questions import Questions, held_out_questions, read_questions
 from fusechat_distill.evaluation.schema import ALL, Role
 from fusechat_distill.fusion.stage import held_out
 from fusechat_distill.inputs.models import open_checkpoint
@@ -76,31 +72,21 @@ class EvaluationPlan:
         return self.inputs.recipe.output_folder / "evaluation"
 
 
+@dataclass
 class EvaluationPlanner:
     """Finds what is to be evaluated, and every problem with it."""
 
-    def __init__(
-        self,
-        named: Sequence[str],
-        *,
-        generate: int | None = None,
-        questions: str | None = None,
-        trust_remote_code: bool = False,
-    ):
-        """
-        Args:
-            named: NAME=PATH, as `--model` takes them.
-            generate: how many questions are to be answered.
-            questions: a file of these; None for held-out ones.
-        """
-        self._named = named
-        self._generate = generate
-        self._file = questions
-        self._trust_remote_code = trust_remote_code
-        self._questions: Questions | None = None
-        self._held_out: HeldOut | None = None
-        self._candidates: list[Candidate] = []
-        self._unfinished: list[str] = []
+    named: Sequence[str] = ()
+    """NAME=PATH, as `--model` takes them."""
+    generate: int | None = None
+    """How many questions are to be answered."""
+    questions_file: str | None = None
+    """The file of these; None for held-out ones."""
+    trust_remote_code: bool = False
+    _candidates: list[Candidate] = field(default_factory=list, init=False)
+    _unfinished: list[str] = field(default_factory=list, init=False)
+    _questions: Questions | None = field(default=None, init=False)
+    _held_out: HeldOut = field(init=False)
 
     def problems(self, inputs: Inputs) -> list[str]:
         """Every problem with what is to be evaluated; called before `plan`."""
@@ -110,49 +96,40 @@ class EvaluationPlanner:
                 self._candidates.append(Candidate(name, role, (model,)))
             else:
                 log.warning("%s (%s): is left out, it has no weights", name, model.spec.model)
-        return [
-            *self._held_out_problems(inputs),
-            *self._targets(inputs),
-            *self._named_models(inputs),
-            *self._questions_problems(),
-        ]
+        self._held_out = held_out_conversations(inputs)
+        problems = []
+        if not self._held_out.conversations:
+            problems.append(
+                f"dataset.eval_fraction: {inputs.recipe.dataset.eval_fraction:g} holds out none of "
+                f"the {len(inputs.conversations)} conversations, so that there is nothing to "
+                "evaluate on; raise it, and train anew",
+            )
+        problems += [*self._targets(inputs), *self._named_models(inputs)]
+        return [*problems, *self._questions_problems()]
 
     def plan(self, inputs: Inputs) -> EvaluationPlan:
         """What is to be evaluated, after `problems` has named none."""
-        assert self._held_out is not None
         return EvaluationPlan(
             inputs,
             tuple(self._candidates),
             self._held_out,
             tuple(self._unfinished),
             self._questions,
-            self._trust_remote_code,
+            self.trust_remote_code,
         )
 
-    def _held_out_problems(self, inputs: Inputs) -> Iterator[str]:
-        fraction = inputs.recipe.dataset.eval_fraction
-        held_out = held_out_conversations(inputs)
-        if held_out.conversations:
-            self._held_out = held_out
-        else:
-            yield (
-                f"dataset.eval_fraction: {fraction:g} holds out none of the "
-                f"{len(inputs.conversations)} conversations, so that there is nothing to evaluate "
-                "on; raise it, and train anew"
-            )
-
     def _questions_problems(self) -> Iterator[str]:
-        if self._file is not None:
+        conversations, groups = self._held_out.conversations, self._held_out.groups
+        if self.questions_file is not None:
             try:
-                self._questions = read_questions(Path(self._file), self._generate)
+                self._questions = read_questions(Path(self.questions_file), self.generate)
             except RequestError as error:
                 yield f"--questions {error}"
-        elif self._generate is not None and self._held_out is not None:
-            conversations, groups = self._held_out.conversations, self._held_out.groups
-            self._questions = held_out_questions(conversations, groups, self._generate)
+        elif self.generate is not None and conversations:
+            self._questions = held_out_questions(conversations, groups, self.generate)
             if not self._questions.questions:
                 yield (
-                    f"--generate {self._generate}: none of the {len(conversations)} held-out "
+                    f"--generate {self.generate}: none of the {len(conversations)} held-out "
                     "conversations has a user's message before its first answer; name questions "
                     "with --questions FILE, or leave --generate out"
                 )
@@ -162,10 +139,10 @@ class EvaluationPlanner:
             if not (stage.folder / "manifest.json").exists():
                 self._unfinished.append(stage.name)
                 continue
-            if problem := stale(stage.folder, stage.manifest()):
-                yield f"target {stage.name}: {stage.folder} {problem}"
-                continue
             name = f"target {stage.name}"
+            if problem := stale(stage.folder, stage.manifest()):
+                yield f"{name}: {stage.folder} {problem}"
+                continue
             opened = self._open(inputs, name, str(stage.folder))
             if isinstance(opened, OpenModel):
                 self._candidates.append(Candidate(name, "target", (opened,)))
@@ -179,10 +156,10 @@ class EvaluationPlanner:
         spellings: dict[str, str] = {}
         checkpoints: dict[str, list[OpenModel]] = {}
         folders: dict[Path, str] = {}
-        for option in self._named:
-            name, given, path = option.partition("=")
+        for option in self.named:
+            name, _, path = option.partition("=")
             where = f"--model {option}"
-            if not given or not FOLDER_NAME.fullmatch(name) or not path:
+            if not FOLDER_NAME.fullmatch(name) or not path:
                 yield (
                     f"{where}: should be NAME=PATH, the name of letters, digits and . _ + -, the "
                     "path a folder with a checkpoint"
@@ -216,7 +193,7 @@ class EvaluationPlanner:
         recipe, pivot = inputs.recipe, inputs.pivot
         spec = recipe.pivot.model_copy(update={"model": path, "revision": None})
         try:
-            files = open_checkpoint(spec, trust_remote_code=self._trust_remote_code)
+            files = open_checkpoint(spec, trust_remote_code=self.trust_remote_code)
             # Merging tools leave the template behind at times.
             bare = not getattr(files.tokenizer, "chat_template", None)
             template = pivot.renderer.template if bare else None
@@ -251,13 +228,13 @@ def held_out_conversations(inputs: Inputs) -> HeldOut:
     """The rows that no target was trained on, and their groups."""
     conversations, fraction = inputs.conversations, inputs.recipe.dataset.eval_fraction
     rows = [i for i, key in enumerate(conversations.keys) if held_out(key, fraction)]
+    # Each conversation's first row, in the rows' order.
     first: dict[str, int] = {}
     for i in rows:
         first.setdefault(conversations.keys[i], i)
     column, groups = None, [ALL] * len(first)
     for name in GROUP_COLUMNS:
-        labels = conversations.labels(name)
-        if labels is None:
+        if (labels := conversations.labels(name)) is None:
             continue
         values = [labels[i] for i in first.values()]
         if ALL not in values and len(set(values)) <= MOST_GROUPS:

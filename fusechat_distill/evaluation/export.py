@@ -36,9 +36,9 @@ def side_by_side(
                 id=question.id,
                 category=question.category,
                 messages=[ChatMessage(**message._asdict()) for message in question.messages],
-                further=list(question.later_turns),
+                later_turns=list(question.later_turns),
                 reference=question.reference,
-                answers={name: given[i] for name, given in answers.items()},
+                answers={name: texts[i] for name, texts in answers.items()},
             )
             for i, question in enumerate(questions.questions)
         ],
@@ -55,14 +55,14 @@ def markdown(answers: Answers) -> str:
             lines += [f"**{message.role}**", "", *_quoted(message.content), ""]
         if entry.reference is not None:
             lines += ["### as in the dataset", "", *_quoted(entry.reference), ""]
-        for name, given in entry.answers.items():
+        for name, texts in entry.answers.items():
             lines += [f"### {name}", ""]
-            if given is None:
+            if texts is None:
                 lines += ["(its template refuses the question)", ""]
                 continue
-            for turn, text in enumerate(given):
+            for turn, text in enumerate(texts):
                 if turn:
-                    lines += ["**user**", "", *_quoted(entry.further[turn - 1]), ""]
+                    lines += ["**user**", "", *_quoted(entry.later_turns[turn - 1]), ""]
                 lines += [*_quoted(text or "(nothing)"), ""]
     return "\n".join(lines)
 
@@ -73,33 +73,29 @@ def _quoted(text: str) -> list[str]:
 
 def export(
     questions: Questions, answers: Mapping[str, Sequence[list[str] | None]], folder: Path
-) -> list[Path]:
+) -> None:
     """Write the files that MT-Bench and AlpacaEval read, without what a model did not answer."""
     asked = [
         {"question_id": q.id, "category": q.category, "turns": q.turns} for q in questions.questions
     ]
     (folder / "model_answer").mkdir(parents=True, exist_ok=True)
-    paths = [folder / "question.jsonl"]
-    write_text(paths[0], _jsonl(asked))
+    write_text(folder / "question.jsonl", _jsonl(asked))
     single = not any(question.later_turns for question in questions.questions)
     if single:
         (folder / "alpaca_eval").mkdir(exist_ok=True)
-    for name, given in answers.items():
+    for name, texts in answers.items():
         # The `=` in place of the space of `target x` is in no name of a source or of `--model`.
         model = name.replace(" ", "=")
         answered = [
             (question, turns)
-            for question, turns in zip(questions.questions, given, strict=True)
+            for question, turns in zip(questions.questions, texts, strict=True)
             if turns is not None
         ]
-        paths.append(folder / "model_answer" / f"{model}.jsonl")
-        write_text(
-            paths[-1], _jsonl(_mt_bench(question, turns, model) for question, turns in answered)
-        )
+        lines = _jsonl(_mt_bench(question, turns, model) for question, turns in answered)
+        write_text(folder / "model_answer" / f"{model}.jsonl", lines)
         if single:
-            paths.append(folder / "alpaca_eval" / f"{model}.json")
             write_json(
-                paths[-1],
+                folder / "alpaca_eval" / f"{model}.json",
                 [
                     {
                         "dataset": question.category,
@@ -110,7 +106,6 @@ def export(
                     for question, turns in answered
                 ],
             )
-    return paths
 
 
 def _mt_bench(question: Question, turns: Sequence[str], model: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.text.conversations import Conversation
 
-BITS_VERSION = ANSWERS_VERSION = 1
-"""Counted up when the same inputs give other bits, other answers."""
+BITS_VERSION, ANSWERS_VERSION = 2, 1
+"""Counted up when the same inputs give other bits, other answers, or another file of them."""
 
 BATCH = 64
 """Conversations that are rendered and scored at a time."""
@@ -62,13 +62,8 @@ def checkpoint_bits(
     texts = "\n".join(plan.held_out.rows)
     manifest = _manifest(plan, model, "bits", BITS_VERSION, texts)
     content = _cached(plan, manifest, lambda: _bits(plan, model, title, scorer(), progress))
-    columns = content["answers"]
-    rows = zip(*(columns[name] for name in AnswerBits._fields), strict=True)
-    answers = (AnswerBits(*row) for row in rows)
-    return CheckpointBits(
-        {(key, a.turn): a for key, a in zip(columns["key"], answers, strict=True)},
-        content["left_out"],
-    )
+    rows = ((key, AnswerBits(*fields)) for key, *fields in content["answers"])
+    return CheckpointBits({(key, bits.turn): bits for key, bits in rows}, content["left_out"])
 
 
 def checkpoint_answers(
@@ -168,20 +163,19 @@ def _bits(
     try:
         for start in range(0, len(conversations), BATCH):
             part = conversations[start : start + BATCH]
-            rendered = [r for r, _ in plan.inputs.rendered(model, part)]
-            asked = [
+            rendered = plan.inputs.rendered(model, part)
+            requests = [
                 (conversation, answer_request(conversation, rendering, tokens))
-                for conversation, rendering in zip(part, rendered, strict=True)
+                for conversation, (rendering, _) in zip(part, rendered, strict=True)
                 if rendering.responses
             ]
-            scores = scorer.score([wanted.request for _, wanted in asked])
-            for (conversation, wanted), scored in zip(asked, scores, strict=True):
+            scores = scorer.score([request.request for _, request in requests])
+            for (conversation, request), scored in zip(requests, scores, strict=True):
                 if scored.finite:
-                    counted = wanted.count(scored)
-                    answers |= {(conversation.key, answer.turn): answer for answer in counted}
+                    answers |= {(conversation.key, a.turn): a for a in request.count(scored)}
                 else:
                     non_finite.append(conversation.row)
-            progress.advance(len(part), sum(len(w.request.input_ids) for _, w in asked))
+            progress.advance(len(part), sum(len(r.request.input_ids) for _, r in requests))
     finally:
         progress.stop()
     if len(non_finite) > NON_FINITE_SHARE * len(conversations):
@@ -191,13 +185,8 @@ def _bits(
             f"{len(conversations)} conversations (rows {shown}); evaluate it in another dtype "
             "(`scoring.dtype: float32`), or check its weights"
         )
-    # As columns: a fourth of the bytes of a JSON object for each answer.
-    columns: dict[str, list[Any]] = {"key": [], **{name: [] for name in AnswerBits._fields}}
-    for (key, _), of_answer in answers.items():
-        for name, value in zip(columns, (key, *of_answer), strict=True):
-            columns[name].append(value)
     left_out = sum((c.key, turn) not in answers for c in conversations for turn in answer_turns(c))
-    return {"answers": columns, "left_out": left_out}
+    return {"answers": [[key, *bits] for (key, _), bits in answers.items()], "left_out": left_out}
 
 
 def answer_turns(conversation: Conversation) -> list[int]:

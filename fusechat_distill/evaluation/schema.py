@@ -168,7 +168,7 @@ class AnsweredQuestion(Record):
     """Of the questions' file; of held-out questions their group."""
     messages: list[ChatMessage]
     """What stands before the first answer."""
-    further: list[str]
+    later_turns: list[str]
     """The user's later turns."""
     reference: str | None
     """The dataset's own answer."""
