@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from fusechat_common.cli import Commands
 from fusechat_common.errors import RequestError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from fusechat_distill.alignment.stage import AlignSummary
     from fusechat_distill.fusion.decisions import FuseSummary
     from fusechat_distill.inputs.open import Inputs
@@ -91,7 +94,7 @@ def schema() -> None:
     """
     from fusechat_distill.recipe.reference import schema as make
 
-    click.echo(json.dumps(make(), indent=2, ensure_ascii=False))
+    _echo_json(make())
 
 
 @commands.command(short_help="Check a recipe and all that it names, without weights.")
@@ -120,11 +123,10 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
     from fusechat_distill.inputs.open import open_inputs, readable_size
 
     _quieten()
-    facts = _facts(
-        open_inputs(recipe, trust_remote_code=trust_remote_code, more_problems=run_problems)
-    )
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, more_problems=run_problems)
+    facts = _facts(inputs)
     if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        _echo_json(facts)
         return
     data = facts["dataset"]
     click.echo(
@@ -147,13 +149,11 @@ def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
     from fusechat_distill.recipe.schema import load_recipe
 
     _quieten()
-    recipe = load_recipe(path)
-    found = estimate_recipe(recipe, trust_remote_code=trust_remote_code)
+    expected = estimate_recipe(load_recipe(path), trust_remote_code=trust_remote_code)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        _echo_json(expected.as_json())
     else:
-        for line in found.lines():
-            click.echo(line)
+        click.echo("\n".join(expected.lines()))
 
 
 @commands.command(short_help="Score every conversation with the pivot and the sources.")
@@ -163,7 +163,7 @@ def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
 def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     """Score every conversation with the pivot and every source of RECIPE.
 
-    Goes on from where an earlier run stopped. On several devices or machines, start it with
+    Continues where an earlier run stopped. On several devices or machines, start it with
     `accelerate launch -m fusechat_distill score RECIPE`; the result is the same.
 
     \b
@@ -171,9 +171,7 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     """
     from fusechat_distill.scoring.stage import score_stages
 
-    def stages(inputs: Inputs) -> list[Stage]:
-        return score_stages(inputs, names or None, trust_remote_code=trust_remote_code)
-
+    stages = partial(score_stages, names=names or None, trust_remote_code=trust_remote_code)
     _run(recipe, stages, {"--model": names}, names or None, trust_remote_code=trust_remote_code)
 
 
@@ -184,17 +182,15 @@ def score(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     """Turn the sources' scores into distributions over the pivot's tokens.
 
-    Needs what `score` makes; goes on from where an earlier run stopped. `accelerate launch` shares
-    the work among processes here too.
+    Needs the scores that `score` writes; continues where an earlier run stopped. `accelerate
+    launch` shares the work among processes here too.
 
     \b
     Example: fusechat-distill align recipe.yaml
     """
     from fusechat_distill.alignment.stage import align_stages
 
-    def stages(inputs: Inputs) -> list[Stage]:
-        return align_stages(inputs, names or None)
-
+    stages = partial(align_stages, names=names or None)
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
@@ -205,18 +201,16 @@ def align(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
 def train(recipe: str, names: tuple[str, ...], trust_remote_code: bool) -> None:
     """Fuse the aligned distributions, and train a target on them for every source.
 
-    Needs what `align` makes; goes on from the last checkpoint of an earlier run. On several
+    Needs what `align` writes; continues from the last checkpoint of an earlier run. On several
     devices, start it with `accelerate launch -m fusechat_distill train RECIPE`. When all targets
-    are there, `merge.yml` is written.
+    are trained, `merge.yml` is written.
 
     \b
     Example: fusechat-distill train recipe.yaml
     """
     from fusechat_distill.chain import target_stages
 
-    def stages(inputs: Inputs) -> list[Stage]:
-        return target_stages(inputs, names or None, trust_remote_code=trust_remote_code)
-
+    stages = partial(target_stages, names=names or None, trust_remote_code=trust_remote_code)
     _run(recipe, stages, {"--source": names}, trust_remote_code=trust_remote_code)
 
 
@@ -233,9 +227,7 @@ def run(recipe: str, trust_remote_code: bool) -> None:
     """
     from fusechat_distill.chain import run_stages
 
-    def stages(inputs: Inputs) -> list[Stage]:
-        return run_stages(inputs, trust_remote_code=trust_remote_code)
-
+    stages = partial(run_stages, trust_remote_code=trust_remote_code)
     _run(recipe, stages, {}, trust_remote_code=trust_remote_code)
 
 
@@ -253,7 +245,7 @@ def status(recipe: str, as_json: bool) -> None:
 
     states = run_status(load_recipe(recipe))
     if as_json:
-        click.echo(json.dumps([_entry(s) for s in states], indent=2, ensure_ascii=False))
+        _echo_json([_entry(state) for state in states])
         return
     for state in states:
         click.echo(_line(state))
@@ -281,14 +273,9 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     content = read_report(inputs)
     paths = write_report(content, inputs.recipe.output_folder / "report")
     if as_json:
-        click.echo(json.dumps(content.as_json(), indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in tables(content):
-        console.print(table)
-    click.echo("written: " + ", ".join(map(str, paths)))
+        _echo_json(content.as_json())
+    else:
+        _print(tables(content), paths)
 
 
 @commands.command(short_help="Compare models by bits per byte of held-out answers.")
@@ -298,7 +285,7 @@ def report(recipe: str, trust_remote_code: bool, as_json: bool) -> None:
     "models",
     metavar="NAME=PATH",
     multiple=True,
-    help="A further checkpoint; the same NAME again: another training seed of it.",
+    help="Another checkpoint; the same NAME again: another training seed of it.",
 )
 @click.option(
     "--generate",
@@ -369,19 +356,27 @@ def evaluate(
     write_picture(evaluation, paths[1])
     if plan.questions is not None:
         shown = side_by_side(plan.questions, answers)
-        paths += [report / "answers.json", report / "answers.md"]
-        write_json(paths[-2], shown.as_json())
-        write_text(paths[-1], markdown(shown))
         folder = output / "answers" / plan.questions.name
+        paths += [report / "answers.json", report / "answers.md", folder]
+        write_json(report / "answers.json", shown.as_json())
+        write_text(report / "answers.md", markdown(shown))
         export(plan.questions, answers, folder)
-        paths.append(folder)
     if as_json:
-        click.echo(json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False))
-        return
+        _echo_json(evaluation.as_json())
+    else:
+        _print(tables(evaluation), paths)
+
+
+def _echo_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _print(tables: Iterable[RenderableType], paths: Iterable[Path]) -> None:
+    """Results for people, and where they were written."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in tables(evaluation):
+    for table in tables:
         console.print(table)
     click.echo("written: " + ", ".join(map(str, paths)))
 
@@ -403,8 +398,8 @@ def _run(
     from fusechat_distill.storage.processes import Processes
 
     def more_problems(inputs: Inputs) -> list[str]:
-        found = stages(inputs)
-        problems = [problem for stage in found for problem in stage.problems()]
+        chosen = stages(inputs)
+        problems = [problem for stage in chosen for problem in stage.problems()]
         for option, names in asked.items():
             known = [n for n in inputs.recipe.models if option == "--model" or n != PIVOT]
             problems += [
@@ -412,7 +407,7 @@ def _run(
                 for name in names
                 if name not in known
             ]
-        if not problems and not found and any(asked.values()):
+        if not problems and not chosen and any(asked.values()):
             strategy = inputs.recipe.fusion.strategy
             problems.append(f"--source: fusion.strategy: {strategy} has no sources; leave it out")
         return problems
@@ -505,12 +500,7 @@ def _facts(inputs: Inputs) -> dict[str, Any]:
 
 def _entry(state: StageStatus[Any]) -> dict[str, Any]:
     return {
-        "stage": state.stage,
-        "name": state.name,
-        "done": state.done,
-        "total": state.total,
-        "bytes": state.bytes,
-        "tokens_per_second": state.tokens_per_second,
+        **state.model_dump(exclude={"details", "unit"}),
         "seconds_left": _seconds_left(state),
         **state.details.model_dump(exclude_none=True),
     }
@@ -521,7 +511,6 @@ def _line(state: StageStatus[Any]) -> str:
 
     if state.total is None:
         return f"{state.stage} {state.name}: not begun"
-    parts = [f"{state.done:,} of {state.total:,} {state.unit}"]
     facts: dict[str, Callable[[Any], list[str]]] = {
         "score": _score_facts,
         "align": _align_facts,
@@ -529,12 +518,14 @@ def _line(state: StageStatus[Any]) -> str:
         "train": _train_facts,
         "merge": lambda details: [],
     }
-    parts += facts[state.stage](state.details)
-    parts.append(readable_size(state.bytes))
+    parts = [
+        f"{state.done:,} of {state.total:,} {state.unit}",
+        *facts[state.stage](state.details),
+        readable_size(state.bytes),
+    ]
     if state.tokens_per_second:
         parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
-    left = _seconds_left(state)
-    if left:
+    if left := _seconds_left(state):
         parts.append(f"about {datetime.timedelta(seconds=round(left))} left")
     return f"{state.stage} {state.name}: " + "; ".join(parts)
 
