@@ -1,4 +1,4 @@
-"""What a recipe will cost: disk, device memory and time of each stage, by formulas.
+"""What a recipe will cost: disk, device memory and time of each stage, computed by formulas.
 
 With N the parameters, A those that a token passes through, T the tokens and R those of answers:
 
@@ -85,16 +85,6 @@ class Cost:
     """Disk that is taken while the stage runs, and free again after it."""
 
 
-def aligned_bytes(top_k: int) -> float:
-    """Bytes of an aligned shard per response token, at most."""
-    return 2 + 3 * top_k
-
-
-def fused_bytes(text: Text, width: int) -> float:
-    """Bytes of a target's dataset for each conversation."""
-    return 2 * text.tokens + (4 + 4 * width) * text.response_tokens
-
-
 def estimate(
     recipe: Recipe,
     shapes: Mapping[str, Shape | None],
@@ -110,16 +100,20 @@ def estimate(
         adapter: parameters that LoRA trains, if the recipe asks for it and they are known.
         local: names of the models that need no download.
     """
-    trained = recipe.fusion.strategy == "sft"
-    models = {PIVOT: recipe.pivot} if trained else recipe.models
-    costs = [_download(name, shapes.get(name)) for name in models if name not in local]
-    if not trained:
+    baseline = recipe.fusion.strategy == "sft"
+    models = {PIVOT: recipe.pivot} if baseline else recipe.models
+    costs = [
+        Cost("download", name, _weight_bytes(shapes.get(name)), 0, 0)
+        for name in models
+        if name not in local
+    ]
+    if not baseline:
         costs += [_score(recipe, n, m, shapes.get(n), text) for n, m in models.items()]
         costs += [_align(recipe, source.title, text) for source in recipe.sources]
     targets = target_models(recipe.fusion.strategy, [s.title for s in recipe.sources])
     widths = {target: _width(recipe, len(sources)) for target, sources in targets.items()}
     for target, width in widths.items():
-        disk = fused_bytes(text, width) * text.conversations
+        disk = (2 * text.tokens + (4 + 4 * width) * text.response_tokens) * text.conversations
         costs.append(Cost("fuse", target, disk, 0, 0, None))
     pivot = shapes.get(PIVOT)
     costs += [_train(recipe, t, pivot, text, width, adapter) for t, width in widths.items()]
@@ -133,8 +127,7 @@ def total(costs: list[Cost]) -> Cost:
     """All stages in turn: what stays and the times add up, of the rest the largest counts."""
 
     def known(name: str) -> list[float]:
-        values = [getattr(cost, name) for cost in costs]
-        return [value for value in values if value is not None]
+        return [value for cost in costs if (value := getattr(cost, name)) is not None]
 
     return Cost(
         "merge",
@@ -147,12 +140,9 @@ def total(costs: list[Cost]) -> Cost:
     )
 
 
-def _download(name: str, shape: Shape | None) -> Cost:
-    return Cost("download", name, _weight_bytes(shape, shape.dtype if shape else ""), 0, 0)
-
-
-def _weight_bytes(shape: Shape | None, dtype: str) -> float | None:
-    return None if shape is None else shape.parameters * DTYPE_BYTES.get(dtype, 4)
+def _weight_bytes(shape: Shape | None, dtype: str | None = None) -> float | None:
+    """On disk, in `dtype` or in the model's own."""
+    return None if shape is None else shape.parameters * DTYPE_BYTES.get(dtype or shape.dtype, 4)
 
 
 def _score(recipe: Recipe, name: str, model: Model, shape: Shape | None, text: Text) -> Cost:
@@ -171,7 +161,7 @@ def _score(recipe: Recipe, name: str, model: Model, shape: Shape | None, text: T
 def _align(recipe: Recipe, name: str, text: Text) -> Cost:
     positions = text.response_tokens * text.conversations
     seconds = positions / ALIGN_TOKENS_PER_SECOND[recipe.alignment.positions]
-    disk = aligned_bytes(recipe.scoring.top_k) * positions
+    disk = (2 + 3 * recipe.scoring.top_k) * positions
     return Cost("align", name, disk, 0, 0, seconds / 3600)
 
 
@@ -189,25 +179,26 @@ def _train(
     width: int,
     adapter: int | None,
 ) -> Cost:
-    given = recipe.training.sft
+    settings = recipe.training.sft
     lora = recipe.training.lora is not None
     rows = text.tokens * text.conversations * (8 + 8 * width)  # Arrow, until the target is there
     if shape is None or (lora and adapter is None):
         return Cost("train", target, None, None, None, temporary_bytes=None)
-    older = given.get("gradient_checkpointing", True)  # TRL's default
-    checkpointed = given.get("activation_checkpointing", older)
+    older = settings.get("gradient_checkpointing", True)  # TRL's default
+    checkpointed = settings.get("activation_checkpointing", older)
     trained = adapter if lora and adapter is not None else shape.parameters
     per_token = (4 if lora else 6) + (2 if checkpointed else 0)
     flops = per_token * shape.active * _trained_tokens(recipe, text)
 
-    dtype = (given.get("model_init_kwargs") or {}).get("dtype", "float32")
+    dtype = (settings.get("model_init_kwargs") or {}).get("dtype", "float32")
     weights = DTYPE_BYTES.get(dtype, 4) * shape.parameters
     # Under autocast there is a bfloat16 copy of each weight that is trained.
     states = trained * (4 + 4 * moments(recipe) + 2)
-    batch = given.get("per_device_train_batch_size", 8) * recipe.max_length
+    batch = settings.get("per_device_train_batch_size", 8) * recipe.max_length
     layer = batch * (10 * shape.hidden + 5 * shape.intermediate) * 2
-    kept = batch * shape.hidden * 2 * shape.layers + layer
-    activations = kept if checkpointed else layer * shape.layers
+    # With checkpointing each layer's input is kept, and one layer is computed again at a time.
+    checkpoints = batch * shape.hidden * 2 * shape.layers + layer
+    activations = checkpoints if checkpointed else layer * shape.layers
     return Cost(
         "train",
         target,
@@ -220,11 +211,10 @@ def _train(
 
 def _trained_tokens(recipe: Recipe, text: Text) -> float:
     """Over all epochs; `max_steps` counts for one process."""
-    given = recipe.training.sft
-    steps = given.get("max_steps", -1)
+    settings = recipe.training.sft
+    steps = settings.get("max_steps", -1)
     if steps > 0:
-        rows = given.get("per_device_train_batch_size", 8)
-        rows *= given.get("gradient_accumulation_steps", 1)
-        return float(steps * rows * text.tokens)
+        batch = settings.get("per_device_train_batch_size", 8)
+        return float(steps * batch * settings.get("gradient_accumulation_steps", 1) * text.tokens)
     share = 1 - recipe.dataset.eval_fraction
-    return float(given.get("num_train_epochs", 3) * share * text.tokens * text.conversations)
+    return float(settings.get("num_train_epochs", 3) * share * text.tokens * text.conversations)

@@ -1,8 +1,9 @@
-"""What `validate --estimate` needs to know of models and dataset, as far as it can be reached."""
+"""What `validate --estimate` reads of models and dataset, as far as they can be reached."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,23 +119,25 @@ def shape(config: Any, *, trust_remote_code: bool = False) -> Shape:
     """The size of the model that a configuration describes, counted on it without its weights."""
     model = empty_model(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
-    chosen = _chosen_experts(text)
+    chosen, experts = _chosen_experts(text)
     lookup = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
+    # Every parameter that multiplies a token: no vision tower, no embedding that is only looked up
+    # (an untied head has weights of its own), of the experts the chosen ones.
     active = 0.0
     for name, parameter in model.named_parameters():
         if name.startswith(("model.vision", "vision", "model.multi_modal")):
             continue
         if parameter is lookup and head is not None and head.weight is not lookup:
             continue
-        active += parameter.numel() * (chosen[0] / chosen[1] if ".experts." in name else 1)
+        active += parameter.numel() * (chosen / experts if ".experts." in name else 1)
     width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         active=round(active),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=width * chosen[0],
+        intermediate=width * chosen,
         dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
     )
 
@@ -171,8 +174,7 @@ def _time(hours: float | None) -> str:
 def _chosen_experts(config: Any) -> tuple[int, int]:
     """Experts that each token passes through, and all of them; (1, 1) without experts."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        count = getattr(config, name, None)
-        if count:
+        if count := getattr(config, name, None):
             return getattr(config, "num_experts_per_tok", 1), count
     return 1, 1
 
@@ -219,27 +221,22 @@ def _sampled(
     recipe: Recipe, conversations: Conversations, trust_remote_code: bool
 ) -> tuple[Text, list[str]]:
     count = len(conversations)
-    rows = range(0, count, max(1, count // SAMPLED))
-    sample = [conversations[row] for row in rows]
-    renderer = _renderer(recipe, trust_remote_code)
-    if renderer is not None:
+    sample = [conversations[row] for row in range(0, count, max(1, count // SAMPLED))]
+    if (renderer := _renderer(recipe, trust_remote_code)) is not None:
         renderings = [rendering.cut_to(recipe.max_length)[0] for rendering in renderer(sample)]
         tokens = sum(len(r.input_ids) for r in renderings)
         response = sum(len(part.ends) for r in renderings for part in r.responses)
         return Text(count, tokens / len(sample), response / len(sample)), []
-    sizes = [
-        [
-            sum(len(m.content.encode()) for m in chat.messages if m.role in roles) / BYTES_PER_TOKEN
-            for roles in (("system", "user", "assistant"), ("assistant",))
-        ]
-        for chat in sample
-    ]
-    cut = [min(1.0, recipe.max_length / max(1.0, size)) for size, _ in sizes]
-    average, answered = (
-        sum(size[i] * share for size, share in zip(sizes, cut, strict=True)) / len(sample)
-        for i in (0, 1)
-    )
-    return Text(count, average, answered), [
+    total_size = answers = 0.0
+    for conversation in sample:
+        size = Counter[str]()
+        for message in conversation.messages:
+            size[message.role] += len(message.content.encode())
+        whole = (size["system"] + size["user"] + size["assistant"]) / BYTES_PER_TOKEN
+        share = min(1.0, recipe.max_length / max(1.0, whole))
+        total_size += share * whole
+        answers += share * size["assistant"] / BYTES_PER_TOKEN
+    return Text(count, total_size / len(sample), answers / len(sample)), [
         f"the pivot's tokenizer isn't here: {BYTES_PER_TOKEN} bytes a token"
     ]
 

@@ -169,7 +169,7 @@ def fuse(
         sizes = _sums(num_bytes, starts, len(sample_of))[:, None]
     else:
         sizes = np.stack([_sums(model.tokens, starts, len(sample_of)) for model in models], axis=1)
-    unit_weights = _weights(losses / np.maximum(sizes, 1), unit_present, function)
+    unit_weights = model_weights(losses / np.maximum(sizes, 1), unit_present, function)
     row_weights = unit_weights[unit_of]
     rows = _distributions(models, present[sample_of], tail, temperature, unmatched)
     ids = np.concatenate([ids for ids, _ in rows], axis=1)
@@ -204,8 +204,8 @@ def _sums(values: Array, starts: Array, total: int) -> Array:
     return sums
 
 
-def _weights(cross_entropies: Array, present: Array, function: Function) -> Array:
-    """[U, M]: the share of each model in each unit."""
+def model_weights(cross_entropies: Array, present: Array, function: Function) -> Array:
+    """[U, M]: the share of each model in each unit, by the models' cross-entropies [U, M]."""
     # A loss that overflowed or is no number never wins; where all did, the models are equal.
     finite = np.where(np.isfinite(cross_entropies), cross_entropies, np.finfo(np.float64).max)
     finite = np.where(present, finite, np.inf)

@@ -25,7 +25,7 @@ from fusechat_distill.alignment.stage import (
     join,
 )
 from fusechat_distill.fusion.decisions import Decisions
-from fusechat_distill.fusion.fuse import AlignedScores, CrossEntropy, fuse
+from fusechat_distill.fusion.fuse import CrossEntropy, model_weights
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.report.schema import (
     REASONS,
@@ -73,10 +73,9 @@ def report(inputs: Inputs) -> Report:
         nothing = "sources: is empty, so there is nothing to report on; name at least one model"
         raise RequestError([nothing], "the recipe")
     missing = {stage.name: _missing(inputs, stage) for stage in stages}
-    if all(done == 0 for done, _ in missing.values()):
-        raise RequestError(
-            [line for _, line in missing.values() if line], inputs.recipe.output_folder
-        )
+    if not any(done for done, _ in missing.values()):
+        problems = [problem for _, problem in missing.values() if problem]
+        raise RequestError(problems, inputs.recipe.output_folder)
     sources = {}
     for stage in stages:
         done, problem = missing[stage.name]
@@ -128,19 +127,17 @@ def _decisions(stage: FuseStage) -> dict[str, Any] | None:
 def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:
     """What is known of the source, and what its shards say."""
     shares: dict[str, Any] = dict(alignment_shares(stage.status().details))
-    sums = Sums(inputs.recipe.fusion.cross_entropy, stage.positions)
-    scores, source_scores = (
-        ScoreStore(inputs.scores_folder(m)) for m in (inputs.pivot, stage.source)
-    )
     vocabularies = (
         vocabulary(inputs.pivot.renderer.tokenizer),
         vocabulary(stage.source.renderer.tokenizer),
     )
+    sums = Sums(inputs.recipe.fusion.cross_entropy, stage.positions, vocabularies)
+    scores = ScoreStore(inputs.scores_folder(inputs.pivot))
+    source_scores = ScoreStore(inputs.scores_folder(stage.source))
     shards = Shards.open(stage.folder)
     for samples in shards.present():
         scored = scores.shard(samples)
-        joined = join(scored, source_scores)
-        sums.add(scored, joined, aligned_samples(shards.read(samples)), vocabularies)
+        sums.add(scored, join(scored, source_scores), aligned_samples(shards.read(samples)))
     if not sums.positions["matched"]:
         shares = dict.fromkeys(shares)
 
@@ -174,6 +171,8 @@ class Sums:
 
     cross_entropy: CrossEntropy
     mode: Positions
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    """The pivot's and the source's."""
     positions: Counter[str] = field(default_factory=Counter)
     nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     num_bytes: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
@@ -187,7 +186,6 @@ class Sums:
         scored: Sequence[ScoredSample],
         joined: Joined | None,
         aligned: Sequence[AlignedSample],
-        vocabularies: tuple[Vocabulary, Vocabulary],
     ) -> None:
         """One shard: the pivot's samples, those the source scored too, and their alignment."""
         total = sum(len(r.tokens) for sample in scored for r in sample.responses)
@@ -198,12 +196,11 @@ class Sums:
         of_both = sum(len(r.tokens) for pivot, _ in joined.samples for r in pivot.responses)
         self.positions["no_sample"] += total - of_both
         self.positions["no_answer"] += of_both - len(joined.pivot.tokens)
+        lengths = np.diff(joined.pivot.offsets).tolist()
         matches = np.concatenate(
             [
-                aligned[i].matches[start : start + size]
-                for (i, start, _), size in zip(
-                    joined.where, np.diff(joined.pivot.offsets).tolist(), strict=True
-                )
+                aligned[i].matches[start : start + length]
+                for (i, start, _), length in zip(joined.where, lengths, strict=True)
             ]
         )
         self.positions["matched"] += int((matches >= 0).sum())
@@ -213,52 +210,38 @@ class Sums:
             self.positions += unmatched(joined.pivot, joined.source, matches)
         self._add_losses(joined)
         for sample, (left, right) in zip(aligned, joined.samples, strict=True):
-            self._add_worst(sample, left, right, vocabularies)
+            self._add_worst(sample, left, right)
 
     def _add_losses(self, joined: Joined) -> None:
         _, sample = np.unique([i for i, _, _ in joined.where], return_inverse=True)
-        count = int(sample.max()) + 1
-        models, sizes = [], []
-        for side in (joined.pivot, joined.source):
-            # Responses [N] to samples [count]: nats, tokens and bytes.
-            lost = -np.add.reduceat(side.gold_logprobs.astype(np.float64), side.offsets[:-1])
-            nll, tokens, size = (
+        # Sums over each sample's responses, [samples, models]: nats, tokens and bytes.
+        sums = [
+            [
                 np.bincount(sample, of_response)
-                for of_response in (lost, np.diff(side.offsets), side.limits - side.begins)
-            )
-            sizes.append(size)
-            # One position a sample: for whole samples only the losses are compared.
-            models.append(
-                AlignedScores(
-                    ids=np.zeros((count, 1), np.int64),
-                    logprobs=np.full((count, 1), -np.inf),
-                    matched=np.ones(count, bool),
-                    nll=nll,
-                    tokens=tokens.astype(np.int64),
-                    present=np.ones(count, bool),
+                for of_response in (
+                    -np.add.reduceat(side.gold_logprobs.astype(np.float64), side.offsets[:-1]),
+                    np.diff(side.offsets),
+                    side.limits - side.begins,
                 )
-            )
-        fused = fuse(models, np.arange(count + 1), sizes[0], cross_entropy=self.cross_entropy)
-        self.won += fused.weights.sum(axis=0, dtype=np.float64)
-        self.compared += count
-        self.nll += [model.nll.sum() for model in models]
-        self.num_bytes += [size.sum() for size in sizes]
+            ]
+            for side in (joined.pivot, joined.source)
+        ]
+        nll, tokens, num_bytes = np.moveaxis(np.array(sums), 0, -1)
+        sizes = num_bytes[:, :1] if self.cross_entropy == "byte" else tokens
+        entropies = nll / np.maximum(sizes, 1)
+        present = np.ones(entropies.shape, bool)
+        self.won += model_weights(entropies, present, "min_ce").sum(axis=0)
+        self.compared += len(nll)
+        self.nll += nll.sum(axis=0)
+        self.num_bytes += num_bytes.sum(axis=0)
 
-    def _add_worst(
-        self,
-        aligned: AlignedSample,
-        pivot: ScoredSample,
-        source: ScoredSample,
-        vocabularies: tuple[Vocabulary, Vocabulary],
-    ) -> None:
+    def _add_worst(self, aligned: AlignedSample, pivot: ScoredSample, source: ScoredSample) -> None:
         # Share of the pivot's positions that match, times the share of the mass that arrives there.
         rows = np.flatnonzero(aligned.matches >= 0)
         matched = len(rows) / max(1, len(aligned.matches))
         entries = source.column("logprobs")[aligned.matches[rows]]
-        before, after = (
-            float(np.exp(logprobs, dtype=np.float64).sum())
-            for logprobs in (entries, aligned.logprobs)
-        )
+        before = float(np.exp(entries, dtype=np.float64).sum())
+        after = float(np.exp(aligned.logprobs, dtype=np.float64).sum())
         mass_kept = after / before if before else 0.0
         order = (-matched * mass_kept, -aligned.row)
         if len(self.worst) == WORST and order <= self.worst[0][:2]:
@@ -267,7 +250,7 @@ class Sums:
             row=aligned.row,
             matched=matched,
             kept=mass_kept,
-            segments=longest_segments(pivot, source, aligned, vocabularies),
+            segments=longest_segments(pivot, source, aligned, self.vocabularies),
         )
         push = heapq.heappush if len(self.worst) < WORST else heapq.heapreplace
         push(self.worst, (*order, sample))
@@ -303,21 +286,15 @@ def unmatched(pivot: Responses, source: Responses, matches: NDArray[np.integer])
     known = np.flatnonzero(ends >= 0)
     following = np.searchsorted(ends[known], wanted, side="right")
     token = known[np.minimum(following, len(known) - 1)] if len(known) else np.zeros_like(rows)
-    first = source.is_begin[token]
-    holds = first | (source.ends[token - 1] >= 0)
     # The first reason that holds.
-    reason = np.select(
-        [
-            at < 0,
-            beyond & cut[response] & ~pivot.is_end[rows],
-            same_byte | at_edge | beyond | (at < source.begins[response]),
-            holds,
-        ],
-        ["no_offset", "past_cut", "edge", "inside_token"],
-        "no_offset",
-    )
-    names, counts = np.unique(reason, return_counts=True)
-    return Counter(dict(zip(names.tolist(), counts.tolist(), strict=True)))
+    conditions = {
+        "no_offset": at < 0,
+        "past_cut": beyond & cut[response] & ~pivot.is_end[rows],
+        "edge": same_byte | at_edge | beyond | (at < source.begins[response]),
+        "inside_token": source.is_begin[token] | (source.ends[token - 1] >= 0),
+    }
+    reasons = np.select(list(conditions.values()), list(conditions), "no_offset")
+    return Counter(reasons.tolist())
 
 
 def longest_segments(
