@@ -245,10 +245,18 @@ def status(recipe: str, as_json: bool) -> None:
 
     states = run_status(load_recipe(recipe))
     if as_json:
-        _echo_json([_entry(state) for state in states])
-        return
-    for state in states:
-        click.echo(_line(state))
+        _echo_json(
+            [
+                {
+                    **state.model_dump(exclude={"details", "unit"}),
+                    "seconds_left": _seconds_left(state),
+                    **state.details.model_dump(exclude_none=True),
+                }
+                for state in states
+            ]
+        )
+    else:
+        click.echo("\n".join(map(_line, states)))
 
 
 @commands.command(short_help="Show how well the sources' distributions arrive.")
@@ -495,14 +503,6 @@ def _facts(inputs: Inputs) -> dict[str, Any]:
             }
             for name, model in inputs.models.items()
         },
-    }
-
-
-def _entry(state: StageStatus[Any]) -> dict[str, Any]:
-    return {
-        **state.model_dump(exclude={"details", "unit"}),
-        "seconds_left": _seconds_left(state),
-        **state.details.model_dump(exclude_none=True),
     }
 
 

@@ -103,11 +103,14 @@ class _Part:
     """These last bytes."""
 
     def count(self, gold: np.ndarray, sets: np.ndarray) -> AnswerBits:
+        # Log-probability of the tokens that hold the text, and of those after them.
         end = self.row + self.tokens
         text, after = gold[self.row : end].sum(), gold[end : self.row + self.total].sum()
+        # The last token runs over the end: only its beginning is text.
         if self.closing is not None:
             beyond = gold[end - 1] - sets[self.closing]
             text, after = text - beyond, after + beyond
+        # The template's text that the first token begins with is given, not predicted.
         if self.opening is not None:
             text -= sets[self.opening]
         return AnswerBits(
@@ -131,6 +134,7 @@ def _part(
     tokens = _text_tokens(response, vocabulary.lengths[ids])
     ends = response.ends
     last = tokens - 1
+    # Where the last token begins in the answer (below 0: not known), and the bytes from there.
     state = response.begin if last == 0 else int(ends[last - 1])
     rest = (response.pending if last == 0 else b"") + answer[state : response.end]
     # A normaliser that changed the text leaves tokens that don't spell it; they are taken as given.

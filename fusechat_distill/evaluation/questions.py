@@ -60,8 +60,8 @@ def held_out_questions(
         roles = [message.role for message in conversation.messages]
         at = roles.index("assistant")
         if len(questions) < count and "user" in roles[:at]:
-            asked, reference = conversation.messages[:at], conversation.messages[at].content
-            questions.append(Question(conversation.row, asked, (), group, reference))
+            messages, reference = conversation.messages[:at], conversation.messages[at].content
+            questions.append(Question(conversation.row, messages, (), group, reference))
     return Questions(HELD_OUT, tuple(questions), HELD_OUT_TOKENS)
 
 
@@ -73,7 +73,10 @@ def read_questions(path: Path, count: int | None = None) -> Questions:
     """
     try:
         text = path.read_text("utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         questions = [_question(row, i) for i, row in enumerate(rows)]
     except OSError as error:
         raise RequestError([f"can't be read ({error.strerror})"], path) from error
@@ -91,10 +94,6 @@ def read_questions(path: Path, count: int | None = None) -> Questions:
         problem = f"its answers would replace those in answers/{HELD_OUT}; give it another name"
         raise RequestError([problem], path)
     return Questions(path.stem, tuple(questions[:count]), TOKENS)
-
-
-def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _question(row: Mapping[str, Any], index: int) -> Question:

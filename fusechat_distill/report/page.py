@@ -63,16 +63,7 @@ def require_matplotlib(command: str) -> None:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write `report.json` and `report.png` to `folder`; needs matplotlib."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "report.json", folder / "report.png"]
-    write_json(paths[0], report.as_json())
-    write_page(report, paths[1])
-    return paths
-
-
-def write_page(report: Report, path: Path) -> None:
-    """Draw the report on one page, written beside `path`, then renamed."""
+    """Write `report.json` and a page with pictures, `report.png`, to `folder`; needs matplotlib."""
     from matplotlib.figure import Figure
 
     aligned = _aligned(report)
@@ -96,8 +87,12 @@ def write_page(report: Report, path: Path) -> None:
     _stacked(axes[2, 0], title, compared, "samples", ("pivot_won", "source_won"))
     edges = tuple(EdgeShares.model_fields)
     _grouped(axes[2, 1], "Edges of the answers", aligned, "edges", edges, _percent)
-    with replacing(path) as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "report.json", folder / "report.png"]
+    write_json(paths[0], report.as_json())
+    with replacing(paths[1]) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return paths
 
 
 def _aligned(report: Report) -> dict[str, AlignedSource]:
@@ -216,30 +211,26 @@ def tables(report: Report) -> list[RenderableType]:
     def line(title: str, value: Callable[[AlignedSource], str]) -> None:
         table.add_row(title, *map(value, sources.values()))
 
-    def shares(section: str, titles: Mapping[str, str]) -> None:
+    def shares(section: str, **titles: str) -> None:
         for name, title in titles.items():
-            line(title, lambda source, name=name: _percent(_share(source, section, name)))  # type: ignore[misc]
+            values = (_percent(_share(source, section, name)) for source in sources.values())
+            table.add_row(title, *values)
 
     line("samples aligned", lambda s: f"{s.aligned.done:,} of {s.aligned.total:,}")
     line("pivot's positions", lambda s: f"{s.positions.total:,}")
-    matched, *reasons = _reasons(sources)
-    shares("positions", {matched: matched} | {r: f"  not: {BARS[r][0]}" for r in reasons})
+    _, *reasons = _reasons(sources)
+    shares("positions", matched="matched", **{r: f"  not: {BARS[r][0]}" for r in reasons})
     shares(
         "edges",
-        {
-            "begins_matched": "first of an answer matched",
-            "ends_matched": "last of an answer matched",
-            "pivot_run_over": "pivot token over an answer's end",
-            "source_run_over": "source token over an answer's end",
-        },
+        begins_matched="first of an answer matched",
+        ends_matched="last of an answer matched",
+        pivot_run_over="pivot token over an answer's end",
+        source_run_over="source token over an answer's end",
     )
     table.add_section()
-    shares("mass", {"kept": "mass kept"} | {part: f"  {BARS[part][0]}" for part in MASS})
+    shares("mass", kept="mass kept", **{part: f"  {BARS[part][0]}" for part in MASS})
     table.add_section()
-    shares(
-        "gold_first",
-        {"before": "top 1 is gold, source's tokens", "after": "top 1 is gold, mapped"},
-    )
+    shares("gold_first", before="top 1 is gold, source's tokens", after="top 1 is gold, mapped")
     table.add_section()
     line("pivot, nats per byte", lambda s: _number(s.cross_entropy.pivot))
     line("source, nats per byte", lambda s: _number(s.cross_entropy.source))
