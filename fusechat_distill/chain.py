@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MergeStage:
-    """`merge.yml`, once all of the recipe's targets are there."""
+    """Writes `merge.yml` once all of the recipe's targets are trained."""
 
     stage, name = "merge", "merge.yml"
 
@@ -37,7 +37,7 @@ class MergeStage:
             text = self.path.read_text("utf-8")
             if text != self._text() and edited(text):
                 return [
-                    f"{self.path}: was changed by hand, and would be written anew; move it away, "
+                    f"{self.path}: was changed by hand and would be overwritten; move it away, "
                     "or set another `output`"
                 ]
         return []
@@ -45,7 +45,7 @@ class MergeStage:
     def status(self) -> StageStatus[Details]:
         done = self.path.exists() and self.path.read_text("utf-8") == self._text()
         targets = target_names(self.recipe)
-        # What is there without being as the recipe wants it is not done.
+        # A file that differs from what the recipe asks for doesn't count as done.
         return StageStatus(
             stage=self.stage,
             name=self.name,
@@ -90,14 +90,14 @@ def run_stages(inputs: Inputs, *, trust_remote_code: bool = False) -> list[Stage
 def target_stages(
     inputs: Inputs, names: Sequence[str] | None = None, *, trust_remote_code: bool = False
 ) -> list[Stage]:
-    """What comes after the alignment, for all targets or those made from the sources named."""
+    """The stages after the alignment, for all targets or those of the named sources."""
     trained = train_stages(inputs, names, trust_remote_code=trust_remote_code)
     merged = [MergeStage(inputs.recipe)] if inputs.recipe.fusion.strategy == "pairwise" else []
     return [*(stage.fused for stage in trained), *trained, *merged]
 
 
 def run_status(recipe: Recipe) -> list[StageStatus[Any]]:
-    """How far every stage is, from what lies in its folder; opens no model and no dataset."""
+    """How far every stage is, read from its folder; opens no model and no dataset."""
     sources = [source.title for source in recipe.sources]
     targets = target_names(recipe)
     folders: list[tuple[type[ShardedStage[Any, Any]], str, Path]] = [
@@ -122,5 +122,5 @@ def run_status(recipe: Recipe) -> list[StageStatus[Any]]:
 
 
 def run_problems(inputs: Inputs) -> list[str]:
-    """What earlier runs left that the recipe's stages can't go on with."""
+    """Results of earlier runs that the recipe's stages can't continue from."""
     return [problem for stage in run_stages(inputs) for problem in stage.problems()]

@@ -1,4 +1,4 @@
-"""The commands of `fusechat-distill`; what is heavy is imported by the command that needs it."""
+"""The commands of `fusechat-distill`; each imports the heavy packages that it needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OWN_WARNINGS = (
     r"`(is_)?gradient_checkpointing` is deprecated",
     "'pin_memory' argument is set as true but no accelerator is found",
 )
-"""What transformers and torch say about TRL's own defaults, whatever a recipe sets."""
+"""Warnings of transformers and torch about TRL's own defaults, whatever a recipe sets."""
 
 
 @click.group(cls=Commands)
@@ -78,7 +78,7 @@ def init(folder: str) -> None:
         with open(path, "x", encoding="utf-8") as file:
             file.write(commented_recipe())
     except FileExistsError:
-        problem = "is there already; name another folder, or move it away"
+        problem = "exists already; name another folder, or move it away"
         raise RequestError([problem], path) from None
     click.echo(str(path))
 
@@ -97,7 +97,7 @@ def schema() -> None:
     _echo_json(make())
 
 
-@commands.command(short_help="Check a recipe and all that it names, without weights.")
+@commands.command(short_help="Check a recipe and everything it names, without weights.")
 @recipe_argument
 @click.option(
     "--estimate",
@@ -108,7 +108,7 @@ def schema() -> None:
 @trust_option
 @json_option
 def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool) -> None:
-    """Check all that can be checked without weights, and say what RECIPE will do.
+    """Check everything that needs no weights, and say what RECIPE will do.
 
     Models' configurations, tokenizers and templates, the dataset, the disk, and what earlier runs
     left: every problem is named in one message.
@@ -411,7 +411,7 @@ def _run(
         for option, names in asked.items():
             known = [n for n in inputs.recipe.models if option == "--model" or n != PIVOT]
             problems += [
-                f"{option} {name}: is no {option[2:]} of it; there are {', '.join(known)}"
+                f"{option} {name}: not in the recipe; its {option[2:]}s are {', '.join(known)}"
                 for name in names
                 if name not in known
             ]
@@ -469,11 +469,11 @@ class Bar:
 
 
 def _quieten(first: bool = True) -> None:
-    """Keep the libraries' notes away, and their progress bars except from a terminal."""
+    """Silence the libraries' notes, and their progress bars unless stderr is a terminal."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises says as much
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors say the same
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).propagate = False  # they have a handler of their own
     for message in OWN_WARNINGS:

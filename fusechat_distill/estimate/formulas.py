@@ -1,18 +1,6 @@
 """What a recipe will cost: disk, device memory and time of each stage, computed by formulas.
 
-With N the parameters, A those that a token passes through, T the tokens and R those of answers:
-
-- score: 2·A·T FLOPs; disk R·(12 + 3·k) bytes; memory N weights and the widest layer's activations.
-- align: CPU only; disk R·(2 + 3·k) bytes at most, where every position matches.
-- fuse: CPU only; disk T·2 + R·(4 + 4·w) bytes, w = k, or k times the models for `avg_ce`.
-- train: 6·A FLOPs a token and epoch (LoRA: 4·A), with gradient checkpointing 2·A more; disk the
-  target in float32, and until it is there its checkpoints with the optimizer's state and the rows
-  uncompressed, T·(8 + 8·w); memory weights, gradients, optimizer and the copies of autocast (to be
-  divided by the devices under FSDP or ZeRO-3), and activations.
-- merge: disk N weights.
-
-A GPU hour is one of `GPU`. Attention's quadratic part, which is below a tenth at 2,048 tokens, and
-what loading takes are left out.
+docs/scaling.md ("What the estimate says") has the formulas.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How many bits a model needs for an answer's text, so that tokenizers and templates don't matter.
 
-The model predicts the answer's bytes given all that stands before them; what the template puts
+The model predicts the answer's bytes from all that stands before them; what the template puts
 around the answer is no part of it. Three things make that more than a sum over tokens:
 
 - A first token may begin with text of the template (`Assistant:` + `▁Hello`). The probability that
-  the next token begins with that text is divided out: it is given, not predicted.
+  the next token begins with that text is divided out, since that text is known.
 - A last token may run over the answer's end (`.` and the template's line breaks in one). What
   counts is the probability that the next token begins with what is left of the answer.
 - Ending the answer is a bet on the template as well: the tokens after the text, up to and including
@@ -110,7 +110,7 @@ class _Part:
         if self.closing is not None:
             beyond = gold[end - 1] - sets[self.closing]
             text, after = text - beyond, after + beyond
-        # The template's text that the first token begins with is given, not predicted.
+        # The template's text that the first token begins with is known, not predicted.
         if self.opening is not None:
             text -= sets[self.opening]
         return AnswerBits(
@@ -137,7 +137,7 @@ def _part(
     # Where the last token begins in the answer (below 0: not known), and the bytes from there.
     state = response.begin if last == 0 else int(ends[last - 1])
     rest = (response.pending if last == 0 else b"") + answer[state : response.end]
-    # A normaliser that changed the text leaves tokens that don't spell it; they are taken as given.
+    # Where a normalizer changed the text, the tokens don't spell it and are counted whole.
     begins = bool(response.pending) and vocabulary.tokens[ids[0]].startswith(response.pending)
     runs_over = ends[last] < 0 <= state and bool(rest)
     runs_over = runs_over and vocabulary.tokens[ids[last]].startswith(rest)

@@ -102,7 +102,7 @@ class EvaluationPlanner:
             problems.append(
                 f"dataset.eval_fraction: {inputs.recipe.dataset.eval_fraction:g} holds out none of "
                 f"the {len(inputs.conversations)} conversations, so that there is nothing to "
-                "evaluate on; raise it, and train anew",
+                "evaluate on; raise it, and train again",
             )
         problems += [*self._targets(inputs), *self._named_models(inputs)]
         return [*problems, *self._questions_problems()]
@@ -208,10 +208,10 @@ class EvaluationPlanner:
 
 
 def _trained_on(where: str, folder: Path, inputs: Inputs) -> list[str]:
-    """Whether a target, which says what it was made of, has seen rows that are held out here."""
+    """The problem with a target whose record says that it was trained on rows held out here."""
     try:
-        made_of = json.loads((folder / "fusechat_distill.json").read_text("utf-8"))["dataset"]
-        path, fraction = made_of["path"], float(made_of["eval_fraction"])
+        trained_on = json.loads((folder / "fusechat_distill.json").read_text("utf-8"))["dataset"]
+        path, fraction = trained_on["path"], float(trained_on["eval_fraction"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
     here = inputs.recipe.dataset
@@ -219,7 +219,7 @@ def _trained_on(where: str, folder: Path, inputs: Inputs) -> list[str]:
         return []
     return [
         f"{where}: was trained with eval_fraction {fraction:g}, so on rows of the "
-        f"{here.eval_fraction:g} that are held out here; train it anew, or lower "
+        f"{here.eval_fraction:g} that are held out here; train it again, or lower "
         "dataset.eval_fraction"
     ]
 

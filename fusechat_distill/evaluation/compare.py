@@ -1,8 +1,8 @@
 """Bits per byte of held-out answers: which models, which rows, and what is compared with what.
 
 Every model sees a conversation under its own template and tokenizer, as in scoring, and cut where
-`max_length` cuts the pivot's; `bits` says what is counted. Only answers that all models could be
-given are counted, so that all numbers are of the same text. Transformers computes them whatever
+`max_length` cuts the pivot's; `bits` says what is counted. Only answers that all models could
+score are counted, so that all numbers are of the same text. Transformers computes them whatever
 `scoring.engine` is, in the recipe's `scoring.dtype` (or the model's own `dtype`).
 """
 
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) -> Evaluation:
-    """Estimates, intervals and tests over the answers that all models were given.
+    """Estimates, intervals and tests over the answers that all models could score.
 
     Args:
         bits: of each candidate's checkpoints, by the candidate's name.
@@ -100,7 +100,7 @@ def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) 
     common = set.intersection(*(set(one.answers) for several in bits.values() for one in several))
     if not common:
         raise FusechatError(
-            "there is no held-out answer that all models could be given; leave models out, or "
+            "no held-out answer can be scored by all models; leave models out, or "
             "raise dataset.eval_fraction"
         )
     # In the rows' order, so that the same answers give the same sums.
@@ -170,7 +170,7 @@ def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) 
 
 
 def pairs_to_test(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
-    """The pairs that are tested: what was made against what it is to be better than."""
+    """The pairs that are tested: each trained model with those that it should be better than."""
     targets = [candidate.name for candidate in candidates if candidate.role == "target"]
     named = [candidate.name for candidate in candidates if candidate.role == "model"]
     baselines = [name for name in (BASELINE, f"target {BASELINE}") if name in targets + named]

@@ -1,5 +1,7 @@
-"""One checkpoint's bits for the held-out answers and its own answers, each in a file of its own,
-which later runs read instead of loading the checkpoint again."""
+"""One checkpoint's bits for the held-out answers, and its own answers to questions.
+
+Each is kept in a file, which later runs read instead of loading the checkpoint again.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ class CheckpointBits:
     answers: dict[tuple[str, int], AnswerBits]
     """By conversation (key) and turn."""
     left_out: int = 0
-    """Answers that the model could not be given."""
+    """Answers that the model could not score."""
 
 
 def checkpoint_bits(
@@ -50,11 +52,11 @@ def checkpoint_bits(
     scorer: Callable[[], TransformersScorer],
     progress: Progress,
 ) -> CheckpointBits:
-    """One checkpoint's bits, from `evaluation/` where an earlier run has left them there.
+    """One checkpoint's bits, read from `evaluation/` if an earlier run computed them.
 
     Args:
         title: of the progress bar.
-        scorer: gives the loaded model, where it is needed.
+        scorer: loads the model; called only if it is needed.
 
     Raises:
         FusechatError: its output holds NaN or Inf.
@@ -73,7 +75,7 @@ def checkpoint_answers(
     scorer: Callable[[], TransformersScorer],
     progress: Progress,
 ) -> list[list[str] | None]:
-    """One checkpoint's answers to the questions, or those that an earlier run has left.
+    """One checkpoint's answers to the questions, read if an earlier run computed them.
 
     The arguments are those of `checkpoint_bits`, the result that of `answer`.
     """
@@ -88,7 +90,7 @@ def checkpoint_answers(
 
 
 def _cached(plan: EvaluationPlan, manifest: Manifest, make: Callable[[], Any]) -> Any:
-    """What was made under this manifest, from a file of its own, or made now."""
+    """The content with this manifest, read from its file, or computed and written now."""
     path = plan.folder / f"{manifest.digest[:32]}.json"
     try:
         file = json.loads(path.read_text("utf-8"))
@@ -106,7 +108,7 @@ def _cached(plan: EvaluationPlan, manifest: Manifest, make: Callable[[], Any]) -
 def _manifest(
     plan: EvaluationPlan, model: OpenModel, kind: str, version: int, texts: str
 ) -> Manifest:
-    """What determines a checkpoint's bits or answers; `texts` is what it is given."""
+    """What determines a checkpoint's bits or answers; `texts` is its input."""
     inputs = plan.inputs
     return Manifest(
         kind,

@@ -83,9 +83,11 @@ def tables(evaluation: Evaluation) -> list[RenderableType]:
     least = min(model.left_out for model in evaluation.models.values())
     for name, model in evaluation.models.items():
         if more := model.left_out - least:
-            shown.append(Text(f"{name}: could not be given {more:,} answers; not counted for any"))
-    for name in evaluation.unfinished:
-        shown.append(Text(f"target {name}: not there yet; `fusechat-distill run RECIPE` goes on"))
+            shown.append(Text(f"{name}: could not score {more:,} answers; they count for no model"))
+    shown += [
+        Text(f"target {name}: not trained yet; `fusechat-distill run RECIPE` trains it")
+        for name in evaluation.unfinished
+    ]
     return shown
 
 

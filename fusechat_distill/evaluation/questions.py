@@ -23,7 +23,7 @@ HELD_OUT_TOKENS = 256
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked: messages up to the first user turn, then further user turns."""
+    """What a model is asked: messages up to the first user turn, then later user turns."""
 
     id: int
     messages: tuple[Message, ...]

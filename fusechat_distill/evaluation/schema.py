@@ -28,7 +28,7 @@ class EvaluatedDataset(Record):
     answers: int
     """Answers of these conversations."""
     counted: int
-    """Those that all models could be given; all numbers are over these."""
+    """Answers that all models could score; all numbers are over these."""
     bytes: int
     """UTF-8 bytes of the counted answers, as the pivot sees them."""
     column: str | None
@@ -75,7 +75,7 @@ class EvaluatedModel(Record):
     end_bits: float | None
     """Bits an answer for ending it; null where no answer has a stop."""
     left_out: int
-    """Answers that this model could not be given."""
+    """Answers that this model could not score."""
 
 
 class GroupDifference(Record):
@@ -112,7 +112,7 @@ class Pair(Record):
 
 
 class EvaluationMethod(Record):
-    """How intervals and p-values are made."""
+    """How intervals and p-values are computed."""
 
     level: float
     """Confidence level of the intervals."""

@@ -178,7 +178,7 @@ def test_a_merge_yml_that_was_edited_is_not_overwritten(whole, models):
     changed = recipe(whole.parent, models, "ties", out, merge=ties)
     (out / "merge.yml").write_text(text.replace("bfloat16", "float32"))
     said = refused("run", changed)
-    assert "merge.yml: was changed by hand, and would be written anew; move it away" in said
+    assert "merge.yml: was changed by hand and would be overwritten; move it away" in said
     assert "float32" in (out / "merge.yml").read_text()
     with pytest.raises(RequestError, match="was changed by hand"):  # while the run was going on
         MergeStage(load_recipe(changed)).run(Processes("cpu"), Silent())
@@ -279,7 +279,7 @@ def test_what_a_change_makes_stale(whole, models, sections, stages):
 
 def test_train_takes_the_targets_that_are_asked_for(whole, models, tmp_path):
     said = refused("train", whole, "--source", "nobody")
-    assert "--source nobody: is no source of it; there are neox" in said
+    assert "--source nobody: not in the recipe; its sources are neox" in said
     shown = printed("train", whole, "--source", "neox")
     assert stages(shown) == ["fuse neox", "train neox", "merge merge.yml"]
     sft = recipe(tmp_path, models, "sft", fusion={"strategy": "sft"})
@@ -452,4 +452,4 @@ def test_one_model_is_scored_where_the_others_are_not(models, whole, tmp_path):
     assert made == expected
     assert [p.name for p in load_recipe(path).scores_folder.iterdir()] == ["neox"]
     said = refused("score", path, "--model", "nex")
-    assert "--model nex: is no model of it; there are pivot, neox, twin" in said
+    assert "--model nex: not in the recipe; its models are pivot, neox, twin" in said

@@ -474,7 +474,7 @@ def test_init_writes_a_recipe_that_is_valid_and_none_over_another(tmp_path):
     load_recipe(path)
     before = path.read_bytes()
     assert refused("init", tmp_path / "new") == (
-        f"Error: {path}: is there already; name another folder, or move it away\n"
+        f"Error: {path}: exists already; name another folder, or move it away\n"
     )
     assert path.read_bytes() == before
 
@@ -482,7 +482,7 @@ def test_init_writes_a_recipe_that_is_valid_and_none_over_another(tmp_path):
 def test_only_the_model_asked_for_is_scored(recipe, tmp_path, llama):
     change(recipe, (SFT, f"sources: [{copied(llama, tmp_path / 'other')}]"))
     assert refused("score", recipe, "--model", "nobody") == (
-        f"Error: {recipe}: --model nobody: is no model of it; there are pivot, other\n"
+        f"Error: {recipe}: --model nobody: not in the recipe; its models are pivot, other\n"
     )
     printed("score", recipe, "--model", "other")
     assert [path.name for path in scores_of(recipe).parent.iterdir()] == ["other"]
@@ -496,7 +496,7 @@ def test_align_needs_scores_and_then_shows_how_much_matches(recipe, tmp_path, ll
         "pivot` first\n"
     )
     assert refused("align", recipe, "--source", "pivot") == (
-        f"Error: {recipe}: --source pivot: is no source of it; there are other\n"
+        f"Error: {recipe}: --source pivot: not in the recipe; its sources are other\n"
     )
     printed("score", recipe)
     shown = printed("align", recipe)

@@ -272,7 +272,7 @@ def test_an_unfinished_target_is_listed(recipe):
     shutil.rmtree(recipe.parent / "out" / "targets" / "neox")
     shown = printed_json("evaluate", recipe)
     assert (shown["unfinished"], shown["pairs"]) == (["neox"], [])
-    assert "target neox: not there yet" in printed("evaluate", recipe)
+    assert "target neox: not trained yet" in printed("evaluate", recipe)
 
 
 def test_a_target_that_is_not_what_the_recipe_says_is_not_evaluated(recipe):
@@ -324,9 +324,9 @@ def test_only_answers_that_all_models_can_be_given_count(recipe, models):
     left = found["models"]["short"]["left_out"]
     assert found["dataset"]["counted"] == found["dataset"]["answers"] - left
     assert 0 < left < found["dataset"]["answers"]
-    assert f"short: could not be given {left} answers; not counted for any" in shown
+    assert f"short: could not score {left} answers; they count for no model" in shown
     said = refused("evaluate", recipe, *one, *other, status=1)
-    assert "there is no held-out answer that all models could be given" in said
+    assert "no held-out answer can be scored by all models" in said
 
 
 def test_a_model_that_gives_nan_is_not_evaluated(recipe, models):
