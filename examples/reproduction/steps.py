@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -179,7 +178,7 @@ class Ladder:
         Of the pivot and the sources as well; what was measured before is read.
         """
         from fusechat_distill.evaluation.candidates import EvaluationPlanner
-        from fusechat_distill.evaluation.measure import checkpoint_bits, load_scorer
+        from fusechat_distill.evaluation.measure import CheckpointEvaluation
         from fusechat_distill.inputs.open import open_inputs
         from fusechat_distill.storage.processes import Processes
 
@@ -189,13 +188,7 @@ class Ladder:
         processes = Processes(self.scale.device)
         bits = {
             candidate.name: [
-                checkpoint_bits(
-                    plan,
-                    checkpoint,
-                    candidate.name,
-                    functools.partial(load_scorer, plan, checkpoint, processes),
-                    Silent(),
-                )
+                CheckpointEvaluation(plan, checkpoint, processes, Silent()).bits(candidate.name)
                 for checkpoint in candidate.checkpoints
             ]
             for candidate in plan.candidates

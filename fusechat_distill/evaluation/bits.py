@@ -73,12 +73,7 @@ def answer_request(
     row = 0
     for response in rendering.responses:
         answer = conversation.messages[response.turn].content.encode()
-        part = _part(response, answer, rendering, vocabulary, row, len(sets))
-        if part.opening is not None:
-            sets.append((row, vocabulary.beginning_with(response.pending)))
-        if part.closing is not None:
-            sets.append((row + part.tokens - 1, vocabulary.beginning_with(part.rest)))
-        parts.append(part)
+        parts.append(_part(response, answer, rendering, vocabulary, row, sets))
         row += len(response.ends)
     return AnswerRequest(Request(rendering.input_ids, rendering.positions(), tuple(sets)), parts)
 
@@ -99,8 +94,6 @@ class _Part:
     """The set of tokens that begin with the template's text before the answer."""
     closing: int | None
     """The set of tokens that begin with the answer's last bytes, which the last token runs over."""
-    rest: bytes
-    """These last bytes."""
 
     def count(self, gold: np.ndarray, sets: np.ndarray) -> AnswerBits:
         # Log-probability of the tokens that hold the text, and of those after them.
@@ -128,8 +121,9 @@ def _part(
     rendering: Rendering,
     vocabulary: Vocabulary,
     row: int,
-    sets: int,
+    sets: list[tuple[int, np.ndarray]],
 ) -> _Part:
+    """One answer's part of a request, to whose `sets` it adds those that it needs."""
     ids = rendering.input_ids[response.token_slice()]
     tokens = _text_tokens(response, vocabulary.lengths[ids])
     ends = response.ends
@@ -138,9 +132,13 @@ def _part(
     state = response.begin if last == 0 else int(ends[last - 1])
     rest = (response.pending if last == 0 else b"") + answer[state : response.end]
     # Where a normalizer changed the text, the tokens don't spell it and are counted whole.
-    begins = bool(response.pending) and vocabulary.tokens[ids[0]].startswith(response.pending)
-    runs_over = ends[last] < 0 <= state and bool(rest)
-    runs_over = runs_over and vocabulary.tokens[ids[last]].startswith(rest)
+    opening = closing = None
+    if response.pending and vocabulary.tokens[ids[0]].startswith(response.pending):
+        opening = len(sets)
+        sets.append((row, vocabulary.beginning_with(response.pending)))
+    if ends[last] < 0 <= state and rest and vocabulary.tokens[ids[last]].startswith(rest):
+        closing = len(sets)
+        sets.append((row + last, vocabulary.beginning_with(rest)))
     return _Part(
         turn=response.turn,
         num_bytes=(int(ends[last]) if ends[last] >= 0 else response.end) - response.begin,
@@ -148,9 +146,8 @@ def _part(
         tokens=tokens,
         total=len(ends),
         stops=response.stop != "none",
-        opening=sets if begins else None,
-        closing=sets + begins if runs_over else None,
-        rest=rest,
+        opening=opening,
+        closing=closing,
     )
 
 

@@ -8,7 +8,6 @@ score are counted, so that all numbers are of the same text. Transformers comput
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,8 @@ from fusechat_distill.evaluation.bootstrap import (
 from fusechat_distill.evaluation.candidates import Candidate, EvaluationPlan
 from fusechat_distill.evaluation.measure import (
     CheckpointBits,
+    CheckpointEvaluation,
     answer_turns,
-    checkpoint_answers,
-    checkpoint_bits,
-    load_scorer,
 )
 from fusechat_distill.evaluation.schema import (
     ALL,
@@ -68,22 +65,19 @@ def evaluate(
 ) -> tuple[Evaluation, dict[str, list[list[str] | None]]]:
     """The content of `evaluation.json`, and each model's answers to the questions.
 
-    One checkpoint after the other is loaded, and only where an earlier run has not measured it.
+    One checkpoint after the other is loaded, and only if an earlier run did not evaluate it.
     """
     bits: dict[str, list[CheckpointBits]] = {}
     answers: dict[str, list[list[str] | None]] = {}
     for candidate in plan.candidates:
-        bits[candidate.name] = []
-        count = len(candidate.checkpoints)
-        for i, checkpoint in enumerate(candidate.checkpoints):
-            scorer = functools.cache(functools.partial(load_scorer, plan, checkpoint, processes))
-            title = f"evaluate {candidate.name}" + (f" ({i + 1} of {count} seeds)" * (count > 1))
-            bits[candidate.name].append(checkpoint_bits(plan, checkpoint, title, scorer, progress))
+        name, count = candidate.name, len(candidate.checkpoints)
+        bits[name] = []
+        for i, model in enumerate(candidate.checkpoints):
+            checkpoint = CheckpointEvaluation(plan, model, processes, progress)
+            seed = f" ({i + 1} of {count} seeds)" if count > 1 else ""
+            bits[name].append(checkpoint.bits(f"evaluate {name}{seed}"))
             if i == 0 and plan.questions is not None:
-                title = f"answers of {candidate.name}"
-                answers[candidate.name] = checkpoint_answers(
-                    plan, checkpoint, title, scorer, progress
-                )
+                answers[name] = checkpoint.answers(f"answers of {name}")
     return summary(plan, bits), answers
 
 

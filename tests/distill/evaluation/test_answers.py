@@ -201,7 +201,7 @@ def test_no_held_out_question_is_said_before_any_weights_are_read(recipe, tmp_pa
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     monkeypatch.setattr(
-        "fusechat_distill.evaluation.compare.load_scorer",
+        "fusechat_distill.evaluation.measure.load_scorer",
         lambda *a: pytest.fail("weights were read"),
     )
     said = refused("evaluate", path, "--generate", 2)

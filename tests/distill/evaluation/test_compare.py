@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusechat_distill.evaluation import compare
+from fusechat_distill.evaluation import measure
 from fusechat_distill.evaluation.bootstrap import Losses, bootstrap, holm
 from fusechat_distill.evaluation.candidates import Candidate
 from fusechat_distill.evaluation.compare import pairs_to_test
@@ -219,9 +219,9 @@ def test_the_pairs_that_matter():
 
 def test_what_was_measured_is_kept_and_what_changed_is_measured_again(recipe, models, monkeypatch):
     loaded: list[str] = []
-    load = compare.load_scorer
+    load = measure.load_scorer
     monkeypatch.setattr(
-        compare,
+        measure,
         "load_scorer",
         lambda what, model, processes: loaded.append(model.name) or load(what, model, processes),
     )
@@ -385,7 +385,7 @@ def test_every_problem_is_named_before_any_weights_are_read(recipe, models, monk
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *a, **k: asked.append(a))
     monkeypatch.setattr(
-        "fusechat_distill.evaluation.compare.load_scorer",
+        "fusechat_distill.evaluation.measure.load_scorer",
         lambda *a: pytest.fail("weights were read"),
     )
     options = [
