@@ -25,23 +25,17 @@ if TYPE_CHECKING:
     from fusechat_distill.trainer.trainer import FusionConfig as FusionConfig
     from fusechat_distill.trainer.trainer import FusionTrainer as FusionTrainer
 
-_HOME = {
-    "DataCollatorForFusion": "fusechat_distill.trainer.trainer",
-    "FusionConfig": "fusechat_distill.trainer.trainer",
-    "FusionTrainer": "fusechat_distill.trainer.trainer",
-    "PairCounts": "fusechat_distill.alignment.vocabularies",
-    "RequestError": "fusechat_common.errors",
-    "ScoreStore": "fusechat_distill.storage.shards",
-    "Shards": "fusechat_distill.storage.shards",
-    "VocabularyMap": "fusechat_distill.alignment.vocabularies",
-    "aligned_samples": "fusechat_distill.alignment.stage",
-    "first_tokens": "fusechat_distill.text.tokens",
-    "load_recipe": "fusechat_distill.recipe.schema",
-    "match_positions": "fusechat_distill.alignment.positions",
-    "token_bytes": "fusechat_distill.text.tokens",
-    "tokenize": "fusechat_distill.text.tokens",
-    "vocabulary": "fusechat_distill.text.tokens",
+_NAMES = {
+    "fusechat_common.errors": ("RequestError",),
+    "fusechat_distill.alignment.positions": ("match_positions",),
+    "fusechat_distill.alignment.stage": ("aligned_samples",),
+    "fusechat_distill.alignment.vocabularies": ("PairCounts", "VocabularyMap"),
+    "fusechat_distill.recipe.schema": ("load_recipe",),
+    "fusechat_distill.storage.shards": ("ScoreStore", "Shards"),
+    "fusechat_distill.text.tokens": ("first_tokens", "token_bytes", "tokenize", "vocabulary"),
+    "fusechat_distill.trainer.trainer": ("DataCollatorForFusion", "FusionConfig", "FusionTrainer"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 

@@ -99,18 +99,12 @@ def bootstrap(
     for a, b in pairs:
         paired = models[a].seeds == models[b].seeds > 1
         change = values[a] / values[b]
-        absolute = _Spread(
-            values[a] - values[b],
-            ratios[a] - ratios[b],
-            n,
-            _seeds_of(models[a], models[b], 1.0, paired=paired),
-        )
-        relative = _Spread(
-            change - 1,
-            ratios[a] / ratios[b] - 1,
-            n,
-            _seeds_of(models[a], models[b], change, paired=paired).over(values[b]),
-        )
+        seeds = _seeds_of([(models[a], 1.0), (models[b], -1.0)], paired=paired)
+        absolute = _Spread(values[a] - values[b], ratios[a] - ratios[b], n, seeds)
+        # To first order, r_a / r_b varies as (r_a - change · r_b) / r_b does.
+        weights = [(models[a], 1 / values[b]), (models[b], -change / values[b])]
+        seeds = _seeds_of(weights, paired=paired)
+        relative = _Spread(change - 1, ratios[a] / ratios[b] - 1, n, seeds)
         differences[a, b] = Difference(
             absolute.interval(level),
             relative.interval(level),
@@ -154,9 +148,6 @@ class _SeedPart:
     freedom: float = 1.0
     """Degrees of freedom of `variance`."""
 
-    def over(self, unit: float) -> _SeedPart:
-        return _SeedPart(self.variance / unit**2, self.interaction / unit**2, self.freedom)
-
     def plus(self, other: _SeedPart) -> _SeedPart:
         """Of two models with seeds of their own; the degrees of freedom are Welch's."""
         parts = [part for part in (self, other) if part.variance]
@@ -169,14 +160,16 @@ class _SeedPart:
         )
 
 
-def _seeds_of(a: Losses, b: Losses, change: float, *, paired: bool) -> _SeedPart:
-    """The seeds' part of r_a - change · r_b."""
+def _seeds_of(terms: Sequence[tuple[Losses, float]], *, paired: bool) -> _SeedPart:
+    """The seeds' part of a weighted sum of two models' bits per byte."""
     if paired:
-        return _seed_part([(a, 1.0), (b, -change)])
-    return _seed_part([(a, 1.0)]).plus(_seed_part([(b, -change)]))
+        return _seed_part(terms)
+    first, second = (_seed_part([term]) for term in terms)
+    return first.plus(second)
 
 
 def _seed_part(terms: Sequence[tuple[Losses, float]]) -> _SeedPart:
+    """The same where seed i of all models belongs together."""
     seeds, n = terms[0][0].bits.shape
     if seeds == 1 or n < 2:
         return _SeedPart()

@@ -1,13 +1,6 @@
 """Models' answers side by side, and in the formats that two judges read.
 
-`answers/<questions>/` gets what these judges read (their judges themselves were not run):
-
-- FastChat's MT-Bench: a folder for `fastchat/llm_judge/data/`, with `question.jsonl` (a line each:
-  `question_id`, `category`, `turns`) and `model_answer/<model>.jsonl` (`question_id`, `answer_id`,
-  `model_id`, `choices`: `index` and `turns`, `tstamp`); the folder's name is the `--bench-name`.
-  FastChat itself samples in some categories, greedy answers are another choice.
-- AlpacaEval 2.0, where a question has one turn: `alpaca_eval/<model>.json`, a list of
-  `dataset`, `instruction`, `output`, `generator`, for `alpaca_eval --model_outputs`.
+docs/distilling.md ("Is it better?") says what the files hold.
 """
 
 from __future__ import annotations

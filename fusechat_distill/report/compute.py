@@ -118,10 +118,9 @@ def _decisions(stage: FuseStage) -> dict[str, Any] | None:
     if not stage.models or stage.problems() or not stage.status().complete:
         return None
     try:
-        decisions = Decisions.read(stage.folder)
+        return Decisions.read(stage.folder).model_dump(exclude_none=True)
     except FileNotFoundError:
         return None
-    return decisions.model_dump(exclude_none=True)
 
 
 def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:
