@@ -116,13 +116,19 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
     \b
     Example: fusechat-distill validate recipe.yaml --estimate
     """
-    if estimate:
-        _estimate(recipe, trust_remote_code, as_json)
-        return
     from fusechat_distill.chain import run_problems
+    from fusechat_distill.estimate.measure import estimate_recipe
     from fusechat_distill.inputs.open import open_inputs, readable_size
+    from fusechat_distill.recipe.schema import load_recipe
 
     _quieten()
+    if estimate:
+        expected = estimate_recipe(load_recipe(recipe), trust_remote_code=trust_remote_code)
+        if as_json:
+            _echo_json(expected.as_json())
+        else:
+            click.echo("\n".join(expected.lines()))
+        return
     inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, more_problems=run_problems)
     facts = _facts(inputs)
     if as_json:
@@ -142,18 +148,6 @@ def validate(recipe: str, estimate: bool, trust_remote_code: bool, as_json: bool
             f"{name}: {model['model']} ({model['type']}, {model['tokens']:,} tokens), about "
             f"{readable_size(model['expected_bytes'])} of scores"
         )
-
-
-def _estimate(path: str, trust_remote_code: bool, as_json: bool) -> None:
-    from fusechat_distill.estimate.measure import estimate_recipe
-    from fusechat_distill.recipe.schema import load_recipe
-
-    _quieten()
-    expected = estimate_recipe(load_recipe(path), trust_remote_code=trust_remote_code)
-    if as_json:
-        _echo_json(expected.as_json())
-    else:
-        click.echo("\n".join(expected.lines()))
 
 
 @commands.command(short_help="Score every conversation with the pivot and the sources.")
