@@ -184,7 +184,6 @@ def test_a_method_that_nothing_writes_is_not_taken_for_another(family):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"parameters": {"granularity": "matrices"}}, [], "granularity"),
         ({}, ["--memory", "1MiB"], "--memory: at least 5MiB is needed"),
         ({"merge_method": "vram"}, [], "did you mean 'varm'?"),
         (
@@ -198,6 +197,11 @@ def test_what_cannot_be_analyzed(tmp_path, family, changes, options, message):
     result = analyzed(tmp_path, weighted(family, granularity="matrix") | changes, *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_plan_with_problems_is_not_analyzed(family):
+    with pytest.raises(RequestError, match="granularity"):
+        analyze(plan(weighted(family, granularity="matrices")))
 
 
 @pytest.mark.parametrize(
