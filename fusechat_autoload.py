@@ -1,4 +1,4 @@
-"""What PyTorch calls at the end of `import torch`: nothing may escape from here.
+"""What PyTorch calls at the end of `import torch`: no exception may leave this module.
 
 An editable install copies this file beside torch (see setup.py): the entry point has to stay
 importable when the folder that was installed is gone.

@@ -1,7 +1,7 @@
 """Make mergekit know our methods: a hook that costs nothing until mergekit is imported.
 
 `import fusechat_merge` calls `install`, also at the end of `import torch` (`fusechat_autoload`).
-Standard library only, and nothing may escape from here: it would end every `import torch`.
+Standard library only, and no exception may leave this module: it would break `import torch`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def install() -> None:
             if spec is None:
                 continue
             if getattr(spec, "_initializing", False):
-                # Its own `import torch` has brought us here.
+                # We are inside its own `import torch`.
                 spec.__class__ = _WatchedSpec
             else:
                 _extend(name)
@@ -69,13 +69,13 @@ class _WatchedSpec(ModuleSpec):
 
 def _extend(name: str) -> None:
     if name not in _AFTER:
-        return  # what failed once has been reported
+        return  # an earlier failure has been reported
     try:
         from importlib import import_module
 
         plugin = import_module(_PLUGIN)
-        # The plugin's own first import of mergekit brings us here before its functions exist: they
-        # are called when it has run.
+        # While the plugin itself is being imported (it imports mergekit) its functions don't exist
+        # yet: they are called when it has run.
         extend = getattr(plugin, _AFTER[name], None)
         if extend is not None:
             extend()
