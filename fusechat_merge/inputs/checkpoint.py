@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint lies, found out from headers alone, trusting none of them."""
+"""Where every tensor of a checkpoint lies: read from headers alone, none of which is trusted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ _FIRST_READ = 1 << 16
 
 
 class CheckpointError(RequestError):
-    """What is wrong with a checkpoint, everything that was found."""
+    """Everything that is wrong with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Location:
         file: name within the checkpoint's folder, or an adapter's path.
         offset: of its first byte, counted from the start of the file.
         nbytes: its bytes.
-        dtype: safetensors' name, such as ``BF16``.
+        dtype: safetensors' name, such as `BF16`.
         shape: as stored.
     """
 
@@ -139,10 +140,10 @@ class Folder:
         return {entry.name for entry in os.scandir(self._path) if entry.is_file()}
 
     def stat(self, name: str) -> tuple[int, int | None]:
-        found = os.stat(self._path / name)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(self._path / name)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{name} is not a regular file")
-        return found.st_size, found.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         with open(self._path / name, "rb") as file:
@@ -153,7 +154,7 @@ class HubRepository:
     """A model on the Hugging Face hub, read by byte ranges; files in the cache are read there.
 
     Args:
-        repository: ``owner/name``.
+        repository: `owner/name`.
         revision: branch, tag or commit; None for the main branch.
         cache_dir: the hub cache; None for the user's own.
 
@@ -215,53 +216,40 @@ class HubRepository:
 
 
 def download_model(
-    repository: str, revision: str | None = None, cache_dir: str | None = None
+    repository: str,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    cached_only: bool = False,
 ) -> Folder:
     """Fetch a model from the hub, or find it in the cache: weights, tokenizer, chat template.
+
+    Args:
+        repository: `owner/name`.
+        revision: branch, tag or commit; None for the main branch.
+        cache_dir: the hub cache; None for the user's own.
+        cached_only: take what the cache holds, without asking the hub.
 
     Raises:
         CheckpointError: no such model, or no way to reach it.
     """
+    import huggingface_hub
+
     try:
-        return _snapshot(repository, revision, cache_dir)
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=cached_only,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.py",
+                            "*.tiktoken", "LICENSE*", "NOTICE*"],
+            ignore_patterns=["*/*.safetensors"],
+        )  # fmt: skip
     except Exception as error:  # the client's errors have no common base
         at = f"{repository}@{revision}" if revision else repository
         raise CheckpointError(
             [f"{at}: no folder of this name, and can't be fetched from the hub ({one_line(error)})"]
         ) from error
-
-
-def cached_model(
-    repository: str, revision: str | None = None, cache_dir: str | None = None
-) -> Folder | None:
-    """What the cache holds of a model, without asking the hub."""
-    try:
-        return _snapshot(repository, revision, cache_dir, local_files_only=True)
-    except Exception:  # the client's errors have no common base
-        return None
-
-
-def _snapshot(
-    repository: str,
-    revision: str | None,
-    cache_dir: str | None,
-    local_files_only: bool = False,
-) -> Folder:
-    import huggingface_hub
-
-    return Folder(
-        Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model",
-                                "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"],
-                ignore_patterns=["*/*.safetensors"],
-            )
-        )
-    )  # fmt: skip
+    return Folder(Path(folder))
 
 
 def read_checkpoint(store: Store, name: str) -> Checkpoint:
@@ -311,55 +299,38 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     return Checkpoint(name, store.folder, tensors, files, unlisted)
 
 
-def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> dict[str, Location]:
-    """The tensors of one safetensors file, in the order of their bytes.
-
-    Args:
-        read: (offset, length) -> that part of the file.
-        size: of the whole file, bytes.
-        where: what messages begin with.
-
-    Returns:
-        Locations by name; their ``file`` is empty.
-
-    Raises:
-        CheckpointError: anything that the format forbids, or that does not fit the file's size.
-    """
-    return _locate(json_header(read, size, where), where)
-
-
-def json_header(
+def _json_header(
     read: Callable[[int, int], bytes], size: int, where: str
 ) -> tuple[dict[str, Any], bytes, int]:
     """A safetensors header as JSON, its bytes, and the length of the data that follow it."""
+
+    def broken(problem: str) -> CheckpointError:
+        return CheckpointError([f"{where}: {problem}"])
+
     start = read(0, min(size, _FIRST_READ))
     if len(start) < 8:
-        raise CheckpointError([f"{where}: {size} bytes is too short for a safetensors file"])
+        raise broken(f"{size} bytes is too short for a safetensors file")
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            [f"{where}: is Git LFS's pointer to the file, not the file: git lfs pull fetches it"]
-        )
+        raise broken("is Git LFS's pointer to the file, not the file: git lfs pull fetches it")
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER:
-        raise CheckpointError(
-            [f"{where}: a header of {length} bytes can't be: damaged, or no safetensors file"]
-        )
+        raise broken(f"a header of {length} bytes can't be: damaged, or no safetensors file")
     if 8 + length > size:
-        raise CheckpointError(
-            [f"{where}: truncated, the header alone takes {8 + length} of its {size} bytes"]
-        )
+        raise broken(f"truncated, the header alone takes {8 + length} of its {size} bytes")
     raw = start[8 : 8 + length]
     if len(raw) < length:
         raw += read(8 + len(raw), length - len(raw))
     if len(raw) < length:
-        raise CheckpointError([f"{where}: could only read {len(raw)} of {length} header bytes"])
+        raise broken(f"could only read {len(raw)} of {length} header bytes")
     return _json_object(raw, where), raw, size - 8 - length
 
 
-def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, Location]:
+def _locate(
+    header: tuple[dict[str, Any], bytes, int], where: str, file: str
+) -> dict[str, Location]:
     entries, raw, data_length = header
     problems: list[str] = []
-    found: list[tuple[int, int, str, str, tuple[int, ...]]] = []
+    spans: list[tuple[int, int, str, str, tuple[int, ...]]] = []
     for name, entry in entries.items():
         if name == "__metadata__":
             if entry is not None and not (
@@ -372,11 +343,12 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
             problems.append(f"{where}: {problem}")
         else:
             begin, end = entry["data_offsets"]
-            found.append((begin, end, name, entry["dtype"], tuple(entry["shape"])))
+            spans.append((begin, end, name, entry["dtype"], tuple(entry["shape"])))
     if not problems:
-        found.sort()
+        # Together the tensors have to cover the data, without a gap or an overlap.
+        spans.sort()
         position = 0
-        for begin, end, name, _, _ in found:
+        for begin, end, name, _, _ in spans:
             if begin != position:
                 what = "overlap the tensor before" if begin < position else "leave a hole before"
                 problems.append(
@@ -391,11 +363,11 @@ def _locate(header: tuple[dict[str, Any], bytes, int], where: str) -> dict[str, 
                     f"{where}: {data_length - position} bytes after the last tensor belong to none"
                 )
     if problems:
-        raise CheckpointError(problems[:20] + _more(problems))
+        raise CheckpointError(_first_of(problems))
     first = 8 + len(raw)
     return {
-        name: Location("", first + begin, end - begin, dtype, shape)
-        for begin, end, name, dtype, shape in found
+        name: Location(file, first + begin, end - begin, dtype, shape)
+        for begin, end, name, dtype, shape in spans
     }
 
 
@@ -417,7 +389,7 @@ def _entry_problem(name: str, entry: Any, data_length: int) -> str | None:
     if end > data_length:
         return f"{name!r} ends at byte {end} of {data_length}: truncated"
     bits = 0 if 0 in shape else ITEM_BITS[dtype]
-    for size in shape if bits else ():
+    for size in shape if bits else ():  # stops early: a damaged shape may be very long
         bits *= size
         if bits > 8 * data_length:
             break
@@ -431,25 +403,23 @@ def _entry_problem(name: str, entry: Any, data_length: int) -> str | None:
 def read_weights_file(
     store: Store, file: str, where: str
 ) -> tuple[dict[str, Location], WeightsFile]:
-    """The tensors of one safetensors file, and the file as it is.
+    """The tensors of one safetensors file in the order of their bytes, and the file as it is.
 
     Raises:
-        CheckpointError: it can't be read, or isn't as the format demands.
+        CheckpointError: it can't be read, its header has anything that the format forbids, or the
+            header does not fit the file's size.
     """
     try:
         size, modified = store.stat(file)
-        header = json_header(lambda offset, length: store.read(file, offset, length), size, where)
+        header = _json_header(partial(store.read, file), size, where)
     except OSError as error:
         raise CheckpointError([f"{where}: can't be read ({one_line(error)})"]) from error
-    located = {
-        name: Location(file, at.offset, at.nbytes, at.dtype, at.shape)
-        for name, at in _locate(header, where).items()
-    }
-    return located, WeightsFile(size, modified, hashlib.sha256(header[1]).hexdigest())
+    digest = hashlib.sha256(header[1]).hexdigest()
+    return _locate(header, where, file), WeightsFile(size, modified, digest)
 
 
 def read_settings(store: Store, file: str, name: str) -> Any:
-    """A model's ``config.json`` or an adapter's, whose text any JSON parser may have written.
+    """A model's `config.json` or an adapter's, whose text any JSON parser may have written.
 
     Raises:
         CheckpointError: it can't be read.
@@ -489,7 +459,7 @@ def _read_index(store: Store, name: str) -> dict[str, str]:
         elif not listed.endswith(".safetensors"):
             problems.append(f"{where}: lists {listed!r:.200}, not a safetensors file; {CONVERT}")
     if problems:
-        raise CheckpointError(problems[:20] + _more(problems))
+        raise CheckpointError(_first_of(problems))
     return weight_map
 
 
@@ -556,5 +526,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _more(problems: list[str]) -> list[str]:
-    return [f"… and {len(problems) - 20} more of this kind"] if len(problems) > 20 else []
+def _first_of(problems: list[str]) -> list[str]:
+    more = len(problems) - 20
+    return [*problems[:20], f"… and {more} more of this kind"] if more > 0 else problems

@@ -49,7 +49,7 @@ class Factors:
         self._scale = low_rank.scale
 
     def add_to(self, flat: Tensor, start: int) -> None:
-        """Add the update's elements from number ``start`` on to ``flat`` [n], float32, in place."""
+        """Add the update's elements from number `start` on to `flat` [n], float32, in place."""
         columns = self._right.shape[1]
         tile = max(1, TILE // columns)
         end = start + flat.numel()
@@ -112,13 +112,8 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
     if problems:
         raise CheckpointError(problems)
     folder = checkpoint.folder if store.folder is not None else None
-    return replace(
-        checkpoint,
-        folder=folder,
-        tensors=tensors,
-        files=checkpoint.files | {path: file},
-        low_rank=low_rank,
-    )
+    files = checkpoint.files | {path: file}
+    return replace(checkpoint, folder=folder, tensors=tensors, files=files, low_rank=low_rank)
 
 
 def _unsupported(config: Any, name: str) -> list[str]:

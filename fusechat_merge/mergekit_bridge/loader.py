@@ -37,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class CheckpointLoader:
-    """Stands in for mergekit's ``LazyTensorLoader``: maps no file, keeps no shard open.
+    """Stands in for mergekit's `LazyTensorLoader`: maps no file, keeps no shard open.
 
     Args:
         checkpoint: with its folder, unless only the index is asked for.
@@ -57,7 +57,7 @@ class CheckpointLoader:
         )
 
     def get_tensor(self, key: str, device: str = "cpu") -> Tensor:
-        """The tensor, read anew unless ``read_ahead`` has it."""
+        """The tensor, read anew unless `read_ahead` has it."""
         tensor = self._ahead.pop(key, None)
         return (self._read(key) if tensor is None else tensor).to(device)
 
@@ -93,7 +93,7 @@ class CheckpointLoader:
 def loading(
     models: Mapping[ModelReference, Checkpoint], options: MergeOptions
 ) -> Iterator[dict[ModelReference, CheckpointLoader]]:
-    """Let mergekit find and load these models' tensors through ``CheckpointLoader``."""
+    """Let mergekit find and load these models' tensors through `CheckpointLoader`."""
     before = LoaderCache.loaders
     loaders = {reference: CheckpointLoader(checkpoint) for reference, checkpoint in models.items()}
     LoaderCache.loaders = loaders

@@ -1,11 +1,14 @@
-"""``varm`` and ``fusechat_sce`` as mergekit's merge methods: parameters, and one tensor at a time.
+"""`varm` and `fusechat_sce` as mergekit's merge methods: parameters, and one tensor at a time.
 
 mergekit may be half imported when this is: only its submodules are imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -47,7 +50,7 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidato
 
 
 class VarmMethod(GroupMergeMethod):
-    """``merge_method: varm``; a unit is what the call (or the plan) holds of it."""
+    """`merge_method: varm`; a unit is what the call (or the plan) holds of it."""
 
     spec = MergeMethodSpec(
         name="varm",
@@ -110,12 +113,12 @@ class VarmMethod(GroupMergeMethod):
         """The parameters and, where a granularity spans tensors, the statistics of the unit."""
         names = [entry.metadata.name for entry in groups]
         units = [
-            None if name is None else shared_unit(name, given)
-            for name, given in zip(names, parameters, strict=True)
+            None if name is None else shared_unit(name, of_tensor)
+            for name, of_tensor in zip(names, parameters, strict=True)
         ]
         named = [i for i, name in enumerate(names) if name is not None]
         members = members_of((unit for unit in units if unit), [names[i] or "" for i in named])
-        found = {
+        statistics = {
             unit: unit_statistics(
                 (align_dtype(groups[named[i]], input_dtypes[named[i]]) for i in positions),
                 unit.statistic,
@@ -123,8 +126,8 @@ class VarmMethod(GroupMergeMethod):
             for unit, positions in members.items()
         }
         return [
-            {**given, "unit_statistics": found[unit]} if unit else given
-            for unit, given in zip(units, parameters, strict=True)
+            {**of_tensor, "unit_statistics": statistics[unit]} if unit else of_tensor
+            for unit, of_tensor in zip(units, parameters, strict=True)
         ]
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
@@ -140,16 +143,16 @@ class VarmMethod(GroupMergeMethod):
             if parameters["granularity"] == "element":
                 varm.write_elements(passes, prior, statistic, lam)
             else:
-                found: Statistics | None = parameters.get("unit_statistics")
-                if found is None:
-                    found = unit_statistics([group], statistic)
-                shares = [found.get(entry.id, 0.0) for entry in group.non_base]
-                varm.write(passes, varm.weights(shares, prior), lam)
+                of_unit: Statistics | None = parameters.get("unit_statistics")
+                if of_unit is None:
+                    of_unit = unit_statistics([group], statistic)
+                sums = [of_unit.get(entry.id, 0.0) for entry in group.non_base]
+                varm.write(passes, varm.weights(sums, prior), lam)
         return passes.output
 
 
 class SceMethod(GroupMergeMethod):
-    """``merge_method: fusechat_sce``."""
+    """`merge_method: fusechat_sce`."""
 
     spec = MergeMethodSpec(
         name="fusechat_sce",
@@ -191,13 +194,13 @@ METHODS = (VarmMethod(), SceMethod())
 
 def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics:
     """Σ over the groups of Σ δ_j² (or Σ |δ_j|), by target."""
-    rows: dict[Hashable, list[list[float]]] = {}
+    sums: dict[Hashable, list[float]] = defaultdict(list)
     for group in groups:
         with _naming(group):
-            found = varm.statistics(_passes(group), statistic)
-        for entry, value in zip(group.non_base, found, strict=True):
-            rows.setdefault(entry.id, []).append([value])
-    return {target: varm.total(values, 1)[0] for target, values in rows.items()}
+            of_tensor = varm.statistics(_passes(group), statistic)
+        for entry, value in zip(group.non_base, of_tensor, strict=True):
+            sums[entry.id].append(value)
+    return {target: math.fsum(values) for target, values in sums.items()}
 
 
 def _base_of(group: TensorGroup) -> TensorEntry:
@@ -210,20 +213,14 @@ def _passes(group: TensorGroup) -> InMemory:
     return InMemory(_base_of(group).tensor, [entry.tensor for entry in group.non_base])
 
 
-class _naming:  # noqa: N801
+@contextmanager
+def _naming(group: TensorGroup) -> Iterator[None]:
     """Say which model's tensor holds NaN or Inf."""
-
-    def __init__(self, group: TensorGroup) -> None:
-        self._group = group
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NonFiniteError):
-            group = self._group
-            at = _base_of(group) if error.target is None else group.non_base[error.target]
-            raise FusechatError(non_finite(at.id, group.metadata.name)) from None
+    try:
+        yield
+    except NonFiniteError as error:
+        at = _base_of(group) if error.target is None else group.non_base[error.target]
+        raise FusechatError(non_finite(at.id, group.metadata.name)) from None
 
 
 def non_finite(model: Hashable, name: str | None) -> str:

@@ -23,7 +23,7 @@ def parameter_problems(config: Any) -> list[str]:
     """Everything wrong with a configuration's parameters, each with its remedy.
 
     Args:
-        config: mergekit's ``MergeConfiguration`` or ``RawPyTorchMergeConfig``; one of another
+        config: mergekit's `MergeConfiguration` or `RawPyTorchMergeConfig`; one of another
             method has no problems here.
     """
     method = config.merge_method
@@ -92,16 +92,16 @@ def _value_problem(parameter: ParameterSpec, value: Any) -> str | None:
     try:
         parameter.validate(value)
     except ValidationError as error:
-        found = error.errors()[0]
-        if found["type"] == "literal_error":
+        detail = error.errors()[0]
+        if detail["type"] == "literal_error":
             values = get_args(parameter.value_type)
             return (
                 f"{value!r} is unknown{nearest(str(value), values)}; use one of {', '.join(values)}"
             )
-        if found["type"] == "greater_than_equal":
-            return f"{value!r} is below {found['ctx']['ge']:g}"
-        if found["type"] == "less_than_equal":
-            return f"{value!r} is above {found['ctx']['le']:g}"
+        if detail["type"] == "greater_than_equal":
+            return f"{value!r} is below {detail['ctx']['ge']:g}"
+        if detail["type"] == "less_than_equal":
+            return f"{value!r} is above {detail['ctx']['le']:g}"
         return f"{value!r} is not a finite number"
     return None
 
@@ -117,33 +117,24 @@ def _values(setting: Any) -> Iterator[Any]:
         yield setting
 
 
-def _places(config: Any) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
-    """(where, settings, owner) of every ``parameters``; owner is all, model or base."""
-    base = config.base_model
+def pieces_of(config: Any) -> dict[str, Any]:
+    """The configuration and its modules, each by what a place in it begins with."""
     modules: Mapping[str, Any] = getattr(config, "modules", None) or {}
-    yield "parameters", config.parameters, "all"
-    yield from _model_places("", config.models, base)
-    yield from _slice_places("", getattr(config, "slices", None), base)
-    for name, module in modules.items():
-        yield f"modules.{name}.parameters", module.parameters, "all"
-        yield from _model_places(f"modules.{name}.", module.models, base)
-        yield from _slice_places(f"modules.{name}.", module.slices, base)
+    return {"": config, **{f"modules.{name}.": module for name, module in modules.items()}}
 
 
-def _model_places(
-    prefix: str, models: Any, base: Any
-) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
-    for index, entry in enumerate(models or []):
-        owner = "base" if entry.model == base else "model"
-        yield f"{prefix}models[{index}].parameters", entry.parameters, owner
-
-
-def _slice_places(
-    prefix: str, slices: Any, base: Any
-) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
-    for index, piece in enumerate(slices or []):
-        yield f"{prefix}slices[{index}].parameters", piece.parameters, "all"
-        for number, source in enumerate(piece.sources):
-            owner = "base" if source.model == (piece.base_model or base) else "model"
-            place = f"{prefix}slices[{index}].sources[{number}].parameters"
-            yield place, source.parameters, owner
+def _places(config: Any) -> Iterator[tuple[str, Mapping[str, Any] | None, str]]:
+    """(where, settings, owner) of every `parameters`; owner is all, model or base."""
+    for prefix, piece in pieces_of(config).items():
+        yield f"{prefix}parameters", piece.parameters, "all"
+        for index, entry in enumerate(piece.models or []):
+            owner = "base" if entry.model == config.base_model else "model"
+            yield f"{prefix}models[{index}].parameters", entry.parameters, owner
+        for index, part in enumerate(getattr(piece, "slices", None) or []):
+            place = f"{prefix}slices[{index}]"
+            yield f"{place}.parameters", part.parameters, "all"
+            for number, source in enumerate(part.sources):
+                owner = (
+                    "base" if source.model == (part.base_model or config.base_model) else "model"
+                )
+                yield f"{place}.sources[{number}].parameters", source.parameters, owner

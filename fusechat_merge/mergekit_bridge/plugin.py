@@ -1,6 +1,6 @@
 """Makes mergekit know our methods: registered, checked when planned, units across tensors.
 
-``_autoload`` calls the functions at the end of this file while mergekit is being imported, so only
+`_autoload` calls the functions at the end of this file while mergekit is being imported, so only
 mergekit's submodules are imported here.
 """
 
@@ -16,17 +16,17 @@ from mergekit.merge_methods import registry
 from fusechat_common.errors import RequestError
 from fusechat_merge.mergekit_bridge.methods import METHODS
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
-from fusechat_merge.methods.units import SHARED
+from fusechat_merge.methods.units import MULTI_TENSOR
 
 
-def _check(config: Any) -> None:
-    problems = parameter_problems(config)
+def _refuse(problems: Sequence[str]) -> None:
+    """Raise RequestError if there are any problems."""
     if problems:
         raise RequestError(problems)
 
 
 def _once(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace ``owner.name`` by ``wrap`` of it, unless that was done before."""
+    """Replace `owner.name` by `wrap` of it, unless that was done before."""
     original = getattr(owner, name)
     if not getattr(original, "_fusechat", False):
         wrapped = wraps(original)(wrap(original))
@@ -50,7 +50,7 @@ def extend_planner() -> None:
 
     def wrap(plan: Callable[[Any], None]) -> Callable[[Any], None]:
         def _plan(self: Any) -> None:
-            _check(self.config)
+            _refuse(parameter_problems(self.config))
             plan(self)
             if self.config.merge_method == "varm":
                 weights, tasks = zip(*self._tensors, strict=True) if self._tensors else ((), ())
@@ -62,25 +62,25 @@ def extend_planner() -> None:
 
 
 def extend_raw_planner() -> None:
-    """The same for ``mergekit-pytorch``, which knows no units."""
+    """The same for `mergekit-pytorch`, which knows no units."""
     from mergekit.scripts import merge_raw_pytorch
 
-    from fusechat_merge.mergekit_bridge.units import raise_if_weightless
+    from fusechat_merge.mergekit_bridge.units import weightless_problems
 
     def wrap(plan: Callable[..., list[Task]]) -> Callable[..., list[Task]]:
         def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> list[Task]:
-            _check(config)
+            _refuse(parameter_problems(config))
             tasks = plan(config, *args, **kwargs)
             if config.merge_method == "varm":
                 merges = [t.tensor_task for t in tasks if hasattr(t, "tensor_task")]
-                if any(task.parameters["granularity"] in SHARED for task in merges):
+                if any(task.parameters["granularity"] in MULTI_TENSOR for task in merges):
                     raise RequestError(
                         [
                             "mergekit-pytorch knows no modules or layers: use granularity matrix or"
                             " element here, or mergekit-yaml or fusechat-merge run"
                         ]
                     )
-                raise_if_weightless(merges)
+                _refuse(weightless_problems(merges))
             return tasks
 
         return plan_flat_merge
@@ -89,7 +89,7 @@ def extend_raw_planner() -> None:
 
 
 def extend_genome() -> None:
-    """Let ``mergekit-evolve`` search varm's weights and fusechat_sce's select_topk."""
+    """Let `mergekit-evolve` search varm's weights and fusechat_sce's select_topk."""
     from mergekit.evo import genome
 
     genome.METHOD_PARAM_MAPS.setdefault("varm", ["weight"])
@@ -112,8 +112,8 @@ def _evolved(config: Any) -> Any:
         entries = piece.sources if config.slices else piece.models
         if config.merge_method == "fusechat_sce":
             # It searches a value per model; ours is one for all: their mean, within 0 and 1.
-            found = [entry.parameters.pop("select_topk") for entry in entries if entry.parameters]
-            piece.parameters = {"select_topk": _mean(found)}
+            values = [entry.parameters.pop("select_topk") for entry in entries if entry.parameters]
+            piece.parameters = {"select_topk": _mean(values)}
         for entry in entries:
             if entry.model == config.base_model:
                 entry.parameters = None

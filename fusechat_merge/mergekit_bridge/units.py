@@ -90,13 +90,13 @@ class MergeWithUnit(ExecuteMergeMethodTask):
     def arguments(self) -> dict[str, Task]:
         return {**super().arguments(), "unit_statistics": self.unit}
 
-    def execute(self, tensors: dict[ModelReference, Tensor], **given: Any) -> Tensor | None:
+    def execute(self, tensors: dict[ModelReference, Tensor], **statistics: Any) -> Tensor | None:
         if len(tensors) < len(self.model_order):
             # Missing from a model, so not among the tensors that the statistics have checked.
             for model, tensor in tensors.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise FusechatError(non_finite(model, self.output_weight.name))
-        parameters = {**dict(self.parameters.items()), **given}
+        parameters = {**dict(self.parameters.items()), **statistics}
         task = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
         return ExecuteMergeMethodTask.execute(task, tensors)
 
@@ -107,25 +107,21 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
     Raises:
         RequestError: all weights of a tensor are 0, or a unit's vocabulary is permuted.
     """
-    names = _weightless(tasks)
-    problems = [weightless(names)] if names else []
-    units = [shared_unit(task.output_weight.name, task.parameters) for task in tasks]
-    tensors = [task.output_weight.name for task in tasks]
-    members = members_of((unit for unit in units if unit), tensors)
+    problems = weightless_problems(tasks)
+    names = [task.output_weight.name for task in tasks]
+    units = [shared_unit(name, task.parameters) for name, task in zip(names, tasks, strict=True)]
     statistics: dict[Unit, UnitStatistics] = {}
-    permuted: dict[str, None] = {}
-    for unit, positions in members.items():
-        of_unit = [tasks[i] for i in positions]
-        names = [task.output_weight.name for task in of_unit]
+    permuted: dict[str, None] = {}  # names, each once, in order
+    for unit, positions in members_of((unit for unit in units if unit), names).items():
         # mergekit schedules by label: before the first tensor of the unit is loaded.
         statistics[unit] = UnitStatistics(
-            members=of_unit, label=min(names), statistic=unit.statistic
+            members=[tasks[i] for i in positions],
+            label=min(names[i] for i in positions),
+            statistic=unit.statistic,
         )
-        permuted |= {
-            name: None
-            for name, task in zip(names, of_unit, strict=True)
-            if isinstance(task.gather_tensors, PermutedVocabulary)
-        }
+        for i in positions:
+            if isinstance(tasks[i].gather_tensors, PermutedVocabulary):
+                permuted[names[i]] = None
     if permuted:
         problems.append(
             "granularity module, layer and model can't be combined with a tokenizer merge"
@@ -135,26 +131,16 @@ def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMeth
     if problems:
         raise RequestError(problems)
     return [
-        MergeWithUnit(**_fields(task), unit=statistics[unit]) if unit else task
+        MergeWithUnit(**dict(task), unit=statistics[unit]) if unit else task
         for unit, task in zip(units, tasks, strict=True)
     ]
 
 
-def _fields(task: ExecuteMergeMethodTask) -> dict[str, Any]:
-    return {name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields}
-
-
-def raise_if_weightless(tasks: Sequence[ExecuteMergeMethodTask]) -> None:
-    """Raise RequestError if all targets of a tensor have the weight 0."""
-    names = _weightless(tasks)
-    if names:
-        raise RequestError([weightless(names)])
-
-
-def _weightless(tasks: Sequence[ExecuteMergeMethodTask]) -> list[str]:
+def weightless_problems(tasks: Sequence[ExecuteMergeMethodTask]) -> list[str]:
+    """The problem of varm tasks for which every target's weight is 0, if there are any."""
     names = []
     for task in tasks:
         targets = [model for model in task.model_order if model != task.base_model]
         if targets and not any(task.input_parameters[m]["weight"] for m in targets):
             names.append(task.output_weight.name)
-    return names
+    return [weightless(names)] if names else []

@@ -1,6 +1,6 @@
 """The fixed grid on which every merge method computes, whatever feeds it.
 
-A tensor's elements, counted from its first, fall into cells of ``BLOCK``. Sums are handed on as
+A tensor's elements, counted from its first, fall into cells of `BLOCK`. Sums are handed on as
 one float64 per half cell, so neither the size of a caller's buffers nor the number of threads can
 change a bit of a result. Work goes in strips of some cells: few enough that scratch stays in the
 processor's cache, enough that the threads, which run a strip each, seldom wait for the
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class NonFiniteError(ValueError):
-    """An input holds NaN or Inf. ``target`` is the target's index, None for the base."""
+    """An input holds NaN or Inf. `target` is the target's index, None for the base."""
 
     def __init__(self, target: int | None) -> None:
         self.target = target
@@ -44,7 +44,7 @@ class Block:
     """Consecutive elements of one tensor in every model.
 
     Attributes:
-        start: number of the first element, a multiple of ``BLOCK``.
+        start: number of the first element, a multiple of `BLOCK`.
         base: [n] contiguous, any floating dtype.
         targets: K tensors [n] on base's device, contiguous, any floating dtype each.
     """
@@ -59,16 +59,14 @@ class Block:
         return self.split(size) if self.base.numel() > size else iter((self,))
 
     def split(self, size: int) -> Iterator[Block]:
-        """The block cut after every ``size`` elements, a multiple of ``BLOCK``."""
+        """The block cut after every `size` elements, a multiple of `BLOCK`."""
         n = self.base.numel()
         for i in range(0, n, size):
             j = min(i + size, n)
             yield Block(self.start + i, self.base[i:j], tuple(t[i:j] for t in self.targets))
 
     def part(self, out: Tensor, strip: Block) -> Tensor:
-        """The strip's elements of ``out``, which has the block's."""
-        if strip.base.numel() == out.numel():
-            return out
+        """The elements of `out`, the block's output, that are the strip's."""
         first = strip.start - self.start
         return out[first : first + strip.base.numel()]
 
@@ -94,10 +92,10 @@ class Passes(Protocol):
         """Number of targets, K."""
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
-        """``fn`` of every block; the results in element order."""
+        """`fn` of every block; the results in element order."""
 
     def write(self, fn: Callable[[Block, Tensor], object]) -> None:
-        """Let ``fn`` fill the output of every block: [n] of the inputs' promoted dtype."""
+        """Let `fn` fill the output of every block: [n] of the inputs' promoted dtype."""
 
 
 class InMemory:
@@ -131,7 +129,7 @@ class InMemory:
 
     @property
     def output(self) -> Tensor:
-        """What ``write`` has written, in the base's shape and the inputs' promoted dtype."""
+        """What `write` has written, in the base's shape and the inputs' promoted dtype."""
         return self._out.view(self._shape)
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
@@ -166,7 +164,7 @@ class _Scratch(threading.local):
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised [n] of ``dtype``, n as in ``like``, on its device."""
+        """An uninitialised [n] of `dtype`, n as in `like`, on its device."""
         key = (slot, dtype, like.device)
         buffer = self._buffers.get(key)
         n = like.numel()
@@ -182,7 +180,7 @@ scratch = _Scratch()
 def half_cell_sums(columns: Iterable[Tensor]) -> list[list[float]]:
     """Σ of float64 values per half cell, the same at every thread count: one list a column.
 
-    torch splits one sum of ``BLOCK`` elements or more between its threads, hence the halves.
+    torch splits one sum of `BLOCK` elements or more between its threads, hence the halves.
 
     Args:
         columns: float64 [n] each, which may share their memory: each is summed when it comes.
@@ -200,7 +198,7 @@ def half_cell_sums(columns: Iterable[Tensor]) -> list[list[float]]:
 
 
 def add_up(blocks: Iterable[Sequence[Sequence[float]]], count: int) -> list[float]:
-    """The ``count`` columns' sums over all blocks, correctly rounded and so free of any order."""
+    """The `count` columns' sums over all blocks, correctly rounded and so free of any order."""
     columns: list[list[float]] = [[] for _ in range(count)]
     for block in blocks:
         for column, values in zip(columns, block, strict=True):

@@ -1,4 +1,4 @@
-"""The two inner loops of ``varm`` on bfloat16, compiled by numba for the processor at hand.
+"""The two inner loops of `varm` on bfloat16, compiled by numba for the processor at hand.
 
 Several times as fast as the same steps as separate torch operations, and without the interpreter's
 lock. Lanes are added in a fixed order and nothing is contracted, so that the results have the same
@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
 _LANES = 128
@@ -25,7 +23,7 @@ _CHUNK = 1024
 def delta_sums(
     base: Tensor, targets: Sequence[Tensor], part: int, squared: bool
 ) -> list[list[float]]:
-    """Σ δ_j² (or |δ_j|) in float64 of every ``part`` elements and of the rest.
+    """Σ δ_j² (or |δ_j|) in float64 of every `part` elements and of the rest.
 
     Args:
         base: [n] bfloat16 on the CPU, contiguous.
@@ -37,8 +35,8 @@ def delta_sums(
     """
     sums = np.empty((len(targets), -(-base.numel() // part)), np.float64)
     _delta_sums(_raw(base), tuple(map(_raw, targets)), sums, part, squared)
-    found: list[list[float]] = sums.tolist()
-    return found
+    columns: list[list[float]] = sums.tolist()
+    return columns
 
 
 def combine(tensors: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> None:
@@ -74,30 +72,10 @@ def _compiled(function: Any) -> Any:
     return call
 
 
-@intrinsic
-def _widened(_: Any, raw: Any) -> Any:
+@njit(inline="always")
+def _widened(raw: Any) -> Any:  # pragma: no cover (runs as machine code)
     """The float32 whose upper half are a bfloat16's bits."""
-
-    def generate(  # pragma: no cover (numba calls it, until the loops are in its cache)
-        context: Any, builder: Any, signature: Any, arguments: Any
-    ) -> Any:
-        word = ir.IntType(32)
-        shifted = builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16))
-        return builder.bitcast(shifted, ir.FloatType())
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def _bits(_: Any, value: Any) -> Any:
-    """A float32's bits."""
-
-    def generate(  # pragma: no cover (numba calls it, until the loops are in its cache)
-        context: Any, builder: Any, signature: Any, arguments: Any
-    ) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
+    return np.uint32(np.uint32(raw) << np.uint32(16)).view(np.float32)
 
 
 @_compiled
@@ -139,7 +117,7 @@ def _combine(tensors: Any, factors: Any, out: Any) -> None:  # pragma: no cover 
                 chunk[at] += _widened(tensor[at]) * factor
         merged = out[i : i + n]
         for at in range(n):
-            bits = _bits(chunk[at])
+            bits = np.float32(chunk[at]).view(np.uint32)
             odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
             rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
             merged[at] = np.uint16(np.uint32(rounded >> np.uint32(16)))

@@ -10,20 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.methods.blocks import (
-    Block,
-    InMemory,
-    Passes,
-    add_up,
-    half_cell_sums,
-    scratch,
-)
+from fusechat_merge.methods.blocks import Block, InMemory, Passes, add_up, half_cell_sums, scratch
 from fusechat_merge.methods.varm import weights
 
 Variant = Literal["paper", "fork"]
@@ -37,7 +31,7 @@ CANDIDATES = 1 << 17
 def sce(
     base: Tensor, targets: Sequence[Tensor], *, select_topk: float = 1.0, variant: str = "paper"
 ) -> Tensor:
-    """Merge one tensor by Select, Calculate, Erase; see ``merge`` for the parameters.
+    """Merge one tensor by Select, Calculate, Erase; see `merge` for the parameters.
 
     Args:
         base: the pivot's tensor, any shape, floating.
@@ -47,7 +41,7 @@ def sce(
         The merged tensor: base's shape, the promoted dtype of all inputs, rounded once.
 
     Raises:
-        ValueError: shapes differ, a tensor isn't floating, no target, ``select_topk`` outside 0 to
+        ValueError: shapes differ, a tensor isn't floating, no target, `select_topk` outside 0 to
             1, an unknown variant.
         NonFiniteError: an input holds NaN or Inf.
     """
@@ -69,7 +63,7 @@ def merge(passes: Passes, select_topk: float, variant: str) -> list[float]:
         passes: one tensor of the base and K targets.
         select_topk: τ, the share of the elements of non-zero variance that is selected; 1 selects
             every element.
-        variant: ``paper``, or ``fork`` (the authors' code: selection affects η only, whole deltas
+        variant: `paper`, or `fork` (the authors' code: selection affects η only, whole deltas
             are merged and divided by the η of those that agree in sign).
 
     Raises:
@@ -93,8 +87,12 @@ def shares(
 
 
 def write(passes: Passes, eta: Sequence[float], selection: Selection | None, variant: str) -> None:
-    """Write the merged tensor by what ``shares`` has found."""
-    update = _fork_update(eta) if variant == "fork" else _paper_update(eta, selection)
+    """Write the merged tensor by what `shares` returned."""
+    update: Callable[[Block, list[Tensor]], Tensor]
+    if variant == "fork":
+        update = partial(_fork_update, eta=eta)
+    else:
+        update = partial(_paper_update, eta=eta, selection=selection)
     passes.write(lambda block, out: _write(block, out, update))
 
 
@@ -139,8 +137,8 @@ def select(passes: Passes, tau: float) -> Selection:
     prefix, wanted = 0, -1
     for shift in range(64 - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        for digits, found in passes.map(_digit_counter(shift, prefix)):
-            counts[digits] += found
+        for digits, number in passes.map(partial(_count_digits, shift=shift, prefix=prefix)):
+            counts[digits] += number
         if wanted < 0:  # the first pass has counted every element of non-zero variance
             wanted = math.floor(tau * int(counts.sum()))
             if wanted == 0:
@@ -156,7 +154,9 @@ def select(passes: Passes, tau: float) -> Selection:
             return Selection((prefix << shift) - 1)
         # Few enough to collect and sort: the k-th itself, and how many of its equals are wanted.
         if shift and counts[digit] <= CANDIDATES:
-            keys = np.sort(np.concatenate(list(passes.map(_candidates(shift, prefix)))))
+            keys = np.sort(
+                np.concatenate(list(passes.map(partial(_candidates, shift=shift, prefix=prefix))))
+            )
             prefix = int(keys[-wanted])
             wanted -= int((keys > prefix).sum())
             if wanted == int((keys == prefix).sum()):
@@ -200,49 +200,41 @@ def _variance_keys(deltas: Sequence[Tensor]) -> Tensor:
     return variance.div_(len(deltas)).view(torch.int64)
 
 
-def _digit_counter(shift: int, prefix: int) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
-    """Counts, by their digit at ``shift``, the variances that begin with ``prefix``.
+def _count_digits(block: Block, shift: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+    """The digits at `shift` of the variances that begin with `prefix`, and how many have each.
 
     Zeros are left out at the first digit, so that no more is wanted than there are others.
     """
-
-    def count(block: Block) -> tuple[np.ndarray, np.ndarray]:
-        counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        for strip in block.strips():
-            keys = _variance_keys(_deltas(strip))
-            if shift == 64 - _DIGIT:
-                if not math.isfinite(float(keys.view(torch.float64).sum())):
-                    strip.raise_if_not_finite()
-                counts += _bins(keys >> shift)
-                counts[0] -= int((keys == 0).sum())
-            else:
-                inside = keys[keys >> (shift + _DIGIT) == prefix]
-                counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
-        digits = np.flatnonzero(counts)
-        return digits, counts[digits]
-
-    return count
+    counts = np.zeros(1 << _DIGIT, dtype=np.int64)
+    for strip in block.strips():
+        keys = _variance_keys(_deltas(strip))
+        if shift == 64 - _DIGIT:
+            if not math.isfinite(float(keys.view(torch.float64).sum())):
+                strip.raise_if_not_finite()
+            counts += _bins(keys >> shift)
+            counts[0] -= int((keys == 0).sum())
+        else:
+            inside = keys[keys >> (shift + _DIGIT) == prefix]
+            counts += _bins((inside >> shift) & ((1 << _DIGIT) - 1))
+    digits = np.flatnonzero(counts)
+    return digits, counts[digits]
 
 
 def _bins(digits: Tensor) -> np.ndarray:
     return np.bincount(digits.cpu().numpy(), minlength=1 << _DIGIT)
 
 
-def _candidates(shift: int, prefix: int) -> Callable[[Block], np.ndarray]:
-    """Collects the variances, as int64, that begin with ``prefix``."""
-
-    def collect(block: Block) -> np.ndarray:
-        found = []
-        for strip in block.strips():
-            keys = _variance_keys(_deltas(strip))
-            found.append(keys[keys >> shift == prefix].cpu().numpy())
-        return np.concatenate(found)
-
-    return collect
+def _candidates(block: Block, shift: int, prefix: int) -> np.ndarray:
+    """The variances, as int64, that begin with `prefix`."""
+    parts = []
+    for strip in block.strips():
+        keys = _variance_keys(_deltas(strip))
+        parts.append(keys[keys >> shift == prefix].cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _tied(block: Block, key: int) -> list[tuple[int, int]]:
-    """(start, number of elements whose variance has the bits ``key``) of every strip."""
+    """(start, number of elements whose variance has the bits `key`) of every strip."""
     return [
         (strip.start, int((_variance_keys(_deltas(strip)) == key).sum()))
         for strip in block.strips()
@@ -269,39 +261,34 @@ def _selected_squares(strip: Block, selection: Selection | None) -> Iterator[Ten
         yield square if mask is None else square.mul_(mask)
 
 
-_Update = Callable[[Block, list[Tensor]], Tensor]
+def _paper_update(
+    strip: Block, deltas: list[Tensor], eta: Sequence[float], selection: Selection | None
+) -> Tensor:
+    """Σ η_j δ′_j: of the selected elements, the deltas that agree with the sign of their sum."""
+    # Outside the selection every δ̂ is 0, and so is the sign of their sum.
+    mask = None if selection is None else selection.mask(strip, deltas)
+    sign = _sum(deltas).sign_()
+    if mask is not None:
+        sign.mul_(mask)
+    result = scratch.take("update", strip.base, torch.float64).zero_()
+    for delta, share in zip(deltas, eta, strict=True):
+        result.add_(delta.mul_(sign).clamp_min_(0.0), alpha=share)
+    return result.mul_(sign)
 
 
-def _paper_update(eta: Sequence[float], selection: Selection | None) -> _Update:
-    def update(strip: Block, deltas: list[Tensor]) -> Tensor:
-        # Outside the selection every δ̂ is 0, and so is the sign of their sum.
-        mask = None if selection is None else selection.mask(strip, deltas)
-        sign = _sum(deltas).sign_()
-        if mask is not None:
-            sign.mul_(mask)
-        result = scratch.take("update", strip.base, torch.float64).zero_()
-        for delta, share in zip(deltas, eta, strict=True):
-            result.add_(delta.mul_(sign).clamp_min_(0.0), alpha=share)
-        return result.mul_(sign)
-
-    return update
+def _fork_update(strip: Block, deltas: list[Tensor], eta: Sequence[float]) -> Tensor:
+    """The same of all elements, divided by the sum of the η_j that agree."""
+    sign = torch.where(_sum(deltas) >= 0, 1.0, -1.0).to(torch.float64)
+    result = scratch.take("update", strip.base, torch.float64).zero_()
+    divisor = scratch.take("divisor", strip.base, torch.float64).zero_()
+    for delta, share in zip(deltas, eta, strict=True):
+        along = delta.mul_(sign).clamp_min_(0.0)
+        result.add_(along, alpha=share)
+        divisor.add_(along > 0, alpha=share)
+    return result.div_(divisor.masked_fill_(divisor == 0, 1.0)).mul_(sign)
 
 
-def _fork_update(eta: Sequence[float]) -> _Update:
-    def update(strip: Block, deltas: list[Tensor]) -> Tensor:
-        sign = torch.where(_sum(deltas) >= 0, 1.0, -1.0).to(torch.float64)
-        result = scratch.take("update", strip.base, torch.float64).zero_()
-        divisor = scratch.take("divisor", strip.base, torch.float64).zero_()
-        for delta, share in zip(deltas, eta, strict=True):
-            along = delta.mul_(sign).clamp_min_(0.0)
-            result.add_(along, alpha=share)
-            divisor.add_(along > 0, alpha=share)
-        return result.div_(divisor.masked_fill_(divisor == 0, 1.0)).mul_(sign)
-
-    return update
-
-
-def _write(block: Block, out: Tensor, update: _Update) -> None:
+def _write(block: Block, out: Tensor, update: Callable[[Block, list[Tensor]], Tensor]) -> None:
     """base + update, the base's own bits where the update is 0."""
     for strip in block.strips():
         change = update(strip, _deltas(strip))

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 Granularity = Literal["matrix", "module", "layer", "model", "element"]
 """What a unit is; `varm` declares its parameter with this type."""
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-SHARED: frozenset[str] = frozenset({"module", "layer", "model"})
+MULTI_TENSOR: frozenset[str] = frozenset({"module", "layer", "model"})
 """Granularities whose unit may hold several tensors."""
 
 
@@ -20,7 +20,7 @@ class Unit:
 
     Attributes:
         name: what the tensors' names begin with, or `model`; see `unit_name`.
-        granularity: one of `SHARED`.
+        granularity: one of `MULTI_TENSOR`.
         statistic: `square` or `absolute`.
     """
 
@@ -37,7 +37,7 @@ def shared_unit(tensor: str, parameters: Mapping[str, Any]) -> Unit | None:
         parameters: of `varm`, as they are for this tensor.
     """
     granularity = parameters["granularity"]
-    if granularity not in SHARED:
+    if granularity not in MULTI_TENSOR:
         return None
     return Unit(unit_name(tensor, granularity), granularity, parameters["statistic"])
 
@@ -68,15 +68,15 @@ def unit_name(tensor: str, granularity: str) -> str:
 
     Args:
         tensor: its name, such as `model.layers.3.self_attn.q_proj.weight`.
-        granularity: `matrix` and `element` (the tensor itself), `module`, `layer` or `model`
-            (everything, named `model`).
+        granularity: `matrix` and `element` (the tensor itself), `module` (the layer and one
+            component more, `model.layers.3.self_attn`), `layer` or `model` (everything).
 
     Raises:
         ValueError: an unknown granularity.
     """
     check_granularity(granularity)
     if granularity == "module":
-        return module_of(tensor)
+        return layer_of(tensor, more=1)
     if granularity == "layer":
         return layer_of(tensor)
     return "model" if granularity == "model" else tensor
@@ -90,23 +90,15 @@ def check_granularity(granularity: str) -> None:
         )
 
 
-def layer_of(tensor: str) -> str:
+def layer_of(tensor: str, more: int = 0) -> str:
     """Everything up to and including the first all-digit component: `model.layers.3`.
 
     A tensor outside the layers is a layer of its own.
+
+    Args:
+        tensor: its name.
+        more: how many components after that one to include.
     """
-    return _up_to_layer(tensor, 0)
-
-
-def module_of(tensor: str) -> str:
-    """The layer and one component more: `model.layers.3.self_attn`.
-
-    A tensor outside the layers is a module of its own.
-    """
-    return _up_to_layer(tensor, 1)
-
-
-def _up_to_layer(tensor: str, more: int) -> str:
     parts = tensor.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal() and part.isascii():

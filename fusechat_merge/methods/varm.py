@@ -33,7 +33,7 @@ STATISTICS: tuple[str, ...] = get_args(Statistic)
 
 @lru_cache(maxsize=1)
 def compiled_loops() -> ModuleType | None:
-    """``methods.compiled`` where numba is there; imported late, for it takes half a second."""
+    """`methods.compiled` where numba is there; imported late, for it takes half a second."""
     try:
         from fusechat_merge.methods import compiled
     except ImportError:
@@ -61,8 +61,8 @@ def delta_sums(block: Block, statistic: str) -> list[list[float]]:
     else:
         sums = [[] for _ in block.targets]
         for strip in block.strips():
-            found = half_cell_sums(_squares(strip, statistic))
-            for column, values in zip(sums, found, strict=True):
+            of_strip = half_cell_sums(_squares(strip, statistic))
+            for column, values in zip(sums, of_strip, strict=True):
                 column += values
     if not math.isfinite(sum(map(sum, sums))):
         block.raise_if_not_finite()
@@ -92,7 +92,7 @@ def statistics(passes: Passes, statistic: str) -> list[float]:
 
 
 def total(rows: Sequence[Sequence[float]], count: int) -> list[float]:
-    """The columns' sums of ``rows`` [n][count], correctly rounded and so free of any order."""
+    """The columns' sums of `rows` [n][count], correctly rounded and so free of any order."""
     return [math.fsum(row[j] for row in rows) for j in range(count)]
 
 
@@ -196,7 +196,7 @@ def varm_weights(
     Args:
         base: the pivot's tensor, any shape, floating.
         targets: K tensors of the same shape.
-        statistic: ``square`` (the paper's) or ``absolute``.
+        statistic: `square` (the paper's) or `absolute`.
         weight: prior of each target, at least 0; default 1.
 
     Returns:
@@ -208,8 +208,8 @@ def varm_weights(
         NonFiniteError: an input holds NaN or Inf.
     """
     prior = _checked(targets, statistic, weight)
-    found = weights(statistics(InMemory(base, targets), statistic), prior)
-    return torch.tensor(found, dtype=torch.float64)
+    sums = statistics(InMemory(base, targets), statistic)
+    return torch.tensor(weights(sums, prior), dtype=torch.float64)
 
 
 def varm(
@@ -226,9 +226,9 @@ def varm(
     Args:
         base: the pivot's tensor, any shape, floating.
         targets: K tensors of the same shape.
-        granularity: ``element`` weighs each element by itself; for any other granularity the unit
+        granularity: `element` weighs each element by itself; for any other granularity the unit
             is this tensor.
-        statistic: ``square`` (the paper's) or ``absolute``.
+        statistic: `square` (the paper's) or `absolute`.
         weight: prior of each target, at least 0; default 1.
         lambda_: scale of the merged update.
 
@@ -260,13 +260,8 @@ def _checked(
     prior = [1.0] * len(targets) if weight is None else [float(w) for w in weight]
     if len(prior) != len(targets):
         raise ValueError(f"{len(prior)} weights for {len(targets)} targets")
-    check_prior(prior)
-    return prior
-
-
-def check_prior(prior: Sequence[float]) -> None:
-    """Raise ValueError unless every prior is finite and at least 0, and one is above."""
     if not all(math.isfinite(w) and w >= 0 for w in prior):
         raise ValueError(f"weight must be finite and at least 0, got {list(prior)}")
     if not any(prior):
         raise ValueError("every target's weight is 0: give at least one a weight above 0")
+    return prior

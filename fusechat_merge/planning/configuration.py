@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -21,7 +22,6 @@ from fusechat_merge.inputs.checkpoint import (
     Folder,
     HubRepository,
     Store,
-    cached_model,
     download_model,
     read_checkpoint,
     read_settings,
@@ -29,7 +29,7 @@ from fusechat_merge.inputs.checkpoint import (
 from fusechat_merge.inputs.lora import with_adapter
 from fusechat_merge.inputs.yaml_file import read_yaml
 from fusechat_merge.mergekit_bridge.loader import DTYPES
-from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
+from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems, pieces_of
 from fusechat_merge.planning.plan import Options, Plan
 
 
@@ -51,8 +51,8 @@ def read_config(
         parsed = MergeConfiguration.model_validate(raw)
     except Exception as error:  # pydantic's, or a RuntimeError of mergekit's validators
         details = error.errors() if hasattr(error, "errors") else None
-        found = _field_problems(details) if details else [one_line(error)]
-        raise RequestError(problems + found) from error
+        problems += _field_problems(details) if details else [one_line(error)]
+        raise RequestError(problems) from error
     return Plan(parsed, source, options, problems=problems + _config_problems(parsed))
 
 
@@ -95,9 +95,9 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
 
 def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for every place that pydantic refuses, however many types it tried there."""
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for detail in details:
-        location, given = detail["loc"], detail["input"]
+        location, value = detail["loc"], detail["input"]
         says = (
             detail["msg"].replace("Input should", "should").replace("Field required", "is missing")
         )
@@ -105,17 +105,17 @@ def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
             location = location[: location.index("parameters") + 2]
             says = (
                 "has no value; write one or leave the key out"
-                if given is None
+                if value is None
                 else "takes a value, a list of numbers (a gradient), or filters: a list of"
                 " {filter: part of a tensor's name, value: …}"
             )
-        elif detail["type"] == "model_type" and len(location) == 2 and isinstance(given, str):
-            says = f"{given!r} stands alone; write - model: {given}"
+        elif detail["type"] == "model_type" and len(location) == 2 and isinstance(value, str):
+            says = f"{value!r} stands alone; write - model: {value}"
         elif location[-1] == "models" and detail["type"] == "list_type":
             says = "should be a list; write - model: NAME for each"
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location)
-        found.setdefault(place.lstrip(".") or "configuration", says)
-    return [f"{place}: {says}" for place, says in found.items()]
+        problems.setdefault(place.lstrip(".") or "configuration", says)
+    return [f"{place}: {says}" for place, says in problems.items()]
 
 
 def _config_problems(config: MergeConfiguration) -> list[str]:
@@ -140,9 +140,8 @@ def _config_problems(config: MergeConfiguration) -> list[str]:
 def _model_problems(config: MergeConfiguration) -> list[str]:
     """Models that a list names twice, in whatever spelling, and a list without a target."""
     problems = []
-    pieces = {"": config, **{f"modules.{n}.": m for n, m in (config.modules or {}).items()}}
     base = config.base_model
-    for prefix, piece in pieces.items():
+    for prefix, piece in pieces_of(config).items():
         seen = {_whereabouts(base): base} if base else {}
         for index, entry in enumerate(piece.models or []):
             place = f"{prefix}models[{index}]"
@@ -163,32 +162,26 @@ def _whereabouts(reference: ModelReference) -> tuple[str, ...]:
 
 def referenced_models(config: MergeConfiguration) -> list[ModelReference]:
     """Every model, the base first, then in the order in which the configuration names them."""
-    found: dict[ModelReference, None] = {}
-    if config.base_model:
-        found[config.base_model] = None
-    pieces: list[Any] = [config, *(config.modules or {}).values()]
-    for piece in pieces:
-        for entry in piece.models or []:
-            found[entry.model] = None
+    models = [config.base_model]
+    for piece in pieces_of(config).values():
+        models += [entry.model for entry in piece.models or []]
         for part in piece.slices or []:
-            if part.base_model:
-                found[part.base_model] = None
-            for source in part.sources:
-                found[source.model] = None
-    return list(found)
+            models += [part.base_model, *(source.model for source in part.sources)]
+    return list(dict.fromkeys(model for model in models if model))
 
 
 def name_adapters(config: MergeConfiguration) -> None:
     """Read a model that is an adapter's folder as the base with this adapter."""
     base = config.base_model
-    pieces: list[Any] = [config, *(config.modules or {}).values()]
+    if base is None:
+        return
+    pieces = pieces_of(config).values()
     entries = [entry for piece in pieces for entry in piece.models or []]
     entries += [s for piece in pieces for part in piece.slices or [] for s in part.sources]
     for entry in entries:
         folder = entry.model.model.path
         if (
-            base is not None
-            and entry.model.lora is None
+            entry.model.lora is None
             and os.path.isfile(os.path.join(folder, "adapter_config.json"))
             and not os.path.exists(os.path.join(folder, "config.json"))
         ):
@@ -221,14 +214,14 @@ def _store(model: ModelPath, options: Options, download: bool) -> Store:
         start = "; ~ stands for nothing in a YAML, write the path in full"
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise CheckpointError([f"{path}: no such folder{start}"])
-    found = (path, model.revision, options.transformers_cache)
+    at = (path, model.revision, options.transformers_cache)
     try:
-        return download_model(*found) if download else HubRepository(*found)
+        return download_model(*at) if download else HubRepository(*at)
     except CheckpointError as error:
-        cached = None if download else cached_model(*found)  # offline, say
-        if cached is None:
-            raise CheckpointError([f"{problem}{start}" for problem in error.problems]) from error
-        return cached
+        if not download:
+            with suppress(CheckpointError):
+                return download_model(*at, cached_only=True)  # without a network, for example
+        raise CheckpointError([f"{problem}{start}" for problem in error.problems]) from error
 
 
 def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ class LayerPlanner(MergePlanner):
         self.layers: dict[str, _Layer] = {}
         self.outside: list[_Layer] = []
         self.problems: list[tuple[str, str]] = []  # (tensor, problem)
-        self.by_name = False
 
     def plan_all(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
         self.normalize_config()
@@ -111,11 +111,11 @@ class LayerPlanner(MergePlanner):
 
     def known_names(self, model: ModelReference) -> set[str]:
         """Every name under which the architecture's table knows a tensor of the model."""
-        return {
-            name
-            for weight in self._model_arch(model).all_weights()
-            for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-        }
+        return {name for w in self._model_arch(model).all_weights() for name in _names_of(w)}
+
+
+def _names_of(weight: WeightInfo) -> tuple[str, ...]:
+    return (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
 
 
 class OutputMaker:
@@ -134,60 +134,53 @@ class OutputMaker:
         self.complete: set[str] = set()  # outputs to which every model contributes
 
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
-        """One planned tensor; ``alone`` keeps it out of every unit of several tensors."""
+        """One planned tensor; `alone` keeps it out of every unit of several tensors."""
         problems = self.problems
         # Which models have the tensor; a tokenizer merge wraps the task that gathers them.
         gather = task.gather_tensors
         inner = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
         present: list[tuple[ModelReference, _Input]] = []
-        missing: list[str] = []
+        number = len(problems)
         for model in task.model_order:
             wanted = inner.weight_info[model]
-            found = self._input(model, wanted, inner.dtype)
-            if found is not None:
-                present.append((model, found))
-                self.used[str(model)].update(found.read)
+            loaded = self._input(model, wanted, inner.dtype)
+            if loaded is not None:
+                present.append((model, loaded))
+                self.used[str(model)].update(loaded.read)
             elif not wanted.optional:
-                missing.append(str(model))
                 problem = f"{model}: lacks {wanted.name}, which its architecture needs"
                 problems.append((wanted.name, problem))
-        if missing:
+        if len(problems) > number:
             return
         outcome = self._outcome(weight, task, [model for model, _ in present])
         if outcome is None:
             return
         # Our methods take the base first; mergekit's tasks keep the order of the models.
         base = task.base_model
-        first = [pair for pair in present if pair[0] == base]
-        ordered = first + [pair for pair in present if pair[0] != base]
+        ordered = sorted(present, key=lambda pair: pair[0] != base)
         shape = self._shape(weight, task, ordered)
         if shape is None:
             return
         # Floating inputs are promoted to one dtype; others (buffers, say) have to agree already.
-        dtypes = [found.dtype for _, found in present]
-        if all(dtype.is_floating_point for dtype in dtypes):
-            merged = dtypes[0]
-            for dtype in dtypes[1:]:
-                merged = torch.promote_types(merged, dtype)
-        elif len(set(dtypes)) == 1:
-            merged = dtypes[0]
-        else:
+        dtypes = [loaded.dtype for _, loaded in present]
+        if len(set(dtypes)) > 1 and not all(dtype.is_floating_point for dtype in dtypes):
             mixed = f"{weight.name}: numbers and whole numbers mixed: {dtypes}"
             problems.append((weight.name, mixed))
             return
+        merged = reduce(torch.promote_types, dtypes)
         name = weight.name
         how = self._how(task, ordered, outcome)
         if how == "task" and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
         regular = task.method_name == "varm" and how != "copy" and not alone
-        output = Output(
+        self.outputs[name] = Output(
             name=name,
             how=how,
             sources=tuple(
                 source
-                for model, found in (ordered if how in NATIVE else present)
-                for source in self._sources(model, found, rows)
+                for model, loaded in (ordered if how in NATIVE else present)
+                for source in self._sources(model, loaded, rows)
             ),
             parameters=self._parameters(task, ordered) if how in NATIVE else {},
             unit=shared_unit(name, task.parameters) if regular else None,
@@ -195,7 +188,6 @@ class OutputMaker:
             dtype=dtype_from_name(weight.force_dtype or self.config.out_dtype) or merged,
             shape=shape,
         )
-        self.outputs[name] = output
         if how == "task":
             self.tasks[name] = task
         if task.method_name == "varm" and how != "copy":
@@ -209,13 +201,14 @@ class OutputMaker:
 
     def copy(self, name: str, model: ModelReference, tensor: str) -> None:
         """The base's tensor under another name: converted like any other if it is floating."""
-        at = self.planned.models[str(model)].tensors[tensor]
+        checkpoint = self.planned.models[str(model)]
+        at = checkpoint.tensors[tensor]
         dtype = DTYPES[at.dtype]
         loaded = written = dtype
         if dtype.is_floating_point:
             loaded = dtype_from_name(self.config.dtype) or dtype
             written = dtype_from_name(self.config.out_dtype) or loaded
-        low_rank = self.planned.models[str(model)].low_rank.get(tensor)
+        low_rank = checkpoint.low_rank.get(tensor)
         source = Source(str(model), tensor, at, at.numel, loaded, low_rank)
         self.used[str(model)].add(tensor)
         self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
@@ -223,17 +216,11 @@ class OutputMaker:
     def _input(self, model: ModelReference, weight: WeightInfo, dtype: str | None) -> _Input | None:
         tensors = self.planned.models[str(model)].tensors
         loaded = dtype_from_name(weight.force_dtype or dtype)
-        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+        for name in _names_of(weight):
             if name in tensors:
                 at = tensors[name]
                 return _Input(at.shape, loaded or DTYPES[at.dtype], (name,), True)
-        return self._converted(model, weight, loaded)
-
-    def _converted(
-        self, model: ModelReference, weight: WeightInfo, loaded: torch.dtype | None
-    ) -> _Input | None:
-        """What mergekit's checkpoint conversion would give, found out on tensors without data."""
-        tensors = self.planned.models[str(model)].tensors
+        # What mergekit's checkpoint conversion would give, by running it on tensors without data.
         read: list[str] = []
 
         def without_data(name: str) -> torch.Tensor:
@@ -246,31 +233,34 @@ class OutputMaker:
             trust_remote_code=self.planned.options.trust_remote_code
         ).model_type
         for name in (weight.name, *(weight.aliases or ())):
-            found = convert_checkpoint_tensors(model_type, lazy, name)
-            if found is not None:
-                return _Input(tuple(found.shape), loaded or found.dtype, tuple(read), False)
+            tensor = convert_checkpoint_tensors(model_type, lazy, name)
+            if tensor is not None:
+                return _Input(tuple(tensor.shape), loaded or tensor.dtype, tuple(read), False)
         return None
 
     def _outcome(
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, present: list[ModelReference]
     ) -> str | None:
-        """``merge`` or ``copy`` (of the only input), None for no output, as in mergekit's task."""
+        """`merge` or `copy` (of the only input), None for no output, as in mergekit's task."""
         method = registry.get(task.method_name)
         if weight.optional and len(present) < len(task.model_order):
-            policy = method.spec.optional_tensor_policy
-            alone, is_base = len(present) == 1, present == [task.base_model]
-            if alone and (
-                policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
-                or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and is_base)
-            ):
+            spec, only_base = method.spec, present == [task.base_model]
+            skipped = (
+                spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
+                and len(present) < spec.contract.min_inputs
+            )
+            copied = {
+                OptionalTensorPolicy.PASSTHROUGH_SINGLETON: len(present) == 1,
+                OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON: only_base,
+                OptionalTensorPolicy.BASE_OR_SKIP: skipped and only_base,
+            }
+            if copied.get(spec.optional_tensor_policy):
                 return "copy"
-            if (
-                policy == OptionalTensorPolicy.BASE_OR_SKIP
-                and len(present) < method.spec.contract.min_inputs
-            ):
-                if is_base:
-                    return "copy"
-                self._leave_out(weight, task, "too few models have it for this method")
+            if skipped:
+                reason = "too few models have it for this method"
+                for model in map(str, task.model_order):
+                    if weight.name in self.planned.models[model].tensors:
+                        self.planned.left_out.append(LeftOut(model, weight.name, reason))
                 return None
         try:
             method.validate_inputs(present, task.base_model, group_name=weight.name)
@@ -279,18 +269,13 @@ class OutputMaker:
             return None
         return "merge"
 
-    def _leave_out(self, weight: WeightInfo, task: ExecuteMergeMethodTask, reason: str) -> None:
-        for model in task.model_order:
-            if weight.name in self.planned.models[str(model)].tensors:
-                self.planned.left_out.append(LeftOut(str(model), weight.name, reason))
-
     def _shape(
         self,
         weight: WeightInfo,
         task: ExecuteMergeMethodTask,
         present: list[tuple[ModelReference, _Input]],
     ) -> tuple[int, ...] | None:
-        shapes = [found.shape for _, found in present]
+        shapes = [loaded.shape for _, loaded in present]
         axis = weight.vocabulary_axis
         gather = task.gather_tensors
         if isinstance(gather, (PermutedVocabulary, TruncatedVocabulary)) and axis is not None:
@@ -299,26 +284,23 @@ class OutputMaker:
                 if isinstance(gather, TruncatedVocabulary):
                     rows = min(shape[axis] for shape in shapes)
                 else:
-                    rows = self._vocabulary_size(gather)
-                    sizes = [(model, found.shape[axis]) for model, found in present]
+                    rows = len(self.planned.tokenizer.tokenizer.get_vocab())
+                    if multiple := gather.pad_to_multiple_of:
+                        rows += -rows % multiple
+                    sizes = [(model, loaded.shape[axis]) for model, loaded in present]
                     if misfits := list(self._misfits(rows, sizes)):
                         self.problems += [(weight.name, misfit) for misfit in misfits]
                         return None
                 return (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
         elif len(set(shapes)) == 1:
             return shapes[0]
-        listed = ", ".join(f"{list(found.shape)} in {model}" for model, found in present)
+        listed = ", ".join(f"{list(loaded.shape)} in {model}" for model, loaded in present)
         remedy = ""
         if axis is not None:
             remedy = "; bring the vocabularies together: tokenizer: {source: base} in the YAML"
         problem = f"{weight.name}: shapes don't fit: {listed}{remedy}"
         self.problems.append((weight.name, problem))
         return None
-
-    def _vocabulary_size(self, gather: PermutedVocabulary) -> int:
-        size = len(self.planned.tokenizer.tokenizer.get_vocab())
-        multiple = gather.pad_to_multiple_of
-        return -(-size // multiple) * multiple if multiple else size
 
     def _misfits(self, rows: int, sizes: list[tuple[ModelReference, int]]) -> Iterator[str]:
         """Token ids of a tokenizer merge that no row of the embeddings is for."""
@@ -343,20 +325,15 @@ class OutputMaker:
         contiguous = isinstance(gather, GatherTensors) or (
             isinstance(gather, TruncatedVocabulary) and gather.weight_info.vocabulary_axis == 0
         )
-        if not contiguous or not all(found.direct for _, found in present):
+        if not contiguous or not all(loaded.direct for _, loaded in present):
             return "task"
-        if outcome == "copy" or (
-            len(present) == 1
-            and (
-                task.method_name in NATIVE
-                or (
-                    task.method_name == "passthrough"
-                    and task.input_parameters[present[0][0]]["scale"] is None
-                )
-            )
-        ):
+        unchanged = task.method_name in NATIVE or (
+            task.method_name == "passthrough"
+            and task.input_parameters[present[0][0]]["scale"] is None
+        )
+        if outcome == "copy" or (len(present) == 1 and unchanged):
             return "copy"
-        floating = all(found.dtype.is_floating_point for _, found in present)
+        floating = all(loaded.dtype.is_floating_point for _, loaded in present)
         return task.method_name if task.method_name in NATIVE and floating else "task"
 
     def _returned_dtype(
@@ -366,7 +343,7 @@ class OutputMaker:
         shape: tuple[int, ...],
         promoted: torch.dtype,
     ) -> torch.dtype:
-        """What the method returns, found out by merging a few numbers: some return float32."""
+        """What the method returns, by merging a few numbers: some return float32."""
         key = (task.method_name, len(present), promoted, len(shape))
         if key not in self._returned:
             small = tuple(min(size, 3) for size in shape)
@@ -383,13 +360,13 @@ class OutputMaker:
         return self._returned[key]
 
     def _sources(
-        self, model: ModelReference, found: _Input, shape: tuple[int, ...] | None
+        self, model: ModelReference, loaded: _Input, shape: tuple[int, ...] | None
     ) -> Iterator[Source]:
-        for name in found.read:
-            at = self.planned.models[str(model)].tensors[name]
+        checkpoint = self.planned.models[str(model)]
+        for name in loaded.read:
+            at = checkpoint.tensors[name]
             numel = at.numel if shape is None else math.prod(shape)
-            low_rank = self.planned.models[str(model)].low_rank.get(name)
-            yield Source(str(model), name, at, numel, found.dtype, low_rank)
+            yield Source(str(model), name, at, numel, loaded.dtype, checkpoint.low_rank.get(name))
 
     def _parameters(
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]
@@ -418,39 +395,25 @@ def plan_unknown(planned: Plan, planner: LayerPlanner, maker: OutputMaker) -> No
     for layer in (*planner.outside[:1], *planner.layers.values()):
         models = list(zip(layer.models, layer.prefixes, strict=True))
         base = layer.reader.base_model or layer.models[0]
-        for rest in dict.fromkeys(
-            rest for model, prefix in models for rest in unknown[str(model)].get(prefix, ())
-        ):
+        rests_of_all = [rest for m, prefix in models for rest in unknown[str(m)].get(prefix, ())]
+        for rest in dict.fromkeys(rests_of_all):
             name = layer.prefix + rest
-            if name not in maker.outputs:
-                _plan_one_unknown(planned, planner, maker, layer, models, base, rest)
-
-
-def _plan_one_unknown(
-    planned: Plan,
-    planner: LayerPlanner,
-    maker: OutputMaker,
-    layer: _Layer,
-    models: list[tuple[ModelReference, str]],
-    base: ModelReference,
-    rest: str,
-) -> None:
-    name = layer.prefix + rest
-    found = {
-        model: planned.models[str(model)].tensors[prefix + rest]
-        for model, prefix in models
-        if prefix + rest in planned.models[str(model)].tensors
-    }
-    if base not in found:
-        return  # accounted for at the end
-    same_shape = len({at.shape for at in found.values()}) == 1
-    floating = all(DTYPES[at.dtype].is_floating_point for at in found.values())
-    if len(found) == len(models) and same_shape and floating:
-        ((weight, task),) = planner.plan_by_name(
-            name, [prefix + rest for _, prefix in models], layer
-        )
-        maker.add(weight, task, alone=True)
-        planned.by_name.append(name)
-    else:
-        maker.copy(name, base, dict(models)[base] + rest)
-        planned.copied.append(name)
+            if name in maker.outputs:
+                continue
+            present = {
+                model: planned.models[str(model)].tensors[prefix + rest]
+                for model, prefix in models
+                if prefix + rest in planned.models[str(model)].tensors
+            }
+            if base not in present:
+                continue  # accounted for at the end
+            alike = len({at.shape for at in present.values()}) == 1
+            floating = all(DTYPES[at.dtype].is_floating_point for at in present.values())
+            if len(present) == len(models) and alike and floating:
+                inputs = [prefix + rest for prefix in layer.prefixes]
+                ((weight, task),) = planner.plan_by_name(name, inputs, layer)
+                maker.add(weight, task, alone=True)
+                planned.by_name.append(name)
+            else:
+                maker.copy(name, base, dict(models)[base] + rest)
+                planned.copied.append(name)

@@ -62,7 +62,7 @@ class Source:
         tensor: its name there.
         location: where its bytes are.
         numel: how many of its elements count, from the first (all but those of rows cut off).
-        dtype: to which it is converted before anything else (the YAML's ``dtype``), or its own.
+        dtype: to which it is converted before anything else (the YAML's `dtype`), or its own.
         low_rank: what an adapter adds to it.
     """
 
@@ -80,13 +80,13 @@ class Output:
 
     Attributes:
         name: of the tensor.
-        how: ``varm``, ``fusechat_sce``, ``copy`` (of the one source) or ``task`` (mergekit's own).
+        how: `varm`, `fusechat_sce`, `copy` (of the one source) or `task` (mergekit's own).
         sources: the inputs, the base first where the method is one of ours.
-        parameters: of our methods, resolved for this tensor; ``weight`` is a list, one a target.
+        parameters: of our methods, resolved for this tensor; `weight` is a list, one a target.
         unit: of several tensors, a key of the plan's units; None where it is a unit by itself.
         merged_dtype: what the method returns, the promoted dtype of its inputs.
         dtype, shape: as written.
-        file, offset, nbytes: its place; ``offset`` counts from the start of the file.
+        file, offset, nbytes: its place; `offset` counts from the start of the file.
     """
 
     name: str
@@ -132,18 +132,17 @@ class Plan:
     """Everything about a merge that can be known before a weight is read.
 
     Attributes:
-        config: the configuration; ``source`` is its text.
-        options: what else decides the bytes.
+        config, source, options: the configuration, its text, and what else decides the bytes.
         models: every model's checkpoint, by the name that the configuration gives it.
         donor: the model whose configuration and side files the output gets.
         outputs: in the order in which they are made, which is the order of the donor's files.
-        shards: the files.
+        shards: the output files.
         units: of several tensors: names of the outputs whose deltas count.
         by_name: outputs that the architecture's table doesn't know, merged by name.
-        copied: outputs that it doesn't know and that not every model has, the base's.
+        copied: outputs that it doesn't know and that not every model has; copied from the base.
         left_out: input tensors that are not used.
-        problems: what stands in the way; with any, ``outputs`` may be incomplete.
-        tasks: mergekit's tasks of the outputs that are made by ``task``.
+        problems: what stands in the way; with any, `outputs` may be incomplete.
+        tasks: mergekit's tasks of the outputs that are made by `task`.
         out_config: mergekit's configuration of the merged model.
         architecture: mergekit's table of the tensors.
         tokenizer: mergekit's merged tokenizer with its permutations, where one is asked for.

@@ -1,4 +1,4 @@
-"""From a mergekit configuration to the plan of its merge, headers alone being read.
+"""From a mergekit configuration to the plan of its merge, read from headers alone.
 
 Whatever is wrong with the request is found here, everything at once, before a weight is read.
 """
@@ -21,10 +21,10 @@ from mergekit.tokenizer import BuildTokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from fusechat_common.errors import RequestError, one_line
-from fusechat_merge.inputs.checkpoint import CheckpointError
+from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
 from fusechat_merge.mergekit_bridge.loader import loading
 from fusechat_merge.mergekit_bridge.methods import weightless
-from fusechat_merge.mergekit_bridge.parameters import idle_filters
+from fusechat_merge.mergekit_bridge.parameters import idle_filters, pieces_of
 from fusechat_merge.mergekit_bridge.units import with_units
 from fusechat_merge.methods.units import members_of
 from fusechat_merge.planning.configuration import (
@@ -34,14 +34,7 @@ from fusechat_merge.planning.configuration import (
     referenced_models,
 )
 from fusechat_merge.planning.outputs import LayerPlanner, OutputMaker, plan_unknown
-from fusechat_merge.planning.plan import (
-    DTYPE_NAMES,
-    LeftOut,
-    Options,
-    Output,
-    Plan,
-    Shard,
-)
+from fusechat_merge.planning.plan import DTYPE_NAMES, LeftOut, Options, Output, Plan, Shard
 from fusechat_merge.planning.side_files import links_that_escape
 
 _PAGE = 4096
@@ -58,25 +51,26 @@ def plan(
     Args:
         config: path of a mergekit YAML, or the configuration itself.
         download: fetch models from the hub whole; else only their headers are read there.
-        options: fields of ``Options``.
+        options: fields of `Options`.
 
     Returns:
-        The plan; what is wrong with the request is listed in its ``problems``.
+        The plan; what is wrong with the request is listed in its `problems`.
 
     Raises:
         RequestError: the configuration can't be read as one of mergekit's.
     """
     result = read_config(config, Options(**options))
     name_adapters(result.config)
+    models: dict[ModelReference, Checkpoint] = {}
     for reference in referenced_models(result.config):
         try:
-            result.models[str(reference)] = read_model(reference, result.options, download)
+            models[reference] = read_model(reference, result.options, download)
         except CheckpointError as error:
             result.problems += error.problems
+    result.models = {str(reference): checkpoint for reference, checkpoint in models.items()}
     if not result.problems:
         result.problems += _range_problems(result)
     if not result.problems:
-        models = {r: result.models[str(r)] for r in referenced_models(result.config)}
         with loading(models, result.options.of_mergekit()):
             _plan_outputs(result)
     return result
@@ -84,10 +78,9 @@ def plan(
 
 def _range_problems(planned: Plan) -> list[str]:
     """Slices of more layers than there can be, which mergekit would plan one by one."""
-    pieces: list[Any] = [planned.config, *(planned.config.modules or {}).values()]
     return [
         f"layer_range {list(source.layer_range)}: {source.model} has not so many layers"
-        for piece in pieces
+        for piece in pieces_of(planned.config).values()
         for part in piece.slices or []
         for source in part.sources
         if source.layer_range
@@ -121,8 +114,8 @@ def _plan_outputs(planned: Plan) -> None:
             except Exception as error:  # transformers', which names no model
                 source = config.tokenizer_source or (config.tokenizer and config.tokenizer.source)
                 named = [*references, *([source] if isinstance(source, ModelReference) else [])]
-                found = _tokenizer_problems(named, planned.options.trust_remote_code)
-                raise RequestError(found or [one_line(error)]) from error
+                unreadable = _tokenizer_problems(named, planned.options.trust_remote_code)
+                raise RequestError(unreadable or [one_line(error)]) from error
         if config.chat_template:
             holder = SimpleNamespace(chat_template=None)
             _set_chat_template(holder, config, planned.options.trust_remote_code)
@@ -194,12 +187,12 @@ def _tokenizer_problems(models: Sequence[ModelReference], trust_remote_code: boo
 
 def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
     """One problem for many tensors that have the same."""
-    alike: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    alike: dict[str, list[str]] = defaultdict(list)
     for tensor, problem in problems:
-        alike[problem.replace(tensor, "")].append((tensor, problem))
+        alike[problem.replace(tensor, "")].append(problem)
     return [
-        found[0][1] + (f" (the same for {len(found) - 1} more)" if len(found) > 1 else "")
-        for found in alike.values()
+        first + (f" (the same for {len(more)} more)" if more else "")
+        for first, *more in alike.values()
     ]
 
 
@@ -244,12 +237,14 @@ def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:
 
 
 def _plan_units(planned: Plan, maker: OutputMaker) -> None:
-    """Find the tensors of every unit; where only mergekit's tasks can read them, use those."""
+    """Find the tensors of every unit.
+
+    Where some are converted or permuted, only mergekit's tasks can read them: use those then.
+    """
     in_units = {output.name for output in planned.outputs if output.unit}
     if not in_units:
         return
     if any(maker.outputs[name].how == "task" for name in maker.complete | in_units):
-        # Converted or permuted tensors: only mergekit's tasks can read units that hold such.
         try:
             united = with_units(list(maker.regular.values()))
         except RequestError as error:

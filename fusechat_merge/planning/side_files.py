@@ -46,20 +46,20 @@ def side_files(planned: Plan, donor: Path) -> list[str]:
 def links_that_escape(planned: Plan, donor: Path) -> list[str]:
     """Side files that are links out of the donor's folder: a copy could give away anything.
 
-    A hub cache's snapshot links into the same model's ``blobs``.
+    A hub cache's snapshot links into the same model's `blobs`.
     """
     roots = [donor.resolve(), donor.resolve().parent.parent / "blobs"]
-    found = [(donor / name, (donor / name).resolve()) for name in side_files(planned, donor)]
+    files = [(donor / name, (donor / name).resolve()) for name in side_files(planned, donor)]
     return [
         f"{path}: links to {there}, out of the model's folder; if it belongs to the model, put the"
         " file itself there"
-        for path, there in found
+        for path, there in files
         if not any(there.is_relative_to(root) for root in roots)
     ]
 
 
 def merged_config(text: str, planned: Plan) -> str:
-    """The donor's ``config.json``, its bytes kept but for the keys that the merge changes."""
+    """The donor's `config.json`, its bytes kept but for the keys that the merge changes."""
     before = json.loads(text)
     for path, value in _changed_keys(before, planned):
         text = _with_value(text, path, value)
@@ -93,7 +93,7 @@ def _value_at(data: Any, path: list[str]) -> Any:
 
 
 def _with_value(text: str, path: list[str], value: Any) -> str:
-    """JSON ``text`` with one value replaced, or added to its object and all laid out anew."""
+    """JSON `text` with one value replaced, or added to its object and all laid out anew."""
     first = text.index("{")
     span = _span(text, first, path)
     if span:
@@ -109,7 +109,7 @@ def _with_value(text: str, path: list[str], value: Any) -> str:
 
 
 def _span(text: str, at: int, path: list[str]) -> tuple[int, int] | None:
-    """Where the value at ``path`` stands in the JSON object that begins at ``text[at]``."""
+    """Where the value at `path` stands in the JSON object that begins at `text[at]`."""
     decoder = json.JSONDecoder()
     at = _skip(text, at + 1)
     while text[at] != "}":
@@ -133,7 +133,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def index(planned: Plan) -> str:
-    """The text of ``model.safetensors.index.json``."""
+    """The text of `model.safetensors.index.json`."""
     total = sum(output.nbytes for output in planned.outputs)
     weight_map = {output.name: output.file for output in planned.outputs}
     return as_json({"metadata": {"total_size": total}, "weight_map": weight_map})

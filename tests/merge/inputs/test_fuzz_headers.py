@@ -15,7 +15,7 @@ import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fusechat_merge.inputs.checkpoint import CheckpointError, parse_header
+from fusechat_merge.inputs.checkpoint import CheckpointError, read_weights_file
 from tests.support.damage import changed_safetensors
 
 DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "I64": 8, "F8_E4M3": 1}
@@ -40,8 +40,26 @@ def built(tensors: list[tuple[str, str, list[int]]], pad: int) -> bytes:
     return file(json.dumps(header).encode() + b" " * pad, bytes(position))
 
 
+class InMemory:
+    """A store of one file."""
+
+    folder = None
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    def names(self) -> set[str]:
+        return {"f"}
+
+    def stat(self, name: str) -> tuple[int, None]:
+        return len(self.raw), None
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return self.raw[offset : offset + length]
+
+
 def locations(raw: bytes):
-    return parse_header(lambda offset, length: raw[offset : offset + length], len(raw), "f")
+    return read_weights_file(InMemory(raw), "f", "f")[0]
 
 
 def check(raw: bytes) -> bool:
