@@ -290,10 +290,10 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
             else:
                 unlisted[tensor] = file
     if weight_map is not None and not problems:
-        for tensor in weight_map.keys() - tensors.keys():
-            problems.append(
-                f"{name}: the index places {tensor} in {weight_map[tensor]}, which doesn't hold it"
-            )
+        problems += [
+            f"{name}: the index places {tensor} in {weight_map[tensor]}, which doesn't hold it"
+            for tensor in weight_map.keys() - tensors.keys()
+        ]
     if problems:
         raise CheckpointError(problems)
     return Checkpoint(name, store.folder, tensors, files, unlisted)

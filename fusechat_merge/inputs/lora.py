@@ -100,15 +100,13 @@ def with_adapter(checkpoint: Checkpoint, store: Store, name: str) -> Checkpoint:
             continue
         half = len(key) - len(plain) + match.start(3)
         other = key[:half] + ("B" if match[3] == "A" else "A") + key[half + 1 :]
-        problem: str | None = None
         if other not in locations:
-            problem = f"{key}: {other} is missing"
+            problems.append(f"{name}: {key}: {other} is missing")
         elif match[3] == "A":
-            problem = _pair(
-                match[1], key, other, bool(match[2]), config, locations, tensors, low_rank
-            )
-        if problem:
-            problems.append(f"{name}: {problem}")
+            embedding = bool(match[2])
+            problem = _pair(match[1], key, other, embedding, config, locations, tensors, low_rank)
+            if problem:
+                problems.append(f"{name}: {problem}")
     if problems:
         raise CheckpointError(problems)
     folder = checkpoint.folder if store.folder is not None else None

@@ -131,9 +131,8 @@ class VarmMethod(GroupMergeMethod):
         ]
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        base = _base_of(group)
         if not group.non_base:
-            return base.tensor
+            return _base_of(group).tensor
         statistic, lam = parameters["statistic"], parameters["lambda"]
         prior = parameters["weight"].values_for(group.non_base)
         if not any(prior):
@@ -179,9 +178,8 @@ class SceMethod(GroupMergeMethod):
     )
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        base = _base_of(group)
         if not group.non_base:
-            return base.tensor
+            return _base_of(group).tensor
         passes = _passes(group)
         with _naming(group):
             sce.merge(passes, parameters["select_topk"], parameters["variant"])

@@ -1,4 +1,4 @@
-"""Makes mergekit know our methods: registered, checked when planned, units across tensors.
+"""Makes our methods known to mergekit: registered, checked when planned, units across tensors.
 
 `_autoload` calls the functions at the end of this file while mergekit is being imported, so only
 mergekit's submodules are imported here.

@@ -63,9 +63,8 @@ class UnitStatistics(Task[Statistics]):
 def load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
     """A planned tensor's inputs; None if a model lacks it or it is no floating-point tensor."""
     tensors = _run(task.gather_tensors)
-    if any(tensors.get(model) is None for model in task.model_order):
-        return None
-    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+    inputs = [tensors.get(model) for model in task.model_order]
+    if not all(tensor is not None and tensor.is_floating_point() for tensor in inputs):
         return None
     group = TensorGroup(
         entries=tuple(
@@ -102,7 +101,7 @@ class MergeWithUnit(ExecuteMergeMethodTask):
 
 
 def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMethodTask]:
-    """The planned varm tasks, those of a unit of several tensors made to share its statistics.
+    """The planned varm tasks, those of a unit of several tensors sharing its statistics.
 
     Raises:
         RequestError: all weights of a tensor are 0, or a unit's vocabulary is permuted.

@@ -282,6 +282,7 @@ def _fork_update(strip: Block, deltas: list[Tensor], eta: Sequence[float]) -> Te
     result = scratch.take("update", strip.base, torch.float64).zero_()
     divisor = scratch.take("divisor", strip.base, torch.float64).zero_()
     for delta, share in zip(deltas, eta, strict=True):
+        # |δ_j| where it agrees with the sign, else 0.
         along = delta.mul_(sign).clamp_min_(0.0)
         result.add_(along, alpha=share)
         divisor.add_(along > 0, alpha=share)

@@ -32,9 +32,7 @@ class Unit:
 def shared_unit(tensor: str, parameters: Mapping[str, Any]) -> Unit | None:
     """The unit of several tensors that a tensor belongs to; None where it is a unit by itself.
 
-    Args:
-        tensor: an output tensor's name.
-        parameters: of `varm`, as they are for this tensor.
+    `parameters` are those of `varm`, resolved for this tensor.
     """
     granularity = parameters["granularity"]
     if granularity not in MULTI_TENSOR:

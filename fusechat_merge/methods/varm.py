@@ -56,8 +56,7 @@ def delta_sums(block: Block, statistic: str) -> list[list[float]]:
     """
     loops = _loops_for(block.base, *block.targets)
     if loops is not None:
-        squared = statistic == "square"
-        sums = loops.delta_sums(block.base, block.targets, HALF, squared)
+        sums = loops.delta_sums(block.base, block.targets, HALF, statistic == "square")
     else:
         sums = [[] for _ in block.targets]
         for strip in block.strips():
@@ -156,6 +155,7 @@ def _write_elements_block(
         merged.copy_(strip.base)
         if not lam:
             continue
+        # Targets of weight 0 neither count nor move an element.
         counted = [(t, w) for t, w in zip(strip.targets, prior, strict=True) if w]
         base = scratch.take("base", strip.base, torch.float64).copy_(strip.base)
         value = scratch.take("delta", strip.base, torch.float64)
@@ -176,6 +176,7 @@ def _write_elements_block(
             share.mul_(weight)
             whole.add_(share)
             mean.addcmul_(share, value)
+        # The weighted mean of the targets; scaled by λ towards the base, or the one target itself.
         mean.div_(whole.masked_fill_(~moved, 1.0))
         if lam != 1.0:
             mean.mul_(lam).add_(base, alpha=1.0 - lam)

@@ -98,9 +98,8 @@ def _field_problems(details: Sequence[Mapping[str, Any]]) -> list[str]:
     problems: dict[str, str] = {}
     for detail in details:
         location, value = detail["loc"], detail["input"]
-        says = (
-            detail["msg"].replace("Input should", "should").replace("Field required", "is missing")
-        )
+        says = detail["msg"].replace("Input should", "should")
+        says = says.replace("Field required", "is missing")
         if "parameters" in location[:-1]:
             location = location[: location.index("parameters") + 2]
             says = (

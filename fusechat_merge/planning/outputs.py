@@ -1,4 +1,4 @@
-"""From mergekit's tasks to a plan's outputs: how each is made, from what, in which shape."""
+"""From mergekit's tasks to a plan's outputs: how each is computed, its inputs and its shape."""
 
 from __future__ import annotations
 
@@ -70,13 +70,8 @@ class LayerPlanner(MergePlanner):
         self, name: str, inputs: Sequence[str], layer: _Layer
     ) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
         """A tensor that the architecture's table doesn't know."""
-        MergePlanner.plan_tensor(
-            self,
-            WeightInfo(name=name),
-            [WeightInfo(name=n) for n in inputs],
-            list(layer.models),
-            layer.reader,
-        )
+        weights = [WeightInfo(name=n) for n in inputs]
+        super().plan_tensor(WeightInfo(name=name), weights, list(layer.models), layer.reader)
         return self._take()
 
     def _take(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
@@ -88,9 +83,8 @@ class LayerPlanner(MergePlanner):
         sources = definition.slices[0].sources
         reader = ConfigReader(config=self.config, t=0, module=definition)
         models = tuple(source.model for source in sources)
-        self.outside.append(
-            _Layer("", ("",) * len(models), models, reader.for_out_slice(definition.slices[0]))
-        )
+        reader = reader.for_out_slice(definition.slices[0])
+        self.outside.append(_Layer("", ("",) * len(models), models, reader))
         super().plan_module(module_name, definition)
 
     def plan_tensor(
@@ -135,7 +129,7 @@ class OutputMaker:
 
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
         """One planned tensor; `alone` keeps it out of every unit of several tensors."""
-        problems = self.problems
+        name, problems = weight.name, self.problems
         # Which models have the tensor; a tokenizer merge wraps the task that gathers them.
         gather = task.gather_tensors
         inner = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
@@ -164,11 +158,9 @@ class OutputMaker:
         # Floating inputs are promoted to one dtype; others (buffers, say) have to agree already.
         dtypes = [loaded.dtype for _, loaded in present]
         if len(set(dtypes)) > 1 and not all(dtype.is_floating_point for dtype in dtypes):
-            mixed = f"{weight.name}: numbers and whole numbers mixed: {dtypes}"
-            problems.append((weight.name, mixed))
+            problems.append((name, f"{name}: numbers and whole numbers mixed: {dtypes}"))
             return
         merged = reduce(torch.promote_types, dtypes)
-        name = weight.name
         how = self._how(task, ordered, outcome)
         if how == "task" and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
@@ -208,8 +200,7 @@ class OutputMaker:
         if dtype.is_floating_point:
             loaded = dtype_from_name(self.config.dtype) or dtype
             written = dtype_from_name(self.config.out_dtype) or loaded
-        low_rank = checkpoint.low_rank.get(tensor)
-        source = Source(str(model), tensor, at, at.numel, loaded, low_rank)
+        source = Source(str(model), tensor, at, at.numel, loaded, checkpoint.low_rank.get(tensor))
         self.used[str(model)].add(tensor)
         self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
 
@@ -229,9 +220,8 @@ class OutputMaker:
             return torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
 
         lazy = {name: (lambda name=name: without_data(name)) for name in tensors}
-        model_type = model.config(
-            trust_remote_code=self.planned.options.trust_remote_code
-        ).model_type
+        trust = self.planned.options.trust_remote_code
+        model_type = model.config(trust_remote_code=trust).model_type
         for name in (weight.name, *(weight.aliases or ())):
             tensor = convert_checkpoint_tensors(model_type, lazy, name)
             if tensor is not None:

@@ -120,7 +120,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An input tensor that no output is made from, and why."""
+    """An input tensor that no output uses, and why."""
 
     model: str
     tensor: str
@@ -135,18 +135,17 @@ class Plan:
         config, source, options: the configuration, its text, and what else decides the bytes.
         models: every model's checkpoint, by the name that the configuration gives it.
         donor: the model whose configuration and side files the output gets.
-        outputs: in the order in which they are made, which is the order of the donor's files.
+        outputs: in the order in which they are computed, that of the donor's files.
         shards: the output files.
         units: of several tensors: names of the outputs whose deltas count.
         by_name: outputs that the architecture's table doesn't know, merged by name.
         copied: outputs that it doesn't know and that not every model has; copied from the base.
         left_out: input tensors that are not used.
         problems: what stands in the way; with any, `outputs` may be incomplete.
-        tasks: mergekit's tasks of the outputs that are made by `task`.
-        out_config: mergekit's configuration of the merged model.
-        architecture: mergekit's table of the tensors.
-        tokenizer: mergekit's merged tokenizer with its permutations, where one is asked for.
-        chat_template: the one that the configuration asks for.
+        tasks: mergekit's tasks of the outputs whose `how` is `task`.
+        out_config, architecture: mergekit's configuration of the merged model, its tensors' table.
+        tokenizer, chat_template: mergekit's merged tokenizer with its permutations, and the
+            template, where the configuration asks for them.
     """
 
     config: MergeConfiguration

@@ -1,6 +1,6 @@
 """From a mergekit configuration to the plan of its merge, read from headers alone.
 
-Whatever is wrong with the request is found here, everything at once, before a weight is read.
+Everything that is wrong with the request is reported here, at once, before a weight is read.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def _remedy(error: Exception, configs: Mapping[str, PretrainedConfig]) -> str:
         layers = {name: getattr(c, "num_hidden_layers", "?") for name, c in configs.items()}
         return f"the models have different numbers of layers ({_by_model(layers)})"
     if isinstance(error, (LookupError, TypeError, AttributeError)):
-        name = type(error).__name__
-        return f"a model's config.json or the YAML is not as mergekit needs it ({name}: {message})"
+        message = f"{type(error).__name__}: {message}"
+        return f"a model's config.json or the YAML is not as mergekit needs it ({message})"
     return message
 
 
@@ -258,11 +258,11 @@ def _plan_units(planned: Plan, maker: OutputMaker) -> None:
             for output in planned.outputs
         ]
         return
-    # An output that a model lacks is merged by the unit's weights, but isn't measured.
-    measured = [output.name for output in planned.outputs if output.name in maker.complete]
-    members = members_of((output.unit for output in planned.outputs if output.unit), measured)
+    # An output that a model lacks is merged by the unit's weights, but its deltas don't count.
+    counted = [output.name for output in planned.outputs if output.name in maker.complete]
+    members = members_of((output.unit for output in planned.outputs if output.unit), counted)
     planned.units = {
-        unit: tuple(measured[i] for i in positions) for unit, positions in members.items()
+        unit: tuple(counted[i] for i in positions) for unit, positions in members.items()
     }
 
 
