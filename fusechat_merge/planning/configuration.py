@@ -215,12 +215,19 @@ def _store(model: ModelPath, options: Options, download: bool) -> Store:
         raise CheckpointError([f"{path}: no such folder{start}"])
     at = (path, model.revision, options.transformers_cache)
     try:
-        return download_model(*at) if download else HubRepository(*at)
+        return download_model(*at) if download else _on_hub(*at)
     except CheckpointError as error:
-        if not download:
-            with suppress(CheckpointError):
-                return download_model(*at, cached_only=True)  # without a network, for example
         raise CheckpointError([f"{problem}{start}" for problem in error.problems]) from error
+
+
+def _on_hub(repository: str, revision: str | None, cache_dir: str | None) -> Store:
+    """A model on the hub; where the hub can't be reached, what the cache holds of it."""
+    try:
+        return HubRepository(repository, revision, cache_dir)
+    except CheckpointError:
+        with suppress(CheckpointError):
+            return download_model(repository, revision, cache_dir, cached_only=True)
+        raise
 
 
 def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:
