@@ -20,20 +20,20 @@ def schema() -> dict[str, Any]:
 
     The fields of `training` and `training.lora` are TRL's and PEFT's; only `validate` checks them.
     """
-    made: dict[str, Any] = Recipe.model_json_schema(by_alias=True)
-    definitions = made["$defs"]
+    result: dict[str, Any] = Recipe.model_json_schema(by_alias=True)
+    definitions = result["$defs"]
     for name in TEXT_WILL_DO:
-        holder, key = made["properties"], name
+        holder, key = result["properties"], name
         if name == "sources":
             holder, key = holder[name], "items"
         mapping = holder[key]
         # Draft 7 ignores all keywords beside a `$ref`.
-        said = {"description": mapping.pop("description")} if "description" in mapping else {}
-        holder[key] = said | {"anyOf": [{"type": "string", "minLength": 1}, mapping]}
+        described = {key: mapping.pop(key) for key in ("description",) if key in mapping}
+        holder[key] = described | {"anyOf": [{"type": "string", "minLength": 1}, mapping]}
     definitions["Training"]["propertyNames"] = {
         "not": {"anyOf": [{"enum": sorted(OWN_TRAINING_KEYS)}, {"pattern": "^dataset_"}]}
     }
-    for part in (made, *definitions.values()):
+    for part in (result, *definitions.values()):
         part.pop("title", None)
         for field in part["properties"].values():
             field.pop("title", None)
@@ -41,14 +41,15 @@ def schema() -> dict[str, Any]:
                 field.pop("default", None)  # the defaults are those of the section's keys
         for described in (part, *part["properties"].values()):
             if "description" in described:
-                described["description"] = "\n\n".join(_paragraphs(described["description"]))
+                paragraphs = described["description"].split("\n\n")
+                described["description"] = "\n\n".join(" ".join(p.split()) for p in paragraphs)
     heading = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "fusechat recipe"}
-    return heading | made
+    return heading | result
 
 
 def commented_recipe() -> str:
     """A recipe that shows every key with its documentation and its default."""
-    made = schema()
+    full = schema()
     lines = [
         "# Which models to fuse, on which dataset, and how. Every key is shown with its default,",
         "# unless its comment says that it has none. Keys may be omitted; unknown keys are errors.",
@@ -57,14 +58,14 @@ def commented_recipe() -> str:
         "# if the first line of this file is",
         "#   # yaml-language-server: $schema=recipe.schema.json",
     ]
-    for name, field in made["properties"].items():
-        section = section_of(made, field)
-        lines += ["", *_comment(name, section | field, made)]
+    for name, field in full["properties"].items():
+        section = section_of(full, field)
+        lines += ["", *_comment(name, section | field, full)]
         if name == "sources":
             lines += [f"{name}:", *(f"  - {example}" for example in field["examples"][0])]
             lines.append("  # - model: org/model      # the long form: the keys of `pivot`, and")
             lines += [
-                "  #   " + line for line in _lines(source_keys(made), made["$defs"]["Source"])
+                "  #   " + line for line in _lines(source_keys(full), full["$defs"]["Source"])
             ]
         elif section:
             lines.append(f"{name}:")
@@ -80,33 +81,29 @@ def _lines(fields: dict[str, Any], section: dict[str, Any]) -> Iterator[str]:
         yield f"{key}: {default_of(field)}"
 
 
-def source_keys(made: dict[str, Any]) -> dict[str, Any]:
+def source_keys(full: dict[str, Any]) -> dict[str, Any]:
     """The keys that a source has and the pivot has not."""
-    pivot = made["$defs"]["Model"]["properties"]
-    source = made["$defs"]["Source"]["properties"]
+    pivot = full["$defs"]["Model"]["properties"]
+    source = full["$defs"]["Source"]["properties"]
     return {key: field for key, field in source.items() if key not in pivot}
 
 
-def section_of(made: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+def section_of(full: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
     """The schema of the mapping that a key takes; empty if it takes none."""
     places = (field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ()))
-    for place in places:
-        if "$ref" in place:
-            found: dict[str, Any] = made["$defs"][place["$ref"].rpartition("/")[2]]
-            return found
-    return {}
+    references = [place["$ref"].rpartition("/")[2] for place in places if "$ref" in place]
+    definitions: dict[str, dict[str, Any]] = full["$defs"]
+    return definitions[references[0]] if references else {}
 
 
 def _comment(key: str, field: dict[str, Any], section: dict[str, Any]) -> list[str]:
     """The first paragraph of a key's documentation, and its values."""
-    said = field["description"].partition("\n\n")[0]
+    text = field["description"].partition("\n\n")[0]
     if values := values_of(field):
-        said += f" ({values})"
+        text += f" ({values})"
     if key in section.get("required", ()):
-        said += " No default."
-    return textwrap.wrap(
-        said, 94, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-    )
+        text += " No default."
+    return ["# " + line for line in textwrap.wrap(text, 92, break_on_hyphens=False)]
 
 
 def values_of(field: dict[str, Any]) -> str:
@@ -128,7 +125,3 @@ def default_of(field: dict[str, Any]) -> str:
     value = field["default"] if "default" in field else field["examples"][0]
     text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]

@@ -234,9 +234,9 @@ class Training(BaseModel):
     @property
     def sft(self) -> dict[str, Any]:
         """The SFTConfig fields that the recipe sets."""
-        given = self.model_extra or {}
+        fields = self.model_extra or {}
         # In YAML an unquoted `no`, which is a value of these fields, is false.
-        return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
+        return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in fields.items()}
 
 
 class Merge(Section):
@@ -344,8 +344,8 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[str]]:
         unknown = _training_problems(recipe.training)
         problems += unknown.values()
         if unknown:
-            given = recipe.training.model_dump(by_alias=True, exclude_unset=True)
-            training = Training.model_validate(_without(given, unknown))
+            keys = recipe.training.model_dump(by_alias=True, exclude_unset=True)
+            training = Training.model_validate(_without(keys, unknown))
             recipe = recipe.model_copy(update={"training": training})
     return recipe, problems
 
@@ -481,19 +481,14 @@ def unknown_key(key: str, known: Iterable[str], what: str) -> str:
 
 def _keys_at(loc: Sequence[str | int]) -> set[str]:
     """The keys of the section at the path `loc`."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     for part in loc:
         if isinstance(part, int):
             continue
-        section = {"pivot": Model, "sources": Source}.get(part) or _section(part)
+        section = {"pivot": Model, "sources": Source}.get(
+            part, Recipe.model_fields[part].annotation
+        )
     return {field.alias or name for name, field in section.model_fields.items()}
-
-
-def _section(key: str) -> type[BaseModel]:
-    annotation = Recipe.model_fields[key].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, BaseModel)
-    return annotation
 
 
 def _without(raw: Any, locs: Iterable[Sequence[str | int]]) -> Any:

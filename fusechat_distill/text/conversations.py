@@ -185,7 +185,7 @@ def _reason(path: Path, error: BaseException) -> str:
 
 
 def _json_start(path: Path) -> bytes:
-    """The first bytes of a file of JSON that are not blank."""
+    """The beginning of a JSON file, without a byte order mark and white space."""
     import fsspec  # type: ignore[import-untyped]
 
     with fsspec.open(str(path), "rb", compression="infer") as file:
@@ -194,7 +194,7 @@ def _json_start(path: Path) -> bytes:
 
 
 def _check_json(path: Path) -> None:
-    """Refuse what is no rows before the reader sees it: pyarrow 26's can end the process on it."""
+    """Refuse a JSON file without rows before it is read: pyarrow 26 may end the process on it."""
     is_json = path.is_file() and _builder(path) == "json"
     if is_json and _json_start(path)[:1] not in (b"{", b"[", b""):
         raise ValueError(f"{path.name} does not begin with an object or an array")
@@ -298,15 +298,13 @@ def _turns(row: Mapping[str, Any], columns: list[str]) -> list[Any]:
             part = row[column]
             turns += part if isinstance(part, list) else [{"role": role, "content": part}]
         return turns
-    found = row[columns[0]]
-    if isinstance(found, Mapping) and all(isinstance(part, list) for part in found.values()):
-        # What `datasets` makes of a `Sequence` of objects: one list for each of their keys.
-        return [
-            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
-        ]
-    if not isinstance(found, list):
+    cell = row[columns[0]]
+    if isinstance(cell, Mapping) and all(isinstance(part, list) for part in cell.values()):
+        # `datasets` stores a `Sequence` of objects as one list for each of their keys.
+        return [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
+    if not isinstance(cell, list):
         raise _UnusableError(f"`{columns[0]}` is not a list of messages")
-    return found
+    return cell
 
 
 def _messages(turns: list[Any]) -> tuple[Message, ...]:
@@ -429,11 +427,12 @@ class Rendering:
         """Keep what ends at or before the pivot's cut (a source's rendering)."""
         if cut is None:
             return self
-        kept = [response for response in self.responses if response.turn < cut.turn]
-        for response in self.responses:
-            if response.turn == cut.turn and (part := response._upto(cut.byte, len(response.ends))):
-                kept.append(part)
-        return self._with(kept)
+        parts = (
+            response if response.turn < cut.turn else response._upto(cut.byte, len(response.ends))
+            for response in self.responses
+            if response.turn <= cut.turn
+        )
+        return self._with([part for part in parts if part])
 
     def _with(self, responses: list[Response]) -> Rendering:
         length = responses[-1].token_slice().stop if responses else 0
@@ -505,12 +504,8 @@ class Renderer:
         """
         roles = {
             role: token_id
-            for role, token_id in (
-                ("bos", self.tokenizer.bos_token_id),
-                ("eos", self.tokenizer.eos_token_id),
-                ("pad", self.tokenizer.pad_token_id),
-            )
-            if token_id is not None
+            for role in ("bos", "eos", "pad")
+            if (token_id := getattr(self.tokenizer, f"{role}_token_id")) is not None
         }
         probe = (Message("user", "Hello."), Message("assistant", "Hello."))
         rendering = self([Conversation("", 0, probe)])[0]
@@ -586,10 +581,10 @@ class Renderer:
             )
         except _UnusableError:
             return None
-        before, found, after = probe.partition(mark)
-        if not found or mark in after or not (text.startswith(before) and text.endswith(after)):
+        before, *rest = probe.split(mark)
+        if len(rest) != 1 or not (text.startswith(before) and text.endswith(rest[0])):
             return None
-        begin, end = len(before), len(text) - len(after)
+        begin, end = len(before), len(text) - len(rest[0])
         return (begin, end) if begin < end else None
 
     def _rendering(
@@ -607,10 +602,8 @@ class Renderer:
                 responses.append(response)
             except _UnusableError as problem:
                 skipped.append(Skipped(turn, str(problem)))
-        length = responses[-1].token_slice().stop if responses else 0
-        return Rendering(
-            tokens.ids[:length], tuple(responses), tuple(skipped), system_folded=text.folded
-        )
+        whole = Rendering(tokens.ids, (), tuple(skipped), system_folded=text.folded)
+        return whole._with(responses)
 
     def _response(self, turn: int, answer: str, text: _Text, tokens: Tokenization) -> Response:
         if turn not in text.spans:

@@ -1,4 +1,4 @@
-"""Answers with what one model thinks of them: the model's best guesses for every token."""
+"""Answers with one model's scores: its k most probable tokens at every position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusechat_distill.text.conversations import Response
 
 @dataclass(frozen=True, eq=False)
 class ScoredResponse(Response):
-    """One assistant answer of n tokens, and the model's k best guesses for each."""
+    """One assistant answer of n tokens, and the k most probable tokens at each position."""
 
     tokens: NDArray[np.uint32]
     """[n] the gold tokens."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -225,14 +226,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     from tokenizers import pre_tokenizers
 
     own = set(pre_tokenizers.ByteLevel.alphabet())
-    alphabet, shifted = {}, 0x100
-    for byte in range(256):
-        if chr(byte) in own:
-            alphabet[chr(byte)] = byte
-        else:
-            alphabet[chr(shifted)] = byte
-            shifted += 1
-    return alphabet
+    shifted = itertools.count(0x100)
+    return {chr(b if chr(b) in own else next(shifted)): b for b in range(256)}
 
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -253,13 +248,9 @@ class _Reading:
         decoder = list(_components(backend.decoder))
         normalizer = list(_components(backend.normalizer))
         splits = list(_components(backend.pre_tokenizer))
-        everywhere = decoder + splits + normalizer
         self.normalizes_to_bytes = any(part["type"] == "ByteLevel" for part in normalizer)
-        piece_bytes: Callable[[str], bytes]
-        if any(part["type"] == "ByteLevel" for part in everywhere):
-            piece_bytes = self._byte_level
-        else:
-            piece_bytes = self._sentence_piece
+        byte_level = any(part["type"] == "ByteLevel" for part in decoder + splits + normalizer)
+        self.piece_bytes = self._byte_level if byte_level else self._sentence_piece
         self.alphabet = _byte_level_alphabet()
         self.markers: list[tuple[str, str]] = []
         self.byte_fallback = bool(getattr(backend.model, "byte_fallback", False))
@@ -279,7 +270,7 @@ class _Reading:
         marks = {marker for marker, _ in self.markers} | {" "}
         if any(_space_mark(part) not in marks for part in splits + normalizer):
             problem = "it replaces spaces in a way that its decoder does not reverse"
-        if not decoder and piece_bytes == self._sentence_piece and backend.pre_tokenizer:
+        if not decoder and not byte_level and backend.pre_tokenizer:
             problem = "it has a pre-tokenizer but no decoder"
         if problem:
             raise RequestError(
@@ -289,7 +280,6 @@ class _Reading:
                 ],
                 f"tokenizer {name}",
             )
-        self.piece_bytes = piece_bytes
         self.fingerprint: str | None = None
         self._read_vocabulary(tokenizer)
 
@@ -331,9 +321,7 @@ class _Reading:
     def _sentence_piece(self, piece: str) -> bytes:
         if self.byte_fallback and (byte := _BYTE_PIECE.fullmatch(piece)):
             return bytes.fromhex(byte[1])
-        for marker, text in self.markers:
-            piece = piece.replace(marker, text)
-        return piece.encode()
+        return self._marked(piece)
 
     def token_at(self, offset: int, ids: Sequence[int], text: bytes) -> int:
         """The token of `ids` that starts at byte `offset` of the text, or -1."""
@@ -371,39 +359,36 @@ class _Reading:
         n = len(ids)
         token_ids = np.asarray(ids, dtype=np.int64)
         special = self.special[token_ids]
-        ends = np.full(n, -1, dtype=np.int64)
-        starts = np.full(n, -1, dtype=np.int64)
-        dummy = np.zeros(n, dtype=np.bool_)
+        unknown = np.full(n, -1, dtype=np.int64)
+        result = Tokenization(
+            token_ids, unknown, np.zeros(n, dtype=np.bool_), special, unknown.copy()
+        )
         at = byte_offsets(text)
-        borders = [*np.flatnonzero(special).tolist(), n]
         first, begin = 0, 0  # token and character at which the segment begins
-        for border in borders:
+        for border in [*np.flatnonzero(special).tolist(), n]:
             end = spans[border][0] if border < n else len(text)
             if first < border:
-                self._locate_segment(
-                    text, token_ids, spans, at, (first, border), (begin, end), ends, dummy
-                )
+                self._locate_segment(result, text, spans, at, (first, border), (begin, end))
             if border < n:
-                starts[border] = at[end]
+                result.starts[border] = at[end]
                 begin = spans[border][1]
-                ends[border] = at[begin]
+                result.ends[border] = at[begin]
             first = border + 1
-        return Tokenization(token_ids, ends, dummy, special, starts)
+        return result
 
     def _locate_segment(
         self,
+        result: Tokenization,
         text: str,
-        ids: NDArray[np.int64],
         spans: Sequence[tuple[int, int]],
         at: NDArray[np.int64],
         tokens: tuple[int, int],
         characters: tuple[int, int],
-        ends: NDArray[np.int64],
-        dummy: NDArray[np.bool_],
     ) -> None:
+        """Set `ends` and `dummy` of the tokens first..last, which stand for text[begin:end]."""
         first, last = tokens
         begin, end = characters
-        if self._tile(text[begin:end].encode(), ids, first, last, int(at[begin]), ends, dummy):
+        if self._tile(result, text[begin:end], tokens, int(at[begin]), prefix=True):
             return
         for group, (start, stop) in _overlapping(spans, first, last):
             after = spans[group[1]][0] if group[1] < last else end
@@ -412,19 +397,13 @@ class _Reading:
                 start = begin
             for upto in (stop, after):
                 piece = text[start:upto]
-                # The tokens are the text, maybe after a dummy prefix; are exactly the text; or are
+                # The tokens are the text (a segment's first ones maybe after a dummy prefix), or
                 # the normalised text, of which only the end is known.
-                if group[0] == first and self._tile(
-                    piece.encode(), ids, *group, int(at[start]), ends, dummy
-                ):
+                if self._tile(result, piece, group, int(at[start]), prefix=group[0] == first):
                     break
-                seen = self._join(ids, *group)
-                if seen == piece.encode():
-                    lengths = self.vocabulary.lengths[ids[group[0] : group[1]]]
-                    ends[group[0] : group[1]] = at[start] + np.cumsum(lengths)
-                    break
+                seen = self._join(result.ids, *group)
                 if self.seen(piece) in (seen, b" " + seen):
-                    ends[group[1] - 1] = at[upto]
+                    result.ends[group[1] - 1] = at[upto]
                     break
 
     def _join(self, ids: NDArray[np.int64], first: int, last: int) -> bytes:
@@ -432,23 +411,17 @@ class _Reading:
         return b"".join([tokens[i] for i in ids[first:last].tolist()])
 
     def _tile(
-        self,
-        text: bytes,
-        ids: NDArray[np.int64],
-        first: int,
-        last: int,
-        offset: int,
-        ends: NDArray[np.int64],
-        dummy: NDArray[np.bool_],
+        self, result: Tokenization, text: str, tokens: tuple[int, int], offset: int, *, prefix: bool
     ) -> bool:
-        """Set `ends` if tokens first..last are the text, or a dummy prefix and the text."""
-        seen = self._join(ids, first, last)
-        extra = len(seen) - len(text)
-        if seen != (b" " + text if extra == 1 else text):
+        """Set `ends` if the tokens are the text, or (if allowed) a dummy prefix and the text."""
+        first, last = tokens
+        expected, seen = text.encode(), self._join(result.ids, first, last)
+        extra = len(seen) - len(expected)
+        if seen != (b" " + expected if prefix and extra == 1 else expected):
             return False
-        dummy[first] = extra == 1
-        lengths = self.vocabulary.lengths[ids[first:last]]
-        ends[first:last] = offset - extra + np.cumsum(lengths)
+        result.dummy[first] = extra == 1
+        lengths = self.vocabulary.lengths[result.ids[first:last]]
+        result.ends[first:last] = offset - extra + np.cumsum(lengths)
         return True
 
 
@@ -500,9 +473,8 @@ def _lossy(model: Any) -> str | None:
     kind = type(model).__name__
     if kind not in ("BPE", "Unigram"):
         return f"its model is {kind}"
-    if getattr(model, "end_of_word_suffix", None) or getattr(
-        model, "continuing_subword_prefix", None
-    ):
+    affixes = ("end_of_word_suffix", "continuing_subword_prefix")
+    if any(getattr(model, affix, None) for affix in affixes):
         return "its tokens carry a word prefix or suffix"
     return None
 

@@ -95,9 +95,8 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        present = [name for name in TARGETS if name in examples[0]]
         for name, dtype in zip(TARGETS, (np.int32, np.float32), strict=True):
-            if name not in present:
+            if name not in examples[0]:
                 continue
             rows = [
                 torch.from_numpy(
@@ -291,12 +290,8 @@ def _parallelism_problems(config: Any) -> Iterator[str]:
 
 
 def _dataset_problems(args: Any, train: Any, evaluation: Any) -> Iterator[str]:
-    sets = {"train": train}
-    if isinstance(evaluation, Mapping):
-        sets.update(evaluation)
-    elif evaluation is not None:
-        sets["eval"] = evaluation
-    for name, dataset in sets.items():
+    several = evaluation if isinstance(evaluation, Mapping) else {"eval": evaluation}
+    for name, dataset in {"train": train, **several}.items():
         if isinstance(dataset, IterableDataset):
             yield (
                 f"the {name} dataset is an `IterableDataset`, whose distributions can't be "
