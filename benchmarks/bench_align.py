@@ -36,10 +36,10 @@ from fusechat_distill.alignment.positions import (
     Responses,
     align,
     dtw,
-    match_roles,
     match_states,
     pair_counts,
 )
+from fusechat_distill.alignment.vocabularies import match_roles
 from fusechat_distill.text.conversations import Conversation, Message, Renderer
 from fusechat_distill.text.scored import ScoredResponse
 from tests.support import real_tokenizers

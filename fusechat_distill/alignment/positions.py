@@ -10,44 +10,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat_distill.alignment.vocabularies import (
-    DROPPED,
-    EXACT,
-    MAPPED,
-    SPECIAL,
-    PairCounts,
-    Projection,
-    VocabularyMap,
-    collapse,
-    match_roles,
-)
+from fusechat_distill.alignment.vocabularies import PairCounts, VocabularyMap, collapse
 from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import Vocabulary
-
-__all__ = [
-    "DROPPED",
-    "EXACT",
-    "MAPPED",
-    "SPECIAL",
-    "Aligned",
-    "PairCounts",
-    "Positions",
-    "Projection",
-    "Responses",
-    "VocabularyMap",
-    "align",
-    "collapse",
-    "dtw",
-    "match_positions",
-    "match_roles",
-    "match_states",
-    "pair_counts",
-]
 
 Positions = Literal["bytes", "dtw"]
 
 BLOCK = 1 << 17
-"""Entries that are mapped at a time, so that memory doesn't grow with k."""
+"""Entries mapped at a time, so that memory doesn't grow with k."""
 
 
 def match_positions(
@@ -55,9 +25,14 @@ def match_positions(
 ) -> NDArray[np.int64]:
     """For each pivot end offset the index of the source position with the same end offset.
 
-    Both [n], [m], rising; negative offsets are of no known position and match nothing. Of several
-    source positions with one offset the last counts; -1 where there is none. Two positions match
-    iff they have consumed the same text.
+    Two positions match if they have consumed the same text.
+
+    Args:
+        pivot_ends, source_ends: [n] and [m], rising; negative offsets are unknown and match
+            nothing.
+
+    Returns:
+        [n] int64, the last of several source positions with one offset, -1 where there is none.
     """
     pivot_ends, source_ends = np.asarray(pivot_ends), np.asarray(source_ends)
     known = np.flatnonzero(source_ends >= 0)
@@ -65,23 +40,23 @@ def match_positions(
         return np.full(len(pivot_ends), -1, dtype=np.int64)
     offsets = source_ends[known]
     at = np.searchsorted(offsets, pivot_ends, side="right") - 1
-    found = (at >= 0) & (offsets[at] == pivot_ends) & (pivot_ends >= 0)
-    return np.where(found, known[at], -1)
+    equal = (at >= 0) & (offsets[at] == pivot_ends) & (pivot_ends >= 0)
+    return np.where(equal, known[at], -1)
 
 
 def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np.int64]:
     """For each pivot token the source token that the papers' alignment pairs it with, [n].
 
     Dynamic time warping (FuseLLM, arXiv 2401.10491): the cost of a pair is the edit distance of the
-    two tokens without their white space (a special token is ""); of equally cheap ways the diagonal
-    is taken first, then the one that goes back in the source. -1 where a token has several partners
-    or its partner has. O(n·m) time and memory, without a Python inner loop.
+    two tokens without their white space (a special token is ""); of equally cheap paths the
+    diagonal is preferred, then the one that goes back in the source. -1 where a token or its
+    partner has several partners. O(n·m) time and memory, without a Python inner loop.
     """
     n, m = len(pivot_tokens), len(source_tokens)
     pairs = np.full(n, -1, dtype=np.int64)
     if not n or not m:
         return pairs
-    # total[i, j]: the cost of the cheapest way to the pair of source token i and pivot token j.
+    # total[i, j]: the cost of the cheapest path to the pair of source token i and pivot token j.
     costs, rows, columns = _costs(source_tokens, pivot_tokens)
     far = np.int64(1) << 40
     total = np.empty((m, n), dtype=np.int64)
@@ -96,13 +71,13 @@ def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np
         total[i] = running + np.minimum.accumulate(entry)
         above[0] = far
         above[1:] = total[i]
-    # Back along the cheapest way, counting each token's partners.
+    # Back along the cheapest path, counting each token's partners.
     i, j = m - 1, n - 1
-    partners = np.zeros(m, dtype=np.int64)
-    found = np.zeros(n, dtype=np.int64)
+    source_partners = np.zeros(m, dtype=np.int64)
+    pivot_partners = np.zeros(n, dtype=np.int64)
     while True:
-        partners[i] += 1
-        found[j] += 1
+        source_partners[i] += 1
+        pivot_partners[j] += 1
         pairs[j] = i
         if i == 0 and j == 0:
             break
@@ -115,14 +90,14 @@ def dtw(pivot_tokens: Sequence[str], source_tokens: Sequence[str]) -> NDArray[np
             i -= 1
         else:
             j -= 1
-    pairs[(found > 1) | (partners[pairs] > 1)] = -1
+    pairs[(pivot_partners > 1) | (source_partners[pairs] > 1)] = -1
     return pairs
 
 
 def _costs(
     left: Sequence[str], right: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Edit distances of the distinct tokens, and which of them each token is."""
+    """Edit distances between the distinct tokens, and the index of each token among these."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -141,9 +116,8 @@ def _costs(
 class Responses:
     """Many responses of one model end to end: R responses, T tokens, k entries a token.
 
-    State t predicts token t. What `begins` to `gold_logprobs` mean is said in
-    `conversations.Response` and `scored.ScoredResponse`; `offsets` [R + 1] says which tokens are a
-    response's.
+    State t predicts token t. Response r has the tokens `offsets[r]` to `offsets[r + 1]`; the other
+    fields are those of `conversations.Response` and `scored.ScoredResponse`.
     """
 
     offsets: NDArray[np.int64]
@@ -161,7 +135,7 @@ class Responses:
 
     @classmethod
     def of(cls, responses: Sequence[ScoredResponse]) -> Responses:
-        """Put together at least one response."""
+        """Concatenate at least one response."""
         return cls(
             offsets=np.cumsum([0, *(len(r.tokens) for r in responses)]),
             begins=np.array([r.begin for r in responses], dtype=np.int64),
@@ -182,9 +156,9 @@ class Responses:
 
     @cached_property
     def at(self) -> NDArray[np.int64]:
-        """[T], the answer's byte up to which each state has consumed it; -1: unknown or past it.
+        """[T], the number of the answer's bytes before each state; -1: unknown, or past the answer.
 
-        Of several states at one byte only the last has it.
+        Of several states at one byte all but the last have -1.
         """
         at = np.empty(len(self.tokens), dtype=np.int64)
         at[1:] = self.ends[:-1]
@@ -207,7 +181,7 @@ class Responses:
 
     @cached_property
     def loss_before(self) -> NDArray[np.float64]:
-        """[T + 1], the gold log-probabilities of all tokens before each, added up."""
+        """[T + 1], sums of the gold log-probabilities of all tokens before each."""
         return np.concatenate([[0.0], np.cumsum(self.gold_logprobs, dtype=np.float64)])
 
 
@@ -217,12 +191,12 @@ def match_states(
     positions: Positions = "bytes",
     vocabularies: tuple[Vocabulary, Vocabulary] | None = None,
 ) -> NDArray[np.int64]:
-    """For each state of the pivot's responses the source's state with the same text, [T]; or -1.
+    """For each of the pivot's states the source's state after the same text, [T], or -1.
 
-    Response r of one is response r of the other. A response's first state matches only a first
-    state, and the state at its last byte only one that is at its response's last byte too: where
-    one template trims what the other keeps, the texts differ. `dtw` is the papers' alignment of
-    the tokens; it needs both vocabularies (pivot's, source's).
+    Response r of one is response r of the other. First states match only first states, and states
+    at a response's last byte only such states: where one template trims what the other keeps, the
+    texts differ. `dtw` is the papers' alignment of the tokens; it needs both vocabularies (pivot's,
+    source's).
     """
     if positions == "dtw":
         assert vocabularies is not None
@@ -238,7 +212,7 @@ def match_states(
 
 
 def _bases(pivot: Responses, source: Responses) -> NDArray[np.int64]:
-    """[R], a number for each response by which offsets of different ones stay apart."""
+    """[R], a base for each response's offsets, which keeps them apart from other responses'."""
     room = np.maximum(pivot.limits, source.limits) + 1
     return np.cumsum(room) - room
 
@@ -254,7 +228,7 @@ def _match_dtw(
             _strings(pivot.tokens[p:p_stop], pivot_vocabulary),
             _strings(source.tokens[s:s_stop], source_vocabulary),
         )[:-1]
-        # Token i's partner j: the states after both are paired, which predict i + 1 and j + 1.
+        # Tokens i and j are paired, so the states after them match; they predict i + 1 and j + 1.
         matches[p + 1 : p_stop] = np.where(pairs >= 0, s + pairs + 1, -1)
         matches[p] = s
     return matches
@@ -265,28 +239,32 @@ def _strings(tokens: NDArray[np.int64], vocabulary: Vocabulary) -> list[str]:
 
 
 def pair_counts(pivot: Responses, source: Responses, matches: NDArray[np.int64]) -> PairCounts:
-    """Which tokens begin where both have consumed the same text: the statistics of FuseChat's MS.
+    """The pairs of tokens that begin after the same text: the statistics of FuseChat's MS.
 
-    Left out are stops, and first tokens that begin with different pending texts.
+    Without stops, and without first tokens that begin with different pending texts.
     """
-    rows = np.flatnonzero((matches >= 0) & ~pivot.is_end)
-    unequal = np.array([p != s for p, s in zip(pivot.pending, source.pending, strict=True)])
-    rows = rows[~(pivot.is_begin[rows] & unequal[pivot.response[rows]])]
+    usable = (matches >= 0) & ~pivot.is_end & ~_pending_differs(pivot, source)
+    rows = np.flatnonzero(usable)
     return PairCounts.of(source.tokens[matches[rows]], pivot.tokens[rows])
+
+
+def _pending_differs(pivot: Responses, source: Responses) -> NDArray[np.bool_]:
+    """[T], the pivot's first states of responses whose pending texts differ."""
+    unequal = np.array([p != s for p, s in zip(pivot.pending, source.pending, strict=True)])
+    return pivot.is_begin & unequal[pivot.response]
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """A source's distributions at the pivot's matched states.
-
-    matches: [T] index into the source's tokens for each of the pivot's, -1 where none matches.
-    ids: [M, k] uint32 pivot tokens at the M matched states in order, most probable first, 0 where
-        there are fewer than k entries. logprobs: [M, k] float16, natural, -inf there.
-    """
+    """A source's distributions at the pivot's matched states."""
 
     matches: NDArray[np.integer]
+    """[T] index into the source's tokens for each of the pivot's, -1 where none matches."""
     ids: NDArray[np.uint32]
+    """[M, k] pivot tokens at the M matched states in order, most probable first; unused entries
+    are 0."""
     logprobs: NDArray[np.float16]
+    """[M, k] natural; unused entries are -inf."""
 
 
 def align(
@@ -295,14 +273,14 @@ def align(
     vocabulary: VocabularyMap,
     positions: Positions = "bytes",
 ) -> Aligned:
-    """The source's distribution, in pivot tokens, at every state of the pivot that it matches.
+    """The source's distribution, in pivot tokens, at every matched state of the pivot.
 
-    In `bytes` mode, and in every mode where the response ends, the gold path is kept whole: the
+    In `bytes` mode, and in every mode at the end of a response, the gold path is kept whole: the
     pivot's gold token gets the product of the source's gold probabilities up to the source token
-    that ends where it ends (for the stop, up to and with the source's stop), and what is left of
-    the source's first gold token is mapped as any other. Entries that fall on one pivot token are
-    added up. Where both sides have the same vocabulary, what isn't changed by another pending text
-    or stop is passed on as it is.
+    that ends where it ends (for the stop, up to and including the source's stop), and the rest of
+    the source's first gold token is mapped like any other entry. Entries on the same pivot token
+    are added up. If both sides have the same vocabulary, distributions stay as they are, unless
+    the pending text or the stop differs.
     """
     matches = match_states(pivot, source, positions, (vocabulary.pivot, vocabulary.source))
     rows = np.flatnonzero(matches >= 0)
@@ -310,10 +288,9 @@ def align(
     ids, logprobs = source.ids[states], source.logprobs[states]
     changed = np.ones(len(rows), dtype=np.bool_)
     if vocabulary.is_identity:
-        unequal = np.array([p != s for p, s in zip(pivot.pending, source.pending, strict=True)])
-        changed = pivot.is_begin[rows] & unequal[pivot.response[rows]]
+        changed = _pending_differs(pivot, source)[rows]
         changed |= pivot.is_end[rows] & (pivot.tokens[rows] != source.tokens[states])
-        changed |= (vocabulary.lookup(ids) != ids).any(axis=1)  # a stop of another name
+        changed |= (vocabulary.lookup(ids) != ids).any(axis=1)  # a stop with another name
     path = _gold_path(pivot, source, rows, states)
     if vocabulary.mode != "bytes" or vocabulary.is_identity:
         path[~pivot.is_end[rows]] = np.nan
@@ -335,13 +312,15 @@ def _mapped(
     states: NDArray[np.int64],
     path: NDArray[np.float64],
 ) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
-    """[M, k] entries in pivot tokens at the pivot's states `rows`, the source's `states`; `path`
-    [M] is the probability that the pivot's gold token gets, NaN where it gets none of its own."""
+    """The entries at the pivot's states `rows`, the source's `states`, in pivot tokens, [M, k].
+
+    `path` [M] is the probability of the pivot's gold token (`_gold_path`), NaN: as mapped.
+    """
     # Every entry's pivot token, [M, k].
     entries = source.ids[states]
     mapped = vocabulary.lookup(entries)
-    # At an answer's first state the two templates may leave different texts pending; those states
-    # are looked up again, all with the same two texts at once.
+    # At an answer's first state the two templates may leave different texts pending. These states
+    # are looked up again, grouped by their two texts.
     begin = np.flatnonzero(pivot.is_begin[rows])
     pending: dict[tuple[bytes, bytes], list[int]] = {}
     for i, r in zip(begin.tolist(), pivot.response[rows[begin]].tolist(), strict=True):
@@ -350,8 +329,8 @@ def _mapped(
         mapped[group] = vocabulary.lookup_pending(entries[group], source_pending, pivot_pending)
     probs = np.exp(source.logprobs[states].astype(np.float64))
 
-    # What the pivot's gold token gets is taken from the source's first gold token, whose other
-    # continuations keep the rest.
+    # The probability of the pivot's gold token is taken from the source's first gold token; the
+    # rest stays with the other continuations of that.
     on_path = ~np.isnan(path)
     gold = (entries == source.tokens[states][:, None]) & on_path[:, None]
     left = np.exp(source.gold_logprobs[states].astype(np.float64)) - path
@@ -375,8 +354,10 @@ def _gold_path(
     rows: NDArray[np.int64],
     states: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """[M], the source's probability of the text of the pivot's gold token; NaN where it can't be
-    told, because no source token ends where that ends."""
+    """[M], the source's probability of the text of the pivot's gold token.
+
+    NaN where no source token ends where that token ends, so that it isn't known.
+    """
     # The source token that ends where the pivot's gold token ends; for a stop the source's last.
     bases = _bases(pivot, source)
     pivot_ends = np.where(pivot.ends >= 0, bases[pivot.response] + pivot.ends, -1)[rows]
@@ -384,7 +365,7 @@ def _gold_path(
     last = match_positions(pivot_ends, source_ends)
     responses = pivot.response[rows]
     last = np.where(pivot.is_end[rows], source.offsets[responses + 1] - 1, last)
-    # The gold log-probabilities from the state's own token up to and with that one.
+    # The sum of gold log-probabilities from the state's own token to that one, inclusive.
     known = last >= states
     total = source.loss_before[last + 1] - source.loss_before[states]
     return np.where(known, np.exp(np.minimum(total, 0.0)), np.nan)

@@ -9,6 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -19,30 +20,33 @@ from pydantic import Field
 
 from fusechat_common.files import replacing
 from fusechat_distill.alignment.positions import (
+    Aligned,
+    Positions,
+    Responses,
+    align,
+    match_states,
+    pair_counts,
+)
+from fusechat_distill.alignment.vocabularies import (
     DROPPED,
     EXACT,
     MAPPED,
     SPECIAL,
-    Aligned,
     PairCounts,
-    Positions,
-    Responses,
     VocabularyMap,
-    align,
     match_roles,
-    match_states,
-    pair_counts,
 )
 from fusechat_distill.storage.shards import (
     Manifest,
     SampleRange,
     ScoreStore,
     Shards,
-    list_array,
+    number_lists,
+    sample_table,
 )
 from fusechat_distill.storage.stage import ShardedStage, Stage, Summary, require_complete
 from fusechat_distill.text.scored import ScoredResponse, ScoredSample
-from fusechat_distill.text.tokens import fingerprint, first_tokens, vocabulary
+from fusechat_distill.text.tokens import Vocabulary, fingerprint, first_tokens, vocabulary
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs, OpenModel
@@ -51,20 +55,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORST = 3
-"""Samples of each shard that its summary names as the worst aligned."""
-
+"""Samples of each shard that its summary lists as the worst aligned."""
 
 Worst = tuple[int, float, float]
 """A row, the share of its positions that match, the share of their mass that arrives."""
 
 
 def worst_aligned(entries: Sequence[Worst], number: int) -> list[Worst]:
-    """The samples of which least arrives."""
+    """The samples of which the least arrives, that first."""
     return sorted(entries, key=lambda entry: (entry[1] * entry[2], entry[0]))[:number]
 
 
 class AlignSummary(Summary):
-    """Sums over the samples that both models scored; `alignment_shares` says what they mean."""
+    """Sums over the samples that both models scored; `alignment_shares` puts them in relation."""
 
     worst: list[Worst] = Field(default_factory=list)
     """The samples of which least arrives, first."""
@@ -114,7 +117,7 @@ class AlignSummary(Summary):
 
 @dataclass(frozen=True, eq=False)
 class AlignedSample(Aligned):
-    """Of one conversation: T are the pivot's scored tokens of all its responses, in order, and
+    """One conversation: T are the pivot's scored tokens of all its responses, in order, and
     `matches`, which is int32 in the store, are indices into the source's scored tokens."""
 
     key: str
@@ -135,38 +138,21 @@ ALIGNED = pa.schema(
 
 def aligned_table(samples: Sequence[AlignedSample]) -> pa.Table:
     """The samples as rows of `ALIGNED`."""
-
-    def lists(name: str, dtype: Any) -> pa.Array:
-        return list_array([getattr(sample, name).reshape(-1) for sample in samples], dtype)
-
-    return pa.table(
-        [
-            pa.array([bytes.fromhex(sample.key) for sample in samples], pa.binary(16)),
-            pa.array([sample.row for sample in samples], pa.uint32()),
-            lists("matches", np.int32),
-            lists("ids", np.uint32),
-            lists("logprobs", np.float16),
-        ],
-        schema=ALIGNED,
-    )
+    return sample_table(ALIGNED, samples, lambda sample: [sample])
 
 
 def aligned_samples(table: pa.Table) -> list[AlignedSample]:
     """The rows of `table` (schema `ALIGNED`) as typed arrays, views of its memory."""
-    columns = {name: table[name].combine_chunks() for name in ("matches", "ids", "logprobs")}
-    flat = {name: column.values.to_numpy() for name, column in columns.items()}
-    offsets = {name: column.offsets.to_numpy() for name, column in columns.items()}
     samples = []
-    for i, (key, row) in enumerate(
-        zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True)
+    for key, row, lists in zip(
+        *(table[name].to_pylist() for name in ("key", "row")),
+        number_lists(table, ("matches", "ids", "logprobs")),
+        strict=True,
     ):
-        parts = {
-            name: flat[name][offsets[name][i] : offsets[name][i + 1]] for name in ALIGNED.names[2:]
-        }
-        matched = max(1, int((parts["matches"] >= 0).sum()))
-        k = max(1, len(parts["ids"]) // matched)
-        ids, logprobs = parts["ids"].reshape(-1, k), parts["logprobs"].reshape(-1, k)
-        samples.append(AlignedSample(parts["matches"], ids, logprobs, key.hex(), row))
+        matches = lists["matches"]
+        k = max(1, len(lists["ids"]) // max(1, int((matches >= 0).sum())))
+        ids, logprobs = (lists[name].reshape(-1, k) for name in ("ids", "logprobs"))
+        samples.append(AlignedSample(matches, ids, logprobs, key.hex(), row))
     return samples
 
 
@@ -187,44 +173,37 @@ def join(pivots: Sequence[ScoredSample], source: ScoreStore) -> Joined | None:
     """Samples by key and their responses by turn; None where there is no common response."""
     samples = [(sample, source[sample.key]) for sample in pivots if sample.key in source]
     where: list[tuple[int, int, int]] = []
-    pairs: list[tuple[ScoredResponse, ScoredResponse]] = []
-    for i, (left, right) in enumerate(samples):
-        turns = {response.turn: (start, response) for start, response in _starts(right)}
-        for start, response in _starts(left):
+    left: list[ScoredResponse] = []
+    right: list[ScoredResponse] = []
+    for i, (pivot, other) in enumerate(samples):
+        turns = {response.turn: (start, response) for start, response in _starts(other)}
+        for start, response in _starts(pivot):
             if response.turn in turns:
-                other_start, other = turns[response.turn]
+                other_start, other_response = turns[response.turn]
                 where.append((i, start, other_start))
-                pairs.append((response, other))
-    if not pairs:
-        return None
-    return Joined(
-        samples, Responses.of([p for p, _ in pairs]), Responses.of([s for _, s in pairs]), where
-    )
+                left.append(response)
+                right.append(other_response)
+    return Joined(samples, Responses.of(left), Responses.of(right), where) if where else None
 
 
 def _starts(sample: ScoredSample) -> Iterator[tuple[int, ScoredResponse]]:
-    start = 0
-    for response in sample.responses:
-        yield start, response
-        start += len(response.tokens)
+    """The sample's responses, each with the index of its first token in the sample's tokens."""
+    lengths = [len(response.tokens) for response in sample.responses]
+    return zip(accumulate([0, *lengths]), sample.responses, strict=False)
 
 
 def align_samples(
     joined: Joined, vocabulary: VocabularyMap, positions: Positions
 ) -> tuple[list[AlignedSample], AlignSummary]:
-    """The source's distributions of every sample, and sums over them."""
+    """The source's distributions for every sample, and sums over them."""
     aligned = align(joined.pivot, joined.source, vocabulary, positions)
-    matches = [
-        np.full(sum(len(r.tokens) for r in pivot.responses), -1, dtype=np.int32)
-        for pivot, _ in joined.samples
-    ]
+    matches = [np.full(len(pivot.turns), -1, dtype=np.int32) for pivot, _ in joined.samples]
     # From indices into the tokens of all joined responses to indices into the sample's own tokens.
     for r, (i, start, other_start) in enumerate(joined.where):
-        own = slice(joined.pivot.offsets[r], joined.pivot.offsets[r + 1])
-        found = aligned.matches[own]
+        own = aligned.matches[joined.pivot.offsets[r] : joined.pivot.offsets[r + 1]]
         shift = other_start - joined.source.offsets[r]
-        matches[i][start : start + len(found)] = np.where(found >= 0, found + shift, -1)
-    # Responses come in the samples' order, and so do the rows of the positions that match.
+        matches[i][start : start + len(own)] = np.where(own >= 0, own + shift, -1)
+    # Responses are in the samples' order, and so are the rows of the positions that match.
     rows = np.cumsum([0, *(int((m >= 0).sum()) for m in matches)])
     samples = [
         AlignedSample(
@@ -236,12 +215,16 @@ def align_samples(
         )
         for i, (pivot, _) in enumerate(joined.samples)
     ]
-    return samples, _summary(joined, vocabulary, samples)
+    return samples, _summary(joined, vocabulary, samples, aligned.matches >= 0)
 
 
 def _summary(
-    joined: Joined, vocabulary: VocabularyMap, samples: Sequence[AlignedSample]
+    joined: Joined,
+    vocabulary: VocabularyMap,
+    samples: Sequence[AlignedSample],
+    matched: NDArray[np.bool_],
 ) -> AlignSummary:
+    """Sums over the samples; `matched` [T] says which states of the joined responses match."""
     pivot, source = joined.pivot, joined.source
     sums: dict[str, Any] = defaultdict(int)
     kinds = np.zeros(4)
@@ -274,17 +257,17 @@ def _summary(
         sums["mass_before"] += float(before.sum())
         sums["mass_after"] += float(after.sum())
         if len(rows):
-            # An entry that was dropped has the id 0 and no probability.
-            found = aligned.logprobs[:, 0] > -np.inf
+            # An unused entry has the id 0 and no probability.
+            arrived = aligned.logprobs[:, 0] > -np.inf
             sums["gold_first_before"] += int((ids[:, 0] == own_gold).sum())
-            sums["gold_first_after"] += int(((aligned.ids[:, 0] == gold) & found).sum())
+            sums["gold_first_after"] += int(((aligned.ids[:, 0] == gold) & arrived).sum())
         sums["samples"] += 1
         # Nats per byte compared without a division: a / b < c / d.
         won = losses[1] * max(sizes[0], 1) < losses[0] * max(sizes[1], 1)
         sums["source_won"] += int(won)
         share = len(rows) / max(1, len(aligned.matches))
-        kept = float(after.sum() / before.sum()) if len(rows) else 0.0
-        worst.append((aligned.row, round(share, 4), round(kept, 4)))
+        mass_kept = float(after.sum() / before.sum()) if len(rows) else 0.0
+        worst.append((aligned.row, round(share, 4), round(mass_kept, 4)))
     # A response runs over its end where no token ends there and its last token ends nowhere known.
     for name, side in (("pivot", pivot), ("source", source)):
         reached = np.bincount(
@@ -297,9 +280,9 @@ def _summary(
     return AlignSummary(
         **sums,
         responses=len(pivot.begins),
-        begins_matched=_matched_at(joined, samples, pivot.is_begin),
+        begins_matched=int((matched & pivot.is_begin).sum()),
         ends=int(pivot.is_end.sum()),
-        ends_matched=_matched_at(joined, samples, pivot.is_end),
+        ends_matched=int((matched & pivot.is_end).sum()),
         mass_exact=float(kinds[EXACT]),
         mass_mapped=float(kinds[MAPPED]),
         mass_special=float(kinds[SPECIAL]),
@@ -308,23 +291,15 @@ def _summary(
     )
 
 
-def _matched_at(joined: Joined, samples: Sequence[AlignedSample], states: NDArray[np.bool_]) -> int:
-    found = 0
-    for r, (i, start, _) in enumerate(joined.where):
-        part = states[joined.pivot.offsets[r] : joined.pivot.offsets[r + 1]]
-        found += int((samples[i].matches[start : start + len(part)][part] >= 0).sum())
-    return found
-
-
-class Stores(NamedTuple):
-    """What a source is aligned with."""
+class AlignContext(NamedTuple):
+    """The stores and the map with which a source's shards are made."""
 
     pivot: ScoreStore
     source: ScoreStore
     vocabulary: VocabularyMap
 
 
-class AlignStage(ShardedStage[AlignSummary, Stores]):
+class AlignStage(ShardedStage[AlignSummary, AlignContext]):
     """A source's distributions over the pivot's tokens, in `aligned/<source>/`."""
 
     stage = "align"
@@ -361,16 +336,16 @@ class AlignStage(ShardedStage[AlignSummary, Stores]):
             require_complete(shards, model.name, "have no scores", command)
 
     def prepare(self, missing: Sequence[SampleRange]) -> None:
-        if missing:
+        if missing and self._read_vocabulary() is None:
             self._make_vocabulary()
 
     @contextlib.contextmanager
-    def open(self, processes: Processes) -> Iterator[Stores]:
+    def open(self, processes: Processes) -> Iterator[AlignContext]:
         vocabulary_map = self._read_vocabulary()
         assert vocabulary_map is not None
-        yield Stores(*self._stores(), vocabulary_map)
+        yield AlignContext(*self._stores(), vocabulary_map)
 
-    def make(self, context: Stores, samples: SampleRange) -> tuple[pa.Table, AlignSummary]:
+    def make(self, context: AlignContext, samples: SampleRange) -> tuple[pa.Table, AlignSummary]:
         joined = join(context.pivot.shard(samples), context.source)
         if joined is None:
             return aligned_table([]), AlignSummary()
@@ -378,41 +353,40 @@ class AlignStage(ShardedStage[AlignSummary, Stores]):
         return aligned_table(aligned), summary
 
     def _stores(self) -> tuple[ScoreStore, ScoreStore]:
-        pivot, source = (
-            ScoreStore(self.inputs.scores_folder(m)) for m in (self.inputs.pivot, self.source)
-        )
-        return pivot, source
+        """The pivot's and the source's scores."""
+        folder = self.inputs.scores_folder
+        return ScoreStore(folder(self.inputs.pivot)), ScoreStore(folder(self.source))
 
-    # The vocabulary map
+    def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """The pivot's and the source's."""
+        renderers = self.inputs.pivot.renderer, self.source.renderer
+        return vocabulary(renderers[0].tokenizer), vocabulary(renderers[1].tokenizer)
 
     def _roles(self) -> dict[int, int]:
         return match_roles(self.inputs.pivot.renderer.roles(), self.source.renderer.roles())
 
     def vocabulary_file(self) -> Path:
         """Named by all that determines the map; sources with the same tokenizer share it."""
-        made_of: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "pivot": fingerprint(self.inputs.pivot.renderer.tokenizer),
             "source": fingerprint(self.source.renderer.tokenizer),
             "mode": self.mode,
             "specials": sorted(self._roles().items()),
         }
         if self.mode == "ms":
-            made_of["corpus"] = self.manifest().digest
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+            inputs["corpus"] = self.manifest().digest
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         folder = self.inputs.recipe.aligned_folder / ".vocabularies"  # no source has this name
         return folder / f"{self.mode}-{digest[:16]}.npz"
 
     def _make_vocabulary(self) -> None:
-        if self._read_vocabulary() is not None:
-            return
-        tokenizers = self.inputs.pivot.renderer.tokenizer, self.source.renderer.tokenizer
-        pivot, source = map(vocabulary, tokenizers)
+        pivot, source = self._vocabularies()
         log.info("align %s: mapping %d tokens to %d", self.name, len(source), len(pivot))
         roles = self._roles()
         if self.mode == "ms":
             built = VocabularyMap.from_counts(pivot, source, self._counts(), roles)
         elif self.mode == "bytes":
-            first = first_tokens(tokenizers[0], source.tokens)
+            first = first_tokens(self.inputs.pivot.renderer.tokenizer, source.tokens)
             built = VocabularyMap.from_bytes(pivot, source, first, roles)
         else:
             build = VocabularyMap.from_em if self.mode == "em" else VocabularyMap.from_mined
@@ -423,59 +397,54 @@ class AlignStage(ShardedStage[AlignSummary, Stores]):
             np.savez_compressed(file, ids=built.ids, kinds=built.kinds)
 
     def _read_vocabulary(self) -> VocabularyMap | None:
-        path = self.vocabulary_file()
-        tokenizers = self.inputs.pivot.renderer.tokenizer, self.source.renderer.tokenizer
-        pivot, source = map(vocabulary, tokenizers)
         try:
-            with np.load(path) as arrays:
-                return VocabularyMap(pivot, source, self.mode, arrays["ids"], arrays["kinds"])
-        except (OSError, ValueError, KeyError):  # not there, or torn: it is made again
+            with np.load(self.vocabulary_file()) as arrays:
+                maps = arrays["ids"], arrays["kinds"]
+        except (OSError, ValueError, KeyError):  # missing or damaged: it is made again
             return None
+        return VocabularyMap(*self._vocabularies(), self.mode, *maps)
 
     def _counts(self) -> PairCounts:
         """Pairs of tokens over the whole corpus, one shard in memory at a time."""
         pivot, source = self._stores()
+        vocabularies = self._vocabularies()
         counts = PairCounts.empty()
-        sides = (
-            vocabulary(self.inputs.pivot.renderer.tokenizer),
-            vocabulary(self.source.renderer.tokenizer),
-        )
         for samples in pivot.shards.present():
             if joined := join(pivot.shard(samples), source):
-                matches = match_states(joined.pivot, joined.source, self.positions, sides)
+                matches = match_states(joined.pivot, joined.source, self.positions, vocabularies)
                 counts += pair_counts(joined.pivot, joined.source, matches)
         return counts
 
 
 def alignment_shares(summary: AlignSummary) -> dict[str, float]:
-    """What the report says of a source, from its summary.
+    """The report's figures for a source, from its summary.
 
     Shares of the pivot's positions (all, first and last of an answer) that match, of the source's
     top-k mass that arrives and how it was mapped, of positions where the most probable token is the
     gold one before and after mapping, of samples that the source predicts better (nats per byte);
     both models' cross-entropy in nats per byte; tokens that run over an answer's end, per answer.
     """
-
-    def share(part: str, whole: str) -> float:
-        total = getattr(summary, whole)
-        return getattr(summary, part) / total if total else 0.0
-
+    fields = {
+        "positions_matched": ("matched", "positions"),
+        "begins_matched": ("begins_matched", "responses"),
+        "ends_matched": ("ends_matched", "ends"),
+        "mass_kept": ("mass_after", "mass_before"),
+        "mass_exact": ("mass_exact", "mass_before"),
+        "mass_mapped": ("mass_mapped", "mass_before"),
+        "mass_special": ("mass_special", "mass_before"),
+        "mass_dropped": ("mass_dropped", "mass_before"),
+        "gold_first_before": ("gold_first_before", "matched"),
+        "gold_first_after": ("gold_first_after", "matched"),
+        "pivot_cross_entropy": ("pivot_nll", "pivot_bytes"),
+        "source_cross_entropy": ("source_nll", "source_bytes"),
+        "source_won": ("source_won", "samples"),
+        "pivot_run_over": ("pivot_run_over", "responses"),
+        "source_run_over": ("source_run_over", "responses"),
+    }
+    sums = dict(summary)
     return {
-        "positions_matched": share("matched", "positions"),
-        "begins_matched": share("begins_matched", "responses"),
-        "ends_matched": share("ends_matched", "ends"),
-        "mass_kept": share("mass_after", "mass_before"),
-        "mass_exact": share("mass_exact", "mass_before"),
-        "mass_mapped": share("mass_mapped", "mass_before"),
-        "mass_special": share("mass_special", "mass_before"),
-        "mass_dropped": share("mass_dropped", "mass_before"),
-        "gold_first_before": share("gold_first_before", "matched"),
-        "gold_first_after": share("gold_first_after", "matched"),
-        "pivot_cross_entropy": share("pivot_nll", "pivot_bytes"),
-        "source_cross_entropy": share("source_nll", "source_bytes"),
-        "source_won": share("source_won", "samples"),
-        "pivot_run_over": share("pivot_run_over", "responses"),
-        "source_run_over": share("source_run_over", "responses"),
+        name: sums[part] / sums[whole] if sums[whole] else 0.0
+        for name, (part, whole) in fields.items()
     }
 
 

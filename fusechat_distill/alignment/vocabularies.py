@@ -1,8 +1,8 @@
-"""Maps from the tokens of one vocabulary to those of another, and distributions through them."""
+"""Maps from one vocabulary's tokens to another's, and distributions mapped with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,32 +16,32 @@ DROPPED, EXACT, MAPPED, SPECIAL = 0, 1, 2, 3
 
 
 class Projection(NamedTuple):
-    """Distributions in pivot ids, most probable first (of equals the lower id).
-
-    `ids` [..., k] int64, -1 where a row has fewer than k entries; `probs` [..., k] float64, 0
-    there; `mass` [...] float64 what the entries add up to: the rest of 1 is the tail.
-    """
+    """Distributions in pivot ids, most probable first (of equals the lower id)."""
 
     ids: NDArray[np.int64]
+    """[..., k], unused entries are -1."""
     probs: NDArray[np.float64]
+    """[..., k], unused entries are 0."""
     mass: NDArray[np.float64]
+    """[...] the sum of `probs`; the rest of 1 is the tail."""
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Where each source token's probability goes in the pivot's vocabulary.
+    """The pivot token that gets the probability of each source token.
 
-    `ids[s]` is the pivot token of source token s, -1 where its probability goes to the tail;
-    `kinds[s]` says how it was found. Ids beyond the source's tokenizer (a padded output layer) go
-    to the tail. The constructors take the pivot's and the source's `Vocabulary`, and `specials`,
-    source special id to pivot special id (`match_roles`); no special token is mapped otherwise.
+    Ids beyond the source's tokenizer (a padded output layer) go to the tail. The constructors take
+    the pivot's and the source's `Vocabulary`, and `specials`, source special id to pivot special id
+    (`match_roles`); other special tokens go to the tail, unless the vocabularies are the same.
     """
 
     pivot: Vocabulary
     source: Vocabulary
     mode: str
     ids: NDArray[np.int64]
+    """[source size], -1 for the tail."""
     kinds: NDArray[np.uint8]
+    """[source size], how each was mapped: `DROPPED`, `EXACT`, `MAPPED` or `SPECIAL`."""
 
     @classmethod
     def from_em(
@@ -77,24 +77,28 @@ class VocabularyMap:
         counts: PairCounts,
         specials: Mapping[int, int] | None = None,
     ) -> VocabularyMap:
-        """Exact match, else the pivot token that began most often where this source token began
-        (FuseChat's MS); ties by edit distance, then the lower id; never seen: none."""
+        """Exact match, else the pivot token that most often began where this source token began
+        (FuseChat's MS); ties by edit distance, then the lower id; none if it never occurred."""
         built = cls._build(pivot, source, specials, "ms")
+        # Pairs by source token, the most frequent first, then the lower pivot id.
         usable = source.text[counts.source] & pivot.text[counts.pivot]
         usable &= built.kinds[counts.source] == DROPPED
         sources, pivots, number = (column[usable] for column in counts)
         order = np.lexsort((pivots, -number, sources))
         sources, pivots, number = sources[order], pivots[order], number[order]
+        # Groups of one source token: where each starts, its size, which pairs are as frequent as
+        # its first.
         first = np.flatnonzero(np.diff(sources, prepend=-1))
         sizes = np.diff(first, append=len(sources))
         best = number == np.repeat(number[first], sizes)
         chosen = pivots[first]
         several = np.flatnonzero(sizes > 1)
         for group in several[best[first[several] + 1]].tolist():
-            tied = slice(first[group], first[group] + sizes[group])
-            chosen[group] = _closest(
-                source.tokens[sources[first[group]]], pivots[tied][best[tied]], pivot
-            )
+            members = slice(first[group], first[group] + sizes[group])
+            tied = pivots[members][best[members]]  # ascending, so the first of equals is the lowest
+            text = _characters(source.tokens[sources[first[group]]])
+            nearest, _ = _nearest_of([text], [_characters(pivot.tokens[i]) for i in tied], 1)
+            chosen[group] = tied[nearest[0]]
         return built._with(sources[first], chosen)
 
     @classmethod
@@ -121,7 +125,7 @@ class VocabularyMap:
         specials: Mapping[int, int] | None,
         mode: str,
     ) -> VocabularyMap:
-        """Exact matches and roles; everything, where the two vocabularies are the same."""
+        """Exact matches and roles, or the identity if the vocabularies are the same."""
         ids = np.full(len(source), -1, dtype=np.int64)
         if source.fingerprint == pivot.fingerprint:
             ids[:] = np.arange(len(source))
@@ -135,7 +139,7 @@ class VocabularyMap:
         return cls(pivot, source, mode, ids, kinds.astype(np.uint8))
 
     def _with(self, sources: NDArray[np.int64], pivots: NDArray[np.int64]) -> VocabularyMap:
-        """The same map with these source tokens going to these pivot tokens."""
+        """The same map with these source tokens mapped to these pivot tokens."""
         if self.is_identity:
             return self
         ids, kinds = self.ids.copy(), self.kinds.copy()
@@ -149,7 +153,7 @@ class VocabularyMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether every text token is its own: both sides have the same vocabulary."""
+        """Whether both sides have the same vocabulary, so that text tokens map to themselves."""
         return self.source.fingerprint == self.pivot.fingerprint
 
     def lookup(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -162,38 +166,39 @@ class VocabularyMap:
     def lookup_pending(
         self, ids: NDArray[np.integer], source_pending: bytes, pivot_pending: bytes
     ) -> NDArray[np.int64]:
-        """Pivot ids of source ids at an answer's beginning, where a text is still to come.
+        """Pivot ids of source ids at an answer's first state, where a template's text is pending.
 
-        Source tokens that don't begin with the source's pending text go to the tail; from the rest
-        it is taken off and the pivot's put on, then the map applies: the pivot token of just these
-        bytes, else what the source token of these bytes maps to, in `bytes` mode else the longest
+        Source tokens that don't begin with the source's pending text go to the tail. In the others
+        the pivot's pending text replaces the source's. The result is the pivot token of these
+        bytes, else what the source token of these bytes maps to, else, in `bytes` mode, the longest
         pivot token that they begin with. Equal pending texts change nothing.
         """
         if source_pending == pivot_pending:
             return self.lookup(ids)
         distinct, where = np.unique(ids, return_inverse=True)
-        moved = [self._moved(i, source_pending, pivot_pending) for i in distinct.tolist()]
-        return np.array(moved, dtype=np.int64)[where].reshape(ids.shape)
+        mapped = [self._pending(i, source_pending, pivot_pending) for i in distinct.tolist()]
+        return np.array(mapped, dtype=np.int64)[where].reshape(ids.shape)
 
-    def _moved(self, token: int, source_pending: bytes, pivot_pending: bytes) -> int:
+    def _pending(self, token: int, source_pending: bytes, pivot_pending: bytes) -> int:
         if not (token < len(self.source) and self.source.text[token]):
             return -1
         text = self.source.tokens[token]
         if not text.startswith(source_pending):
             return -1
         text = pivot_pending + text[len(source_pending) :]
-        found = self.pivot.by_bytes.get(text, -1)
-        if found < 0 and text in self.source.by_bytes:
-            found = int(self.ids[self.source.by_bytes[text]])
-        if found < 0 and self.mode == "bytes":
-            found = self.pivot.longest_prefix(text)
-        return found
+        mapped = self.pivot.by_bytes.get(text, -1)
+        if mapped < 0 and text in self.source.by_bytes:
+            mapped = int(self.ids[self.source.by_bytes[text]])
+        if mapped < 0 and self.mode == "bytes":
+            mapped = self.pivot.longest_prefix(text)
+        return mapped
 
     def project(self, ids: NDArray[np.integer], probs: NDArray[np.floating]) -> Projection:
-        """The source's distributions in pivot ids; probabilities that collide are added up.
+        """The source's distributions in pivot ids; probabilities of the same token are added up.
 
-        `ids`, `probs`: [..., k], probabilities (not their logarithms). What is mapped nowhere is
-        missing from `mass`.
+        Args:
+            ids, probs: [..., k], probabilities and not their logarithms. Probability that goes to
+                the tail is missing from `mass`.
         """
         ids, probs = np.asarray(ids), np.asarray(probs)
         k = ids.shape[-1]
@@ -207,9 +212,10 @@ class VocabularyMap:
 
 
 def collapse(ids: NDArray[np.int64], probs: NDArray[np.float64]) -> Projection:
-    """Add up what is on the same id in each row of [n, k], drop id -1, sort by probability."""
-    kept = (ids >= 0) & (probs > 0)
-    ids, probs = np.where(kept, ids, -1), np.where(kept, probs, 0.0)
+    """Add up entries with the same id in each row of [n, k], drop id -1, sort by probability."""
+    used = (ids >= 0) & (probs > 0)
+    ids, probs = np.where(used, ids, -1), np.where(used, probs, 0.0)
+    # Only rows with equal ids are added up.
     ordered = np.sort(ids, axis=1)
     collide = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     rows = np.flatnonzero(collide)
@@ -238,12 +244,12 @@ def _added(
     starts = np.flatnonzero(begins.ravel())
     sums = np.zeros(ids.size)
     sums[starts] = np.add.reduceat(probs.ravel(), starts)
-    kept = begins & (ids >= 0)
-    return np.where(kept, ids, -1), np.where(kept, sums.reshape(ids.shape), 0.0)
+    used = begins & (ids >= 0)
+    return np.where(used, ids, -1), np.where(used, sums.reshape(ids.shape), 0.0)
 
 
 class PairCounts(NamedTuple):
-    """How often a source token and a pivot token began at the same offset; three arrays [n]."""
+    """How often a source and a pivot token began at the same offset; three arrays [n]."""
 
     source: NDArray[np.int64]
     pivot: NDArray[np.int64]
@@ -256,13 +262,11 @@ class PairCounts(NamedTuple):
     @classmethod
     def of(cls, source: NDArray[np.integer], pivot: NDArray[np.integer]) -> PairCounts:
         """Of pairs (source[i], pivot[i])."""
-        pairs, number = np.unique(
-            (source.astype(np.int64) << 32) | pivot.astype(np.int64), return_counts=True
-        )
-        return cls(pairs >> 32, pairs & 0xFFFFFFFF, number.astype(np.int64))
+        once = np.ones(len(source), dtype=np.int64)
+        return cls.empty() + cls(source.astype(np.int64), pivot.astype(np.int64), once)
 
     def __add__(self, other: object) -> PairCounts:
-        """Both counts together; memory is that of the distinct pairs."""
+        """The sums of both; memory is that of the distinct pairs."""
         if not isinstance(other, PairCounts):
             return NotImplemented
         keys = np.concatenate([(counts.source << 32) | counts.pivot for counts in (self, other)])
@@ -273,10 +277,10 @@ class PairCounts(NamedTuple):
 
 
 def match_roles(pivot: Mapping[str, int], source: Mapping[str, int]) -> dict[int, int]:
-    """Source special id to pivot special id by role, whatever they are called.
+    """Source special id to pivot special id by role, whatever the tokens are called.
 
-    Roles as in `conversations.Renderer.roles`; a token with two roles has the first of
-    end_of_turn, bos, eos, pad.
+    Roles as in `conversations.Renderer.roles`; of a token's roles the first of end_of_turn, bos,
+    eos, pad counts.
     """
     specials: dict[int, int] = {}
     for role in ("end_of_turn", "bos", "eos", "pad"):
@@ -289,21 +293,11 @@ def _characters(token: bytes) -> str:
     return token.decode(errors="surrogateescape")
 
 
-def _closest(token: bytes, candidates: NDArray[np.int64], pivot: Vocabulary) -> int:
-    from rapidfuzz.distance import Levenshtein
-
-    text = _characters(token)
-    return min(
-        candidates.tolist(),
-        key=lambda i: (Levenshtein.distance(text, _characters(pivot.tokens[i])), i),
-    )
-
-
 def _nearest(texts: Sequence[str], pivot: Vocabulary, workers: int) -> NDArray[np.int64]:
     """For each text the pivot token at the least edit distance, of equals the lowest id.
 
-    A token whose length differs by d is at least d away, so candidates are taken in windows of
-    lengths, wider for those texts only that the narrower window leaves open.
+    A token whose length differs by d is at least at distance d. So the candidates are those with a
+    length in a window, which is widened for the texts that a narrower one does not settle.
     """
     nearest = np.full(len(texts), -1, dtype=np.int64)
     candidates = np.array(sorted(pivot.by_bytes.values()), dtype=np.int64)
@@ -313,40 +307,41 @@ def _nearest(texts: Sequence[str], pivot: Vocabulary, workers: int) -> NDArray[n
     if not tokens:
         return nearest
     for length in np.unique(lengths).tolist():
-        open_texts = np.flatnonzero(lengths == length)
+        rows = np.flatnonzero(lengths == length)
         window = 2
-        while len(open_texts):
+        while len(rows):
             near = np.flatnonzero(np.abs(token_lengths - length) <= window)
-            everything = len(near) == len(tokens)
             if len(near):
-                names = [tokens[i] for i in near.tolist()]
-                left = []
-                for rows, best, distance in _blocks(texts, open_texts, names, workers):
-                    found = (distance <= window) | everything
-                    nearest[rows[found]] = candidates[near[best[found]]]
-                    left.append(rows[~found])
-                open_texts = np.concatenate(left)
+                best, distance = _nearest_of(
+                    [texts[i] for i in rows.tolist()], [tokens[i] for i in near.tolist()], workers
+                )
+                # No token outside the window is nearer than the window is wide.
+                settled = (distance <= window) | (len(near) == len(tokens))
+                nearest[rows[settled]] = candidates[near[best[settled]]]
+                rows = rows[~settled]
             window *= 2
     return nearest
 
 
-def _blocks(
-    texts: Sequence[str], rows: NDArray[np.int64], tokens: Sequence[str], workers: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Some rows at a time: (rows, index of the nearest token, its distance)."""
+def _nearest_of(
+    texts: Sequence[str], tokens: Sequence[str], workers: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each text the index of the token at the least edit distance, the first of equals, and
+    the distance."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
-    size = max(1, (1 << 26) // len(tokens))  # 64 MB of distances
-    longest = max(max(map(len, tokens)), max(len(texts[i]) for i in rows.tolist()))
-    for block in range(0, len(rows), size):
-        part = rows[block : block + size]
+    size = max(1, (1 << 26) // len(tokens))  # 64 MB of distances at a time
+    longest = max(map(len, [*tokens, *texts]))
+    best, distance = [], []
+    for start in range(0, len(texts), size):
         distances = cdist(
-            [texts[i] for i in part.tolist()],
+            texts[start : start + size],
             tokens,
             scorer=Levenshtein.distance,
             dtype=np.uint8 if longest < 256 else np.uint32,
             workers=workers,
         )
-        best = distances.argmin(axis=1)
-        yield part, best, distances[np.arange(len(part)), best].astype(np.int64)
+        best.append(distances.argmin(axis=1))
+        distance.append(distances.min(axis=1).astype(np.int64))
+    return np.concatenate(best), np.concatenate(distance)

@@ -1,8 +1,9 @@
-"""What fusing decided, as data: the sums of a target's shards, and `decisions.json`."""
+"""The decisions of fusing as data: the sums of a target's shards, and `decisions.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, Self
 
@@ -10,13 +11,13 @@ from pydantic import Field, ValidationError
 
 from fusechat_common.errors import FusechatError, one_line
 from fusechat_common.files import write_json
-from fusechat_distill.storage.stage import Details, Summary, added
+from fusechat_distill.storage.stage import Details, Summary
 
 NAME = "decisions.json"
 
 
 class Counts(Summary):
-    """How much a target learns from."""
+    """The size of a target's dataset."""
 
     samples: int = 0
     """Conversations with an answer that the pivot can be given."""
@@ -39,7 +40,7 @@ class Counts(Summary):
 
 
 class FuseSummary(Counts):
-    """Counts, and the sum of each model's share of what was compared, the pivot's first."""
+    """Counts, and the sums of each model's shares, the pivot's first."""
 
     positions_won: list[float] | None = None
     samples_won: list[float] | None = None
@@ -47,17 +48,12 @@ class FuseSummary(Counts):
 
     def __add__(self, other: Self) -> Self:
         sums = super().__add__(other)
-        won = {
-            name: added_shares(getattr(self, name), getattr(other, name))
-            for name in ("positions_won", "samples_won")
-        }
+        won = {}
+        for name in ("positions_won", "samples_won"):
+            shares = getattr(self, name) or [], getattr(other, name) or []
+            # Model by model, and not one list after the other.
+            won[name] = [a + b for a, b in zip_longest(*shares, fillvalue=0.0)] or None
         return sums.model_copy(update=won)
-
-
-def added_shares(one: list[float] | None, other: list[float] | None) -> list[float] | None:
-    if one is None or other is None:
-        return added(one, other)
-    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 class Share(Details):

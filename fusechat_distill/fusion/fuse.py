@@ -1,4 +1,4 @@
-"""MinCE and AvgCE: which model's distributions a target takes, and the rows that come of it.
+"""MinCE and AvgCE: which models' distributions a target learns from, and the resulting rows.
 
 Both are FuseLLM's (arXiv 2401.10491); FuseChat (arXiv 2408.07990) fuses pairwise. Arrays in, arrays
 out: S samples, N response positions of the pivot in all, k entries a position. Row t is the
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fusechat_distill.alignment.vocabularies import collapse
 
 Strategy = Literal["pairwise", "multi", "sft"]
 Function = Literal["min_ce", "avg_ce"]
@@ -32,10 +34,11 @@ class AlignedScores:
     ids: [N, k] integers, tokens of the pivot's vocabulary, each once a row.
     logprobs: [N, k] floats, normalised over the model's vocabulary; −inf where there is no entry.
     matched: [N] bool, whether the model has a distribution with the same text before it.
-    nll: [N] floats, what the model lost, in nats, on its own tokens from a matched position up to
-        its next one; the first position of a sample takes what comes before too, others have 0.
-        Their sum over a sample is its negative log-likelihood, the stop token included.
-    tokens: [N] integers, how many of the model's own tokens `nll` is a sum over.
+    nll: [N] floats, the model's loss, in nats, on its own tokens from a matched position up to the
+        next one; that of a sample's first position includes the tokens before the first match,
+        and unmatched positions have 0. The sum over a sample is its negative log-likelihood, the
+        stop token included.
+    tokens: [N] integers, the number of the model's own tokens in `nll`.
     present: [S] bool, whether the model scored the sample; if not, its rows are ignored.
     """
 
@@ -85,7 +88,7 @@ class AlignedScores:
 
 @dataclass(frozen=True)
 class Fused:
-    """Rows of a target, and what was decided.
+    """Rows of a target, and the decisions.
 
     ids, probs: [N, K] int32 and float32, by falling probability, zeros at the end. K is the widest
         model's k for MinCE and the sum of all k for AvgCE.
@@ -150,9 +153,9 @@ def fuse(
         offsets: [S + 1] integers, where the positions of each sample start and end.
         num_bytes: [N] integers, UTF-8 bytes of response text that each of the pivot's tokens
             stands for; a segment without any (the stop token alone) counts as one byte.
-        tail: what becomes of the mass outside the entries: `renormalize` spreads it over them, as
-            the papers do; `gold` leaves it to the label.
-        temperature: divides log-probabilities; with `gold` it acts within the entries' mass.
+        tail: the mass outside the entries: `renormalize` spreads it over them, as the papers do;
+            `gold` gives it to the label.
+        temperature: divides log-probabilities; with `gold` the entries' total mass stays the same.
         unmatched: the distribution of a model at a position it doesn't match: `one_hot` on the
             label, or the pivot's own.
     """
@@ -178,15 +181,20 @@ def fuse(
     )
     widths = [model.ids.shape[1] for model in models]
     # MinCE leaves the entries of one model, whichever it is.
-    ids, probs = _merge(ids, probs, max(widths) if function == "min_ce" else sum(widths))
+    width = max(widths) if function == "min_ce" else sum(widths)
+    merged = collapse(ids.astype(np.int64), probs)
     weights = unit_weights if level == "sequence" else row_weights
-    return Fused(ids, probs, weights.astype(np.float32))
+    return Fused(
+        np.maximum(merged.ids[:, :width], 0).astype(np.int32),
+        merged.probs[:, :width].astype(np.float32),
+        weights.astype(np.float32),
+    )
 
 
 def _segments(
     models: Sequence[AlignedScores], offsets: Array, row_present: Array
 ) -> tuple[Array, Array]:
-    """Starts of the segments, and of which segment each position is part."""
+    """The starts of the segments, and the segment of each position."""
     common = np.ones(len(row_present), bool)
     for j, model in enumerate(models):
         common &= model.matched | ~row_present[:, j]
@@ -206,7 +214,7 @@ def _sums(values: Array, starts: Array, total: int) -> Array:
 
 def model_weights(cross_entropies: Array, present: Array, function: Function) -> Array:
     """[U, M]: the share of each model in each unit, by the models' cross-entropies [U, M]."""
-    # A loss that overflowed or is no number never wins; where all did, the models are equal.
+    # A loss that is infinite or NaN never wins; if all are, the models are equal.
     finite = np.where(np.isfinite(cross_entropies), cross_entropies, np.finfo(np.float64).max)
     finite = np.where(present, finite, np.inf)
     if function == "min_ce":
@@ -233,7 +241,7 @@ def _distributions(
         logprobs = np.where(known, np.asarray(model.logprobs, np.float64), -np.inf)
         ids, probs = model.ids, _probabilities(logprobs, tail, temperature)
         if unmatched == "pivot" and j > 0:
-            # An entry may be missing because nothing in the pivot's vocabulary stands for it.
+            # Rows of matched positions are empty too, if no entry could be mapped.
             pivot_ids, pivot_probs = rows[0]
             empty = probs.sum(axis=1) == 0
             width = max(ids.shape[1], pivot_ids.shape[1])
@@ -258,23 +266,3 @@ def _probabilities(logprobs: Array, tail: Tail, temperature: float) -> Array:
     if tail == "renormalize":
         return share
     return share * np.minimum(np.exp(logprobs).sum(axis=1, keepdims=True), 1.0)
-
-
-def _merge(ids: Array, probs: Array, width: int) -> tuple[Array, Array]:
-    """Entries of the same token added up, then sorted by falling probability, `width` of them."""
-    count, entries = ids.shape
-    by_id = np.argsort(ids, axis=1, kind="stable")
-    ids, probs = np.take_along_axis(ids, by_id, 1), np.take_along_axis(probs, by_id, 1)
-    new = np.ones(ids.shape, bool)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    slots = (np.cumsum(new, axis=1) - 1) + entries * np.arange(count)[:, None]
-    merged = np.bincount(slots.reshape(-1), probs.reshape(-1), minlength=count * entries)
-    merged = merged.reshape(count, entries)
-    tokens = np.zeros(count * entries, np.int32)
-    tokens[slots[new]] = ids[new]
-    tokens = np.where(merged > 0, tokens.reshape(count, entries), 0)
-    by_mass = np.argsort(-merged, axis=1, kind="stable")[:, :width]
-    return (
-        np.take_along_axis(tokens, by_mass, 1),
-        np.take_along_axis(merged, by_mass, 1).astype(np.float32),
-    )

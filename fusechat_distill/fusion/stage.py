@@ -1,11 +1,11 @@
-"""The fuse stage: scores and aligned distributions become the dataset that a target learns from."""
+"""The fuse stage: the dataset of a target, from the scores and the aligned distributions."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,44 +34,23 @@ IGNORED = -100
 """The label of a token that is no part of an answer, as everywhere in PyTorch."""
 
 BLOCK = 1 << 21
-"""Entries that are fused at a time, so that memory doesn't grow with k and the number of models."""
+"""Entries fused at a time, so that memory doesn't grow with k and the number of models."""
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Whether a conversation (its key) is kept from training, to be evaluated on.
+    """Whether the conversation with this key is held out from training, for evaluation.
 
-    Decided by the key alone: rows that are added or removed, and the same row twice, change
-    nothing for the others.
+    This depends on the key alone: it stays the same when other rows are added or removed.
     """
     return int(key[:16], 16) < fraction * 2**64
 
 
-def target_schema(width: int) -> pa.Schema:
-    """Rows of a target's dataset: `FusionTrainer`'s columns, and which conversation it is.
-
-    Without distributions (`width` 0, the baseline) `fusion_ids` and `fusion_probs` are missing.
-    """
-    columns = [
-        ("key", pa.binary(16)),
-        ("row", pa.uint32()),
-        ("held_out", pa.bool_()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-    ]
-    if width:
-        columns += [
-            ("fusion_ids", pa.list_(pa.list_(pa.int32(), width))),
-            ("fusion_probs", pa.list_(pa.list_(pa.float32(), width))),
-        ]
-    return pa.schema(columns)
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A conversation in the pivot's tokens, and what each model thinks of its N positions.
+    """A conversation in the pivot's tokens, and each model's scores at its N positions.
 
-    `scores` has the pivot first; `num_bytes` is as in `fusion.fuse`. Losses and bytes are counted
-    over the answers that all models scored, so that they are of the same text.
+    `scores` has the pivot first; `num_bytes` is as in `fusion.fuse`. Losses and bytes are those of
+    the answers that all models scored, so that they are of the same text.
     """
 
     conversation: Conversation
@@ -86,37 +65,41 @@ def join_sample(
     pivot: ScoredSample | None,
     sources: Sequence[tuple[AlignedSample, ScoredSample] | None],
 ) -> Sample:
-    """Put together what the stores hold of one conversation; None where they hold nothing."""
+    """What the stores hold of one conversation; None for a model whose store does not have it."""
     responses = rendering.responses
     positions = sum(len(response.ends) for response in responses)
+    num_bytes = [byte_counts(response) for response in responses]
+    absent = AlignedScores.absent(positions)
     if pivot is None:
-        scores = [AlignedScores.absent(positions) for _ in (None, *sources)]
-        return Sample(conversation, rendering, tuple(scores), _counted(responses, None))
+        scores = [absent] * (1 + len(sources))
+        return Sample(conversation, rendering, tuple(scores), np.concatenate(num_bytes))
     own = pivot.turns
     if len(own) != positions:
         raise FusechatError(
             f"scores of {PIVOT}, key {conversation.key}: {len(own)} positions where the "
             f"conversation has {positions}; delete the shard that holds it"
         )
-    # A source that has no answer in common with the pivot is as good as absent.
+    # A source that has no answer in common with the pivot counts as absent.
     sources = [
         entry if entry is not None and np.isin(own, entry[1].turns).any() else None
         for entry in sources
     ]
-    shared = set(own.tolist())
-    for entry in sources:
-        if entry is not None:
-            shared &= set(entry[1].turns.tolist())
-    scores = [
-        _scores(np.arange(positions), pivot, pivot.column("ids"), pivot.column("logprobs"), shared)
-    ]
+    shared = set(own.tolist()).intersection(
+        *(entry[1].turns.tolist() for entry in sources if entry)
+    )
+    ids, logprobs = pivot.column("ids"), pivot.column("logprobs")
+    scores = [_scores(np.arange(positions), pivot, ids, logprobs, shared)]
     for entry in sources:
         if entry is None:
-            scores.append(AlignedScores.absent(positions))
+            scores.append(absent)
         else:
             aligned, source = entry
             scores.append(_scores(aligned.matches, source, aligned.ids, aligned.logprobs, shared))
-    return Sample(conversation, rendering, tuple(scores), _counted(responses, shared))
+    num_bytes = [
+        counts * (response.turn in shared)
+        for response, counts in zip(responses, num_bytes, strict=True)
+    ]
+    return Sample(conversation, rendering, tuple(scores), np.concatenate(num_bytes))
 
 
 def _scores(
@@ -126,6 +109,7 @@ def _scores(
     logprobs: NDArray[Any],
     shared: set[int],
 ) -> AlignedScores:
+    """One model's scores of the sample, with the losses and tokens of the turns in `shared`."""
     counted = np.isin(scored.turns, list(shared))
     nll = -scored.column("gold_logprobs").astype(np.float64)
     scores = AlignedScores.of(matches, ids, logprobs, np.where(counted, nll, 0.0))
@@ -133,19 +117,11 @@ def _scores(
     return replace(scores, tokens=tokens)
 
 
-def _counted(responses: Sequence[Response], shared: set[int] | None) -> NDArray[np.int64]:
-    counts = [
-        byte_counts(response) * (shared is None or response.turn in shared)
-        for response in responses
-    ]
-    return np.concatenate(counts)
-
-
 def byte_counts(response: Response) -> NDArray[np.int64]:
-    """How many of the answer's bytes each token stands for, [n]; 0 for the stop.
+    """The number of the answer's bytes that each token stands for, [n]; 0 for the stop.
 
-    A token whose end isn't known leaves its bytes to the next one that has an end; after the last
-    of these the first token takes the rest.
+    The bytes of a token whose end isn't known count for the next token with a known end; those
+    after the last known end count for the token that follows it.
     """
     ends = response.ends.astype(np.int64)
     reached = np.maximum.accumulate(np.concatenate([[response.begin], ends]))
@@ -157,9 +133,8 @@ def byte_counts(response: Response) -> NDArray[np.int64]:
     return counts
 
 
-@dataclass(frozen=True, eq=False)
-class Stores:
-    """What a target is fused from."""
+class FuseContext(NamedTuple):
+    """The stores from which a target is fused."""
 
     scores: dict[str, ScoreStore]
     """By model."""
@@ -167,8 +142,8 @@ class Stores:
     """By source."""
 
 
-class FuseStage(ShardedStage[FuseSummary, Stores]):
-    """What one target learns from, in `fused/<target>/`; beside it `decisions.json`."""
+class FuseStage(ShardedStage[FuseSummary, FuseContext]):
+    """The dataset of one target, in `fused/<target>/`, with its `decisions.json`."""
 
     stage = "fuse"
     summary = FuseSummary
@@ -193,23 +168,22 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
         return recipe.scoring.top_k * (models if recipe.fusion.function == "avg_ce" else models > 0)
 
     def manifest(self) -> Manifest:
-        """What determines the dataset."""
         recipe, pivot = self.inputs.recipe, self.inputs.pivot
-        made_of: dict[str, Any] = {"eval_fraction": recipe.dataset.eval_fraction}
+        fingerprint: dict[str, Any] = {"eval_fraction": recipe.dataset.eval_fraction}
         if self.models:
-            made_of |= {
+            fingerprint |= {
                 "pivot_scores": self.inputs.scores_manifest(pivot).digest,
                 "aligned": {stage.name: stage.manifest().digest for stage in self._aligned},
                 "unmatched": recipe.alignment.unmatched,
                 **recipe.fusion.model_dump(exclude={"strategy"}),
             }
         else:
-            made_of |= {
+            fingerprint |= {
                 "conversations": self.inputs.conversations.fingerprint,
                 "max_length": recipe.max_length,
                 "pivot_renderer": pivot.renderer.fingerprint,
             }
-        return Manifest("fused", len(self.inputs.conversations), made_of)
+        return Manifest("fused", len(self.inputs.conversations), fingerprint)
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -221,7 +195,7 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
         return problems
 
     def held_out(self) -> int:
-        """How many conversations are kept from training."""
+        """How many conversations are held out from training."""
         fraction = self.inputs.recipe.dataset.eval_fraction
         return sum(held_out(key, fraction) for key in self.inputs.conversations.keys)
 
@@ -232,25 +206,40 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
             require_complete(shards, aligned.name, "are not aligned", command)
 
     @contextlib.contextmanager
-    def open(self, processes: Processes) -> Iterator[Stores]:
+    def open(self, processes: Processes) -> Iterator[FuseContext]:
         folders = {
             name: self.inputs.scores_folder(self.inputs.models[name]) for name in self.models
         }
-        yield Stores(
+        yield FuseContext(
             {name: ScoreStore(folder) for name, folder in folders.items()},
             {stage.name: Shards.open(stage.folder) for stage in self._aligned},
         )
 
-    def make(self, context: Stores, samples: SampleRange) -> tuple[pa.Table, FuseSummary]:
-        return self._shard(self._joined(samples, context))
+    def make(self, context: FuseContext, samples: SampleRange) -> tuple[pa.Table, FuseSummary]:
+        joined = self._joined(samples, context)
+        blocks = list(self._blocks(joined)) if self.models else []
+        fused = [self._fused(block) for block in blocks]
+        ids = np.concatenate([np.zeros((0, self.width), np.int32), *(f.ids for f in fused)])
+        probs = np.concatenate([np.zeros((0, self.width), np.float32), *(f.probs for f in fused)])
+        table = target_table(joined, ids, probs, self.inputs.recipe.dataset.eval_fraction)
+        summary = FuseSummary(
+            samples=len(joined),
+            held_out=int(sum(table["held_out"].to_pylist())),
+            tokens=sum(len(sample.rendering.input_ids) for sample in joined),
+            positions=sum(len(sample.num_bytes) for sample in joined),
+            positions_with_target=int((probs.sum(axis=1) > 0).sum()) if self.models else None,
+        )
+        for block, of_block in zip(blocks, fused, strict=True):
+            summary += self._won(block, of_block)
+        return table, summary
 
     def finish(self, status: StageStatus[FuseSummary]) -> StageStatus[FuseSummary]:
         if not (self.folder / NAME).exists():
             Decisions.of(self.models, status.details).write(self.folder)
         return status
 
-    def _joined(self, samples: SampleRange, stores: Stores) -> list[Sample]:
-        """The range's conversations that the pivot has an answer in."""
+    def _joined(self, samples: SampleRange, stores: FuseContext) -> list[Sample]:
+        """The range's conversations in which the pivot's template leaves an answer."""
         conversations = self.inputs.conversations[samples.start : samples.stop]
         renderings = [r for r, _ in self.inputs.rendered(self.inputs.pivot, conversations)]
         aligned = [
@@ -264,30 +253,14 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
             key = conversation.key
             pivot = stores.scores[PIVOT].get(key) if self.models else None
             sources = [
-                (found[key], stores.scores[name][key]) if key in found else None
-                for name, found in zip(self.sources, aligned, strict=True)
+                (samples_of[key], stores.scores[name][key]) if key in samples_of else None
+                for name, samples_of in zip(self.sources, aligned, strict=True)
             ]
             joined.append(join_sample(conversation, rendering, pivot, sources))
         return joined
 
-    def _shard(self, joined: Sequence[Sample]) -> tuple[pa.Table, FuseSummary]:
-        fused = [self._fused(block) for block in self._blocks(joined)] if self.models else []
-        ids = np.concatenate([np.zeros((0, self.width), np.int32), *(f.ids for f in fused)])
-        probs = np.concatenate([np.zeros((0, self.width), np.float32), *(f.probs for f in fused)])
-        table = target_table(joined, ids, probs, self.inputs.recipe.dataset.eval_fraction)
-        summary = FuseSummary(
-            samples=len(joined),
-            held_out=int(sum(table["held_out"].to_pylist())),
-            tokens=sum(len(sample.rendering.input_ids) for sample in joined),
-            positions=sum(len(sample.num_bytes) for sample in joined),
-            positions_with_target=int((probs.sum(axis=1) > 0).sum()) if self.models else None,
-        )
-        if self.models:
-            for block, decided in zip(self._blocks(joined), fused, strict=True):
-                summary += self._won(block, decided)
-        return table, summary
-
     def _blocks(self, joined: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        """The samples in parts of at most `BLOCK` entries, or of one sample."""
         start = entries = 0
         for i, sample in enumerate(joined):
             here = len(sample.num_bytes) * self.inputs.recipe.scoring.top_k * len(self.models)
@@ -317,7 +290,7 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
         return replace(fused, ids=np.pad(fused.ids, narrow), probs=np.pad(fused.probs, narrow))
 
     def _won(self, block: Sequence[Sample], fused: Fused) -> FuseSummary:
-        """Sums of each model's share, over what more than one model scored."""
+        """The sums of each model's share, over the samples that more than one model scored."""
         lengths = np.array([len(sample.num_bytes) for sample in block])
         several = np.array([sum(bool(s.present[0]) for s in sample.scores) > 1 for sample in block])
         rows, samples_won = fused.weights, None
@@ -336,42 +309,44 @@ class FuseStage(ShardedStage[FuseSummary, Stores]):
 def target_table(
     samples: Sequence[Sample], ids: NDArray[Any], probs: NDArray[Any], eval_fraction: float
 ) -> pa.Table:
-    """Rows of `target_schema`.
+    """Rows of a target's dataset: `FusionTrainer`'s columns, and which conversation each is.
 
     Args:
-        ids, probs: [N, K], the fused distributions of all samples' positions end to end.
+        ids, probs: [N, K], the fused distributions of all samples' positions end to end. With K = 0
+            (the baseline) the columns `fusion_ids` and `fusion_probs` are left out.
     """
     width = ids.shape[1]
-    schema = target_schema(width)
-    lengths = [len(sample.rendering.input_ids) for sample in samples]
-    offsets = np.cumsum([0, *lengths]).astype(np.int32)
-    tokens = np.concatenate(
-        [np.zeros(0, np.int64), *(sample.rendering.input_ids for sample in samples)]
-    ).astype(np.int32)
-    live = np.zeros(len(tokens), dtype=np.bool_)
+    inputs = [sample.rendering.input_ids for sample in samples]
+    offsets = np.cumsum([0, *map(len, inputs)]).astype(np.int32)
+    tokens = np.concatenate([np.zeros(0, np.int64), *inputs]).astype(np.int32)
+    in_answer = np.zeros(len(tokens), dtype=np.bool_)
     for offset, sample in zip(offsets[:-1].tolist(), samples, strict=True):
         for response in sample.rendering.responses:
             part = response.token_slice()
-            live[offset + part.start : offset + part.stop] = True
+            in_answer[offset + part.start : offset + part.stop] = True
     keys = [sample.conversation.key for sample in samples]
-    columns = [
-        pa.array([bytes.fromhex(key) for key in keys], pa.binary(16)),
-        pa.array([sample.conversation.row for sample in samples], pa.uint32()),
-        pa.array([held_out(key, eval_fraction) for key in keys], pa.bool_()),
-        pa.ListArray.from_arrays(offsets, tokens),
-        pa.ListArray.from_arrays(offsets, np.where(live, tokens, np.int32(IGNORED))),
-    ]
-    for rows, dtype in ((ids, np.int32), (probs, np.float32)):
-        if width:
+    columns = {
+        "key": pa.array([bytes.fromhex(key) for key in keys], pa.binary(16)),
+        "row": pa.array([sample.conversation.row for sample in samples], pa.uint32()),
+        "held_out": pa.array([held_out(key, eval_fraction) for key in keys], pa.bool_()),
+        "input_ids": pa.ListArray.from_arrays(offsets, tokens),
+        "labels": pa.ListArray.from_arrays(offsets, np.where(in_answer, tokens, np.int32(IGNORED))),
+    }
+    if width:
+        for name, rows, dtype in (
+            ("fusion_ids", ids, np.int32),
+            ("fusion_probs", probs, np.float32),
+        ):
+            # Tokens that are no part of an answer have rows of zeros.
             full = np.zeros((len(tokens), width), dtype)
-            full[live] = rows
+            full[in_answer] = rows
             nested = pa.FixedSizeListArray.from_arrays(full.reshape(-1), width)
-            columns.append(pa.ListArray.from_arrays(offsets, nested))
-    return pa.table(columns, schema=schema)
+            columns[name] = pa.ListArray.from_arrays(offsets, nested)
+    return pa.table(columns)
 
 
 def fuse_stages(inputs: Inputs, names: Sequence[str] | None = None) -> list[FuseStage]:
-    """The fuse stages of the recipe's targets, or of those made from the sources named."""
+    """The fuse stages of the recipe's targets, or of those with one of the named sources."""
     recipe = inputs.recipe
     targets = target_models(recipe.fusion.strategy, [source.title for source in recipe.sources])
     return [

@@ -1,1 +1,1 @@
-"""What a model thinks of every answer: engines, the output head in tiles, the score stage."""
+"""A model's distributions over every answer: engines, the output head in tiles, the stage."""

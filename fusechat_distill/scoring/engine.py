@@ -1,4 +1,4 @@
-"""Scorers: token ids in, what the model thinks of every response token out."""
+"""The protocol of the engines: token ids in, distributions at every response token out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Request:
     """[R] indices into `input_ids`, ascending, each below L - 1: the gold token of position p is
     `input_ids[p + 1]`."""
     sets: tuple[tuple[int, NDArray[np.integer[Any]]], ...] = ()
-    """(row, token ids): tokens whose probability together is asked for at that row."""
+    """(row, token ids): sets of tokens whose total probability at that row is wanted."""
 
     @property
     def gold(self) -> NDArray[np.integer[Any]]:
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model thinks at R positions; log-probabilities (natural) over its whole vocabulary."""
+    """A model's distributions at R positions; natural log-probabilities over its vocabulary."""
 
     ids: NDArray[np.uint32]
     """[R, k] token ids, most probable first; of equals the lower id first."""
@@ -45,35 +45,35 @@ class Scores:
     """[R] log-probability of the gold token."""
     set_logprobs: NDArray[np.float32] | None = None
     """[number of sets] log-probability of each of the request's sets, -inf for an empty one; None
-    from an engine that doesn't have whole distributions (vLLM)."""
+    from an engine without whole distributions (vLLM)."""
 
     @property
     def finite(self) -> bool:
-        """Whether the model's output was free of NaN and Inf here."""
+        """Whether the model's output was free of NaN and Inf."""
         return bool(np.isfinite(self.logprobs).all() and np.isfinite(self.gold_logprobs).all())
 
 
 class Scorer(Protocol):
     """An engine. `score` yields one `Scores` for each request, in the requests' order.
 
-    Each has `scoring.top_k` entries a position, all of them ids that the tokenizer has. A request
-    whose scores hold NaN or Inf is left out; anything else that is wrong should raise.
+    Each has `scoring.top_k` entries per position, all of them ids that the tokenizer has. A sample
+    whose scores contain NaN or Inf is left out of the store; any other failure should raise.
     """
 
     def score(self, requests: Sequence[Request]) -> Iterator[Scores]: ...
 
 
 def checked_scores(scorer: Scorer, requests: Sequence[Request], top_k: int) -> list[Scores]:
-    """What the engine says of the requests, if it can be what it should.
+    """The engine's scores of the requests, checked before they are stored.
 
     Raises:
-        FusechatError: it is not; a store would keep it, and every stage after build on it.
+        FusechatError: their number, a shape, the order or the scale is wrong.
     """
-    found = list(scorer.score(requests))
+    results = list(scorer.score(requests))
     engine = type(scorer).__name__
-    if len(found) != len(requests):
-        raise FusechatError(f"{engine}: gave {len(found)} scores for {len(requests)} requests")
-    for request, scores in zip(requests, found, strict=True):
+    if len(results) != len(requests):
+        raise FusechatError(f"{engine}: gave {len(results)} scores for {len(requests)} requests")
+    for request, scores in zip(requests, results, strict=True):
         rows = len(request.positions)
         shapes = [a.shape for a in (scores.ids, scores.logprobs, scores.gold_logprobs)]
         expected = [(rows, top_k), (rows, top_k), (rows,)]
@@ -81,9 +81,9 @@ def checked_scores(scorer: Scorer, requests: Sequence[Request], top_k: int) -> l
             raise FusechatError(f"{engine}: gave scores of shapes {shapes}, not {expected}")
         if scores.finite:
             sorted_ = bool((np.diff(scores.logprobs, axis=1) <= 0).all())
-            # Not above 1, but for what engines round.
+            # Probabilities may exceed a sum of 1 by rounding only.
             if not sorted_ or (np.exp(np.minimum(scores.logprobs, 1)).sum(1) > 1.01).any():
                 raise FusechatError(
                     f"{engine}: gave what are no natural log-probabilities, most probable first"
                 )
-    return found
+    return results

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Logits that share one maximum when the top k is looked for."""
+"""Logits per block; the top k are searched in the blocks with the highest maxima."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """logits = soft_cap · tanh((h Wᵀ + bias) · scale / soft_cap), over the tokens that exist."""
+    """logits = soft_cap · tanh((h Wᵀ + bias) · scale / soft_cap), over the existing tokens."""
 
     weight: Tensor
     """[V', H], V' at least the vocabulary size (rows beyond it are padding)."""
@@ -33,9 +33,9 @@ def topk_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `k` most probable tokens after each hidden state, and the gold token's log-probability.
 
-    The vocabulary is walked in tiles with a running top-k and logsumexp, so that what is held
-    beside the inputs and outputs is two tiles of `tile_elements` logits (default: 16M on a CPU,
-    32M elsewhere).
+    The vocabulary is processed in tiles with a running top-k and logsumexp. Beside the inputs and
+    outputs only two tiles of `tile_elements` logits are in memory (default: 16M on a CPU, 32M
+    elsewhere).
 
     Args:
         hidden: [N, H], in the weight's dtype.
@@ -55,8 +55,8 @@ def topk_logprobs(
     hidden, gold = hidden.to(device), gold.to(device)
     if tile_elements is None:
         tile_elements = _tile_elements(device)
-    # Chunks of like height, so high that the tile is at least about as wide: the weights are read
-    # once for each chunk of rows, the hidden states once for each tile.
+    # Chunks of rows of equal height. The weights are read once for each chunk, the hidden states
+    # once for each tile, so tiles are at least about as wide as they are high.
     chunks = -(-n // max(1, math.isqrt(tile_elements) // 4))
     rows = max(1, -(-n // max(1, chunks)))
     width = max(BLOCK, min(tile_elements // rows, size + BLOCK - 1) // BLOCK * BLOCK)
@@ -76,9 +76,9 @@ def topk_logprobs(
 def set_logprobs(
     hidden: Tensor, head: Head, sets: Sequence[Tensor], *, tile_elements: int | None = None
 ) -> Tensor:
-    """The log-probability that tokens of a set have together, one set for each hidden state.
+    """The total log-probability of a set of tokens, one set for each hidden state.
 
-    For few states: all logits of a chunk of states are held, `tile_elements` at most (as in
+    For few states: all logits of a chunk of states are in memory, at most `tile_elements` (as in
     `topk_logprobs`), or those of one state.
 
     Args:
@@ -92,7 +92,7 @@ def set_logprobs(
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     hidden = hidden.to(device)
     rows = max(1, (tile_elements or _tile_elements(device)) // size)
-    found = torch.empty(len(sets), dtype=dtype, device=device)
+    logprobs = torch.empty(len(sets), dtype=dtype, device=device)
     for start in range(0, len(sets), rows):
         part = hidden[start : start + rows]
         logits = torch.empty(len(part), size, dtype=dtype, device=device)
@@ -100,8 +100,8 @@ def set_logprobs(
         totals = logits.logsumexp(-1)
         for i, total in enumerate(totals):
             of_set = logits[i, sets[start + i].to(device)].logsumexp(-1)
-            found[start + i] = torch.minimum(of_set - total, torch.zeros_like(total))
-    return found
+            logprobs[start + i] = torch.minimum(of_set - total, torch.zeros_like(total))
+    return logprobs
 
 
 def _tile_elements(device: torch.device) -> int:
@@ -111,6 +111,7 @@ def _tile_elements(device: torch.device) -> int:
 def _chunk(
     hidden: Tensor, head: Head, gold: Tensor, k: int, width: int, buffers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`topk_logprobs` of one chunk of rows, tile by tile; `buffers` are two tiles of it."""
     n, size = hidden.shape[0], head.vocabulary_size
     infinity = float("inf")
     best_ids = torch.zeros(n, 0, dtype=torch.int64, device=hidden.device)
@@ -144,18 +145,20 @@ def _chunk(
             best, index = best.topk(k, dim=-1)
             best_ids = best_ids.gather(1, index)
 
-        # 1 / Σ exp(x - max), by the one kernel that goes through a row while it is in the cache.
+        # 1 / Σ exp(x - max) of the tile: softmax is the kernel that reads a row once.
         torch.softmax(logits, -1, out=probabilities)
         tile_highest = tile_best[:, 0]
         share = probabilities.gather(1, tile_ids[:, :1]).squeeze(1)
         share.masked_fill_(tile_highest == -infinity, 1.0)  # a tile of absent ids only
 
+        # The sum of exponentials so far, relative to the new maximum.
         previous, highest = highest, torch.maximum(highest, tile_highest)
         shift = torch.where(highest == -infinity, 0.0, highest)
         total = total * (previous - shift).exp() + (tile_highest - shift).exp() / share
 
     # NaN in one logit is NaN in `total`, which makes the whole row NaN.
     rest = total.log_()
+    # By falling logit; a stable sort of entries in order of ids puts the lower of equals first.
     order = best_ids.argsort(dim=-1)
     best_ids, best = best_ids.gather(1, order), best.gather(1, order)
     order = best.argsort(dim=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""The score stage: what one model thinks of every answer, shard by shard."""
+"""The score stage: one model's distributions over every answer, shard by shard."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from pydantic import Field
 from fusechat_common.errors import FusechatError
 from fusechat_distill.inputs.open import Inputs, OpenModel
 from fusechat_distill.scoring.engine import Request, Scorer, Scores, checked_scores
-from fusechat_distill.storage.shards import (
-    Manifest,
-    SampleRange,
-    scores_table,
-)
+from fusechat_distill.storage.shards import Manifest, SampleRange, scores_table
 from fusechat_distill.storage.stage import ShardedStage, Stage, StageStatus, Summary
 from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 
@@ -35,11 +31,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NON_FINITE_SHARE = 0.01
-"""Share of samples with NaN or Inf from which on a model's scores are no use."""
+"""With a larger share of samples with NaN or Inf a model's scores are refused."""
 
 
 class ScoreSummary(Summary):
-    """What became of a model's samples."""
+    """The samples of a model that were scored, cut or left out."""
 
     samples: int = 0
     """Those that were scored."""
@@ -63,16 +59,16 @@ class ScoreSummary(Summary):
 
 
 @dataclass(frozen=True, eq=False)
-class Scoring:
+class ScoreContext:
     """A loaded model, and the conversations that are rendered while it scores others."""
 
     scorer: Scorer
     pool: ThreadPoolExecutor
-    """Of one thread, because tokenizers can't be shared by several."""
+    """One thread, because tokenizers can't be shared by several."""
     rendered: dict[SampleRange, Future[Rendered]] = field(default_factory=dict)
 
 
-class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
+class ScoreStage(ShardedStage[ScoreSummary, ScoreContext]):
     """A model's scores of every conversation, in `scores/<name>/`."""
 
     stage = "score"
@@ -90,18 +86,18 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
         return self.inputs.scores_manifest(self.model)
 
     def problems(self) -> list[str]:
-        return []  # `open_inputs` has compared the stores already
+        return []  # `open_inputs` has compared the manifests already
 
     def prepare(self, missing: Sequence[SampleRange]) -> None:
         self.inputs.digests.save()
         if missing and not self.model.files.weights:
             raise FusechatError(
-                f"{self.name} ({self.model.spec.model}): has no weights to make the scores "
-                f"that are missing with ({_listed(missing)}); copy the one or the other"
+                f"{self.name} ({self.model.spec.model}): has no weights to compute the missing "
+                f"scores with ({_listed(missing)}); copy the weights or these files"
             )
 
     @contextlib.contextmanager
-    def open(self, processes: Processes) -> Iterator[Scoring]:
+    def open(self, processes: Processes) -> Iterator[ScoreContext]:
         try:
             scorer = self._scorer(processes)
         except (ImportError, OSError, TypeError, ValueError) as error:
@@ -110,14 +106,14 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
                 f"weights: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         with ThreadPoolExecutor(1) as pool:
-            yield Scoring(scorer, pool)
+            yield ScoreContext(scorer, pool)
 
-    def read_ahead(self, context: Scoring, ranges: Sequence[SampleRange]) -> None:
+    def read_ahead(self, context: ScoreContext, ranges: Sequence[SampleRange]) -> None:
         for samples in ranges:
             if samples not in context.rendered:
                 context.rendered[samples] = context.pool.submit(self._rendered, samples)
 
-    def make(self, context: Scoring, samples: SampleRange) -> tuple[pa.Table, ScoreSummary]:
+    def make(self, context: ScoreContext, samples: SampleRange) -> tuple[pa.Table, ScoreSummary]:
         self.read_ahead(context, [samples])
         conversations, renderings = context.rendered.pop(samples).result()
         left_out: list[tuple[int, str]] = []
@@ -132,8 +128,8 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
         requests = [Request(r.input_ids, r.positions()) for _, r in scorable]
         scored: list[ScoredSample] = []
         non_finite: list[int] = []
-        found = checked_scores(context.scorer, requests, self.inputs.recipe.scoring.top_k)
-        for (conversation, rendering), scores in zip(scorable, found, strict=True):
+        results = checked_scores(context.scorer, requests, self.inputs.recipe.scoring.top_k)
+        for (conversation, rendering), scores in zip(scorable, results, strict=True):
             if scores.finite:
                 scored.append(_scored_sample(conversation, rendering, scores))
             else:
@@ -156,7 +152,7 @@ class ScoreStage(ShardedStage[ScoreSummary, Scoring]):
         return len(made.non_finite) > NON_FINITE_SHARE * len(self.inputs.conversations)
 
     def finish(self, status: StageStatus[ScoreSummary]) -> StageStatus[ScoreSummary]:
-        # Over all processes; each stops early at its own.
+        # The sum over all processes; each stops early by its own shards.
         if self.hopeless(status.details):
             rows = status.details.non_finite
             shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
@@ -235,11 +231,8 @@ def _listed(ranges: Sequence[SampleRange]) -> str:
 
 
 def _why_nothing(rendering: Rendering) -> str:
-    if rendering.problem:
-        return rendering.problem
-    if rendering.skipped:
-        return rendering.skipped[0].reason
-    return "no answer within max_length"
+    reasons = [rendering.problem, *(turn.reason for turn in rendering.skipped)]
+    return next(filter(None, reasons), "no answer within max_length")
 
 
 def _scored_sample(

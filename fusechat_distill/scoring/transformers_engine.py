@@ -1,8 +1,7 @@
-"""The default engine: any causal LM of transformers, its backbone once, its head in tiles."""
+"""The default engine: any causal LM of transformers, with its output head applied in tiles."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,18 +22,18 @@ log = logging.getLogger(__name__)
 class TransformersScorer:
     """Scores with a loaded causal LM.
 
-    Which scale and soft cap the model puts on its logits is taken from its configuration and
-    confirmed by one forward over eight tokens; a model whose logits are something else is refused.
+    The scale and soft cap of the model's logits are taken from its configuration and confirmed by
+    one forward over eight tokens; a model with other logits is refused.
 
     Args:
-        model: what `AutoModelForCausalLM.from_pretrained` gives.
+        model: the result of `AutoModelForCausalLM.from_pretrained`.
         token_ids: the ids that the tokenizer has; the head's other rows are padding, get no
             probability, and never appear.
-        top_k: how many entries a position keeps; at most the number of `token_ids`.
+        top_k: entries per position; at most the number of `token_ids`.
         batch_tokens: padded tokens in one forward. A longer request is a batch by itself.
 
     Raises:
-        FusechatError: the head is none that can be tiled.
+        FusechatError: the head can't be applied in tiles.
     """
 
     def __init__(
@@ -79,10 +78,10 @@ class TransformersScorer:
         top_k: int = 10,
         batch_tokens: int = 16384,
     ) -> TransformersScorer:
-        """Load `model` from safetensors; `load` goes to `from_pretrained` as it is.
+        """Load `model` from safetensors; `load` is passed to `from_pretrained` unchanged.
 
         `device` is a torch device, or "spread" for transformers' own `device_map="auto"`; a
-        `device_map` in `load` goes before it.
+        `device_map` in `load` takes precedence.
         """
         from transformers import AutoModelForCausalLM
 
@@ -102,8 +101,8 @@ class TransformersScorer:
     def score(self, requests: Sequence[Request]) -> Iterator[Scores]:
         """Scores in the requests' order.
 
-        Requests of like length share a forward. Where memory runs out, the batch is halved, and
-        `batch_tokens` with it for what follows.
+        Requests of similar length share a forward. If memory runs out, the batch is halved, and
+        `batch_tokens` with it for the batches that follow.
 
         Raises:
             FusechatError: one request alone does not fit into memory.
@@ -111,11 +110,10 @@ class TransformersScorer:
         scores: list[Scores | None] = [None] * len(requests)
         todo = sorted(range(len(requests)), key=lambda i: -len(requests[i].input_ids))
         while todo:
-            count = self._batch_size([len(requests[i].input_ids) for i in todo])
-            batch = [requests[i] for i in todo[:count]]
-            results = self._forward_or_none(batch)
+            longest = len(requests[todo[0]].input_ids)
+            count = max(1, min(len(todo), self.batch_tokens // max(1, longest)))
+            results = self._forward_or_none([requests[i] for i in todo[:count]])
             if results is None:
-                longest = len(batch[0].input_ids)
                 if count == 1:
                     raise FusechatError(
                         f"{self.model.config.name_or_path}: one sample of {longest} tokens does "
@@ -123,22 +121,18 @@ class TransformersScorer:
                         "(`load: {device_map: auto}`)"
                     )
                 self.batch_tokens = longest * (count // 2)
-                log.warning("out of memory: going on with batch_tokens: %d", self.batch_tokens)
+                log.warning("out of memory: continuing with batch_tokens: %d", self.batch_tokens)
                 continue
             for i, result in zip(todo[:count], results, strict=True):
                 scores[i] = result
             del todo[:count]
         return iter([score for score in scores if score is not None])
 
-    def _batch_size(self, lengths: Sequence[int]) -> int:
-        """How many of the requests, longest first, go into one forward."""
-        return max(1, min(len(lengths), self.batch_tokens // max(1, lengths[0])))
-
     def _forward_or_none(self, batch: Sequence[Request]) -> list[Scores] | None:
-        """The batch's scores, or None where memory ran out.
+        """The batch's scores, or None if memory ran out.
 
-        Returning frees what the failed forward's frames held, which a caller inside an `except`
-        would keep alive.
+        Returning frees the tensors in the failed forward's frames; inside an `except` they would
+        stay alive.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -157,34 +151,33 @@ class TransformersScorer:
         for row, request in enumerate(batch):
             ids[row, : len(request.input_ids)] = request.input_ids
             mask[row, : len(request.input_ids)] = 1
-        # Positions of the flattened [B * L] batch.
+        # The hidden states of all requests' positions, from the flattened [B * L] batch.
         flat = np.concatenate([row * longest + r.positions for row, r in enumerate(batch)])
         hidden = self._hidden(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(flat))
         gold = torch.from_numpy(np.concatenate([r.gold for r in batch]).astype(np.int64))
-        bounds = [0, *itertools.accumulate(len(r.positions) for r in batch)]
-        rows = [start + row for start, r in zip(bounds, batch, strict=False) for row, _ in r.sets]
+        # Where each request begins among these, and its sets among all sets.
+        begins = np.cumsum([0, *(len(r.positions) for r in batch[:-1])])
+        set_begins = np.cumsum([0, *(len(r.sets) for r in batch[:-1])])
+        rows = [begin + row for begin, r in zip(begins, batch, strict=True) for row, _ in r.sets]
         sets = [torch.from_numpy(ids.astype(np.int64)) for r in batch for _, ids in r.sets]
         with self._head() as head:
-            found = topk_logprobs(hidden, head, gold, self.top_k)
-            of_sets = set_logprobs(hidden[rows], head, sets).cpu().numpy().astype(np.float32)
-        token_ids, logprobs, gold_logprobs = (tensor.cpu().numpy() for tensor in found)
-        set_bounds = [0, *itertools.accumulate(len(r.sets) for r in batch)]
+            tensors = topk_logprobs(hidden, head, gold, self.top_k)
+            of_sets = set_logprobs(hidden[rows], head, sets)
+        # Cut into the requests' parts.
+        parts = [np.split(tensor.cpu().numpy(), begins[1:]) for tensor in tensors]
+        parts.append(np.split(of_sets.cpu().numpy(), set_begins[1:]))
         return [
             Scores(
-                token_ids[start:stop].astype(np.uint32),
-                logprobs[start:stop].astype(np.float32),
-                gold_logprobs[start:stop].astype(np.float32),
-                of_sets[first:last],
+                token_ids.astype(np.uint32),
+                *(values.astype(np.float32) for values in logprobs),
             )
-            for (start, stop), (first, last) in zip(
-                itertools.pairwise(bounds), itertools.pairwise(set_bounds), strict=True
-            )
+            for token_ids, *logprobs in zip(*parts, strict=True)
         ]
 
     def _hidden(self, ids: Tensor, mask: Tensor, flat: Tensor) -> Tensor:
-        """What the head is given at positions `flat` of the flattened batch, [N, H].
+        """The head's input at positions `flat` of the flattened batch, [N, H].
 
-        The head itself is handed one state only, so that the model's own logits stay small.
+        The model's own head gets one state only, so that its logits stay small.
         """
         taken: list[Tensor] = []
 
@@ -212,7 +205,7 @@ class TransformersScorer:
 
     @contextmanager
     def _head(self) -> Iterator[Head]:
-        """The head, with its weights brought back where they are offloaded."""
+        """The head, with its weights on a device even if they are offloaded."""
         from accelerate.utils import align_module_device
 
         with align_module_device(self.head_module):
@@ -228,12 +221,12 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def _logit_transform(self) -> tuple[float, float | None]:
-        """Scale and soft cap that turn the head's output into the model's logits.
+        """The scale and soft cap that turn the head's output into the model's logits.
 
         Configurations name them differently, and some name one that their model applies elsewhere
-        (MiniCPM3) or not at all (MPT), so the model is asked: its head is given states that make
-        logits of up to ±40, and the first transform of those configured that explains what comes
-        out of the model is the one.
+        (MiniCPM3) or not at all (MPT). So the model is tried: its head gets states that make logits
+        of up to ±40, and the first of the configured transforms that explains the model's output is
+        the right one.
         """
         plain: list[Tensor] = []
 
@@ -270,7 +263,7 @@ class TransformersScorer:
 
 
 def _configured_transforms(config: Any) -> list[tuple[float, float | None]]:
-    """Scales and soft caps that a configuration may mean, the fullest first, none last."""
+    """The scales and soft caps that a configuration may mean, both first, neither last."""
     scales = [
         getattr(config, "logit_scale", None),
         getattr(config, "lm_head_multiplier", None),

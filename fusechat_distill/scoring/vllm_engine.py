@@ -1,8 +1,8 @@
 """The vLLM engine: `prompt_logprobs` of a forward without generation.
 
-Built to vLLM's documented API (`LLM`, `SamplingParams.prompt_logprobs`, `RequestOutput`), and not
-yet run: no machine with vLLM was at hand. `scores_from_prompt_logprobs`, which turns its answer
-into ours, is tested without it.
+Written for vLLM's documented API (`LLM`, `SamplingParams.prompt_logprobs`, `RequestOutput`) and
+not yet run: no machine with vLLM was available. `scores_from_prompt_logprobs`, which converts its
+output, is tested without it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Logprob(Protocol):
 class VLLMScorer:  # pragma: no cover (vLLM)
     """Scores with a `vllm.LLM`. Not yet run.
 
-    vLLM normalises over the rows of the padded head; where a model gives padding any probability,
-    its log-probabilities are lower by that much than the transformers engine's.
+    vLLM normalises over all rows of the padded head. If a model gives probability to padding, the
+    log-probabilities are lower than the transformers engine's by that much.
     """
 
     def __init__(self, llm: Any, token_ids: Iterable[int], *, top_k: int = 10):
@@ -50,7 +50,7 @@ class VLLMScorer:  # pragma: no cover (vLLM)
         load: Mapping[str, Any] | None = None,
         top_k: int = 10,
     ) -> VLLMScorer:
-        """Load `model`; `load` goes to `vllm.LLM` as it is (`tensor_parallel_size`, ...)."""
+        """Load `model`; `load` is passed to `vllm.LLM` unchanged (`tensor_parallel_size`, ...)."""
         from vllm import LLM
 
         options: dict[str, Any] = {

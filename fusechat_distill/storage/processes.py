@@ -1,4 +1,4 @@
-"""The processes of one run (`accelerate launch`), and what they tell each other."""
+"""The processes of one run (`accelerate launch`) and their communication."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class ElsewhereError(FusechatError):
-    """The first process failed, and says so itself; this one did nothing wrong.
+    """The first process failed and reports it; this one only ends.
 
-    Its exit status is 0, so that a launcher does not end the first before it has spoken.
+    Its exit status is 0, so that a launcher does not end the first before it has reported.
     """
 
     exit_code = 0
@@ -27,7 +27,7 @@ class ElsewhereError(FusechatError):
 
 
 class Processes:
-    """This process among those of the run; a plain start is a run of one.
+    """This process among those of the run; without a launcher it is the only one.
 
     Args:
         device: the recipe's `scoring.device`.
@@ -49,40 +49,37 @@ class Processes:
         return self.index == 0
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, in all of them.
+        """Run `work` in the first process and return its result in all of them.
 
         Raises:
-            ElsewhereError: in the others, where `work` raised in the first.
+            ElsewhereError: in the others, if `work` raised in the first.
         """
-        result: list[Any] = [None, True]
-        error: BaseException | None = None
-        if self.is_first:
-            try:
-                result[0] = work()
-            except BaseException as caught:
-                error, result = caught, [None, False]
-        if self.count > 1:
-            from accelerate.utils import broadcast_object_list
+        result: list[Any] = [None, False]
+        try:
+            if self.is_first:
+                result = [work(), True]
+        finally:
+            # The others wait for this, whether `work` returned or raised.
+            if self.count > 1:
+                from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(result)
-        if error is not None:
-            raise error
+                broadcast_object_list(result)
         if not result[1]:
             raise ElsewhereError
         value: T = result[0]
         return value
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Each process's own result of `work`; the others begin when the first is done.
+        """Run `work` in every process, in the others when it has returned in the first.
 
-        What the first finds wrong it says alone, and what it caches is there for the others.
+        So a problem is reported once, by the first, and the others find what it cached.
         """
         mine: list[T] = []
         self.first(lambda: mine.append(work()))
         return mine[0] if mine else work()
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
         self._state.wait_for_everyone()
 
     def close(self) -> None:

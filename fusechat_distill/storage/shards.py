@@ -1,4 +1,4 @@
-"""Parquet shards of distributions, named by sample range, under a manifest of what made them."""
+"""Parquet shards of distributions, named by sample range, with a manifest of their inputs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +28,8 @@ from fusechat_distill.text.scored import ScoredResponse, ScoredSample
 SHARD_SAMPLES = 256
 FORMAT = 1
 METADATA = b"fusechat_distill"
-MADE_FROM = ("pivot_scores ", "source_scores ", "aligned.", "fused ")
-"""How differences of the stages before begin, in the fingerprints of those that follow."""
+INPUTS = ("pivot_scores ", "source_scores ", "aligned.", "fused ")
+"""How a difference begins that comes from the folder of an earlier stage."""
 
 
 class SampleRange(NamedTuple):
@@ -56,17 +58,11 @@ class Manifest:
     kind: str
     samples: int
     fingerprint: Mapping[str, Any]
-    """JSON values by name, nested as wanted; two folders with equal ones hold the same."""
+    """JSON values by name, may be nested; folders with equal fingerprints have equal content."""
     shard_samples: int = SHARD_SAMPLES
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
-            "samples": self.samples,
-            "shard_samples": self.shard_samples,
-            "fingerprint": dict(self.fingerprint),
-        }
+        return {"format": FORMAT, **vars(self), "fingerprint": dict(self.fingerprint)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -86,7 +82,7 @@ class Manifest:
         ]
 
     def differences(self, other: Manifest) -> list[str]:
-        """`name: was …, is …` for what `other` has otherwise."""
+        """`name was …, is …` for each value that differs in `other`."""
         was, now = _flat(self.as_json()), _flat(other.as_json())
         return [
             f"{name.removeprefix('fingerprint.')} was {_shown(was.get(name))}, "
@@ -97,7 +93,7 @@ class Manifest:
 
 
 def _shown(value: Any) -> str:
-    """A hash says no more to a reader than that it is another one."""
+    """The value's repr; of a hash only the first digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return f"'{value[:8]}...'"
     return repr(value)
@@ -128,32 +124,31 @@ class Shards:
 
     @classmethod
     def create(cls, folder: str | Path, manifest: Manifest) -> Shards:
-        """Open for writing; a folder that the same manifest made is gone on with.
+        """Open for writing; shards that are there under the same manifest are kept.
 
         Raises:
-            RequestError: the folder was made with another fingerprint.
+            RequestError: the folder has another manifest.
         """
         folder = Path(folder)
-        problem = stale(folder, manifest)
-        if problem:
+        if problem := stale(folder, manifest):
             raise RequestError([problem], folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards = cls(folder, manifest)
         path = folder / "manifest.json"
-        with contextlib.suppress(ValueError):
+        try:
             if _read_manifest(folder) is not None:
                 return shards
-        if path.exists():
+        except ValueError:
             shards._quarantine(path)
         write_json(path, manifest.as_json())
         return shards
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the folder for writing, against other runs on this file system.
+        """Lock the folder for writing, against other runs on this file system.
 
         Raises:
-            RequestError: another run holds it.
+            RequestError: another run has locked it.
         """
         with open(self.folder / ".lock", "w", opener=no_link) as lock:
             if not lock_descriptor(lock.fileno(), blocking=False):
@@ -165,10 +160,12 @@ class Shards:
         return self.folder / samples.file_name
 
     def clean(self) -> list[str]:
-        """Remove what a stopped run left half written; set torn and foreign shards aside.
+        """Remove partly written files; move damaged and foreign shards to `quarantine/`.
 
-        Every shard is read whole. Only the one run that holds the folder
-        may call this. Returns a line for each shard that went to `quarantine/`.
+        Every shard is read whole. Only the run that has locked the folder may call this.
+
+        Returns:
+            a line for each shard that was moved.
         """
         for path in self.folder.glob(".*.part"):
             path.unlink()
@@ -193,7 +190,7 @@ class Shards:
         return [samples for samples in self.manifest.ranges() if self.path(samples).exists()]
 
     def write(self, samples: SampleRange, table: pa.Table, summary: Mapping[str, Any]) -> Path:
-        """Write one shard, to the side first; `summary` (JSON) goes into its footer."""
+        """Write one shard atomically; `summary` (JSON) goes into its footer."""
         footer = {
             "range": [samples.start, samples.stop],
             "manifest": self.manifest.digest,
@@ -202,14 +199,19 @@ class Shards:
         footer |= {"footer_sha256": _footer_digest(footer), "sha256": UNKNOWN}
         table = table.replace_schema_metadata({METADATA: json.dumps(footer, sort_keys=True)})
         # Ids and half floats compress best with their bytes in streams of their own: 42 bytes a
-        # position at k = 10 instead of 55.
+        # position at k = 10 instead of 55. Parquet calls a list's values `NAME.list.element`.
+        number_lists = [
+            f"{field.name}.list.element"
+            for field in table.schema
+            if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
+        ]
         buffer = pa.BufferOutputStream()
         pq.write_table(
             table,
             buffer,
             compression="zstd",
             use_dictionary=False,
-            use_byte_stream_split=_number_lists(table.schema),
+            use_byte_stream_split=number_lists,
             write_statistics=False,
             write_page_checksum=True,
         )
@@ -220,16 +222,16 @@ class Shards:
         return path
 
     def read(self, samples: SampleRange, columns: Sequence[str] | None = None) -> pa.Table:
-        """One shard's rows; all columns together are checked against the shard's digest.
+        """One shard's rows; a read of all columns is checked against the shard's digest.
 
         Raises:
-            FusechatError: it is torn, or was not written for this folder and range.
+            FusechatError: it is damaged, or was not written for this folder and range.
         """
         with self._shard(samples, whole=columns is None) as file:
             return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
     def summary(self, samples: SampleRange) -> dict[str, Any]:
-        """What `write` was given as `summary`; reads the footer only."""
+        """The `summary` that was passed to `write`; reads the footer only."""
         with self._shard(samples) as file:
             summary: dict[str, Any] = _footer(file)["summary"]
             return summary
@@ -238,7 +240,7 @@ class Shards:
     def _shard(self, samples: SampleRange, *, whole: bool = False) -> Iterator[pq.ParquetFile]:
         path = self.path(samples)
         try:
-            # Pages carry checksums, but what says where they lie and how they are packed does not.
+            # Parquet's checksums cover pages, but not the metadata that locates and decodes them.
             source = pa.py_buffer(_intact(path.read_bytes())) if whole else path
             with pq.ParquetFile(source, page_checksum_verification=True) as file:
                 footer = _footer(file)
@@ -253,42 +255,34 @@ class Shards:
     def _quarantine(self, path: Path) -> Path:
         folder = self.folder / "quarantine"
         folder.mkdir(exist_ok=True)
-        target = folder / path.name
-        number = 1
-        while target.exists():
-            target = folder / f"{path.name}.{number}"
-            number += 1
+        names = chain([path.name], (f"{path.name}.{number}" for number in count(1)))
+        target = next(folder / name for name in names if not (folder / name).exists())
         os.replace(path, target)
         return target
 
 
 def stale(folder: str | Path, manifest: Manifest) -> str | None:
-    """What keeps `folder` from being gone on with under `manifest`, or None."""
+    """Why a run with `manifest` can't continue in `folder`, or None if it can."""
+    remedy = "move it away or delete it to make it again, or set another `output`"
     try:
-        found = _read_manifest(Path(folder))
+        existing = _read_manifest(Path(folder))
     except FormatError as error:
         return (
-            f"was made by another version of fusechat ({error}); go on with that one, or move it "
-            "away or delete it to make it anew, or set another `output`"
+            f"was written by another version of fusechat ({error}); use that version, or {remedy}"
         )
     except ValueError:
         return None
-    if found is None or found.digest == manifest.digest:
+    if existing is None or existing.digest == manifest.digest:
         return None
-    changes = found.differences(manifest)
-    # What was made from what is stale tells nothing new: the change is told where it was made.
-    own = [line for line in changes if not line.startswith((*MADE_FROM, "samples was"))]
-    if own or not any(line.startswith(MADE_FROM) for line in changes):
-        why = f"was made otherwise ({'; '.join(changes)})"
+    changes = existing.differences(manifest)
+    # Where an earlier stage's folder is stale too, the change is reported for that folder.
+    own = [line for line in changes if not line.startswith((*INPUTS, "samples was"))]
+    if own or not any(line.startswith(INPUTS) for line in changes):
+        why = f"was made with other settings or inputs ({'; '.join(changes)})"
     else:
-        why = "was made from what has changed"
-    return (
-        f"{why}; undo that, or move it away or delete it to make it anew, or set another `output`"
-    )
+        why = "was made from inputs that have changed"
+    return f"{why}; undo the change, or {remedy}"
 
-
-SPAN = ("turn", "begin", "end", "first", "pending", "stop")
-"""Fields of a response that are one value each."""
 
 RESPONSE = pa.struct(
     [
@@ -323,101 +317,96 @@ def score_bytes(top_k: int) -> float:
     return 12 + 3 * top_k
 
 
-def list_array(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.ListArray:
-    """One list a row."""
-    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        offsets, np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
-    )
+def sample_table(
+    schema: pa.Schema,
+    samples: Sequence[Any],
+    parts: Callable[[Any], Sequence[Any]],
+    **columns: pa.Array,
+) -> pa.Table:
+    """Samples as rows: their `key` and `row`, `columns`, and lists of numbers.
+
+    Each of the schema's other fields is, for every sample, the attribute of that name of the
+    sample's `parts`, flattened and end to end.
+    """
+    columns["key"] = pa.array([bytes.fromhex(sample.key) for sample in samples], pa.binary(16))
+    columns["row"] = pa.array([sample.row for sample in samples], pa.uint32())
+    for field in schema:
+        if field.name not in columns:
+            dtype = field.type.value_type.to_pandas_dtype()
+            arrays = [
+                [getattr(part, field.name).reshape(-1) for part in parts(sample)]
+                for sample in samples
+            ]
+            lengths = [sum(map(len, of_sample)) for of_sample in arrays]
+            values = np.concatenate([np.empty(0, dtype), *chain.from_iterable(arrays)])
+            columns[field.name] = pa.ListArray.from_arrays(
+                np.cumsum([0, *lengths]).astype(np.int32), values.astype(dtype)
+            )
+    return pa.table(columns, schema=schema)
+
+
+def number_lists(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The lists in these columns, row by row, as views of the table's memory."""
+    columns = [table[name].combine_chunks() for name in names]
+    values = [column.values.to_numpy() for column in columns]
+    offsets = [column.offsets.to_numpy() for column in columns]
+    for i in range(len(table)):
+        yield {
+            name: flat[at[i] : at[i + 1]]
+            for name, flat, at in zip(names, values, offsets, strict=True)
+        }
 
 
 def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
     """The samples as rows of `SCORES`."""
-
-    def lists(name: str, dtype: Any) -> pa.Array:
-        empty = np.empty(0, dtype)
-        return list_array(
-            [
-                np.concatenate([empty, *(getattr(r, name).reshape(-1) for r in s.responses)])
-                for s in samples
-            ],
-            dtype,
-        )
-
+    spans = [field.name for field in RESPONSE if field.name != "tokens"]
     responses = [
         [
-            {name: getattr(r, name) for name in SPAN} | {"tokens": len(r.tokens)}
-            for r in sample.responses
+            {name: getattr(response, name) for name in spans} | {"tokens": len(response.tokens)}
+            for response in sample.responses
         ]
         for sample in samples
     ]
-    return pa.table(
-        [
-            pa.array([bytes.fromhex(sample.key) for sample in samples], pa.binary(16)),
-            pa.array([sample.row for sample in samples], pa.uint32()),
-            pa.array(responses, pa.list_(RESPONSE)),
-            lists("tokens", np.uint32),
-            lists("ends", np.int32),
-            lists("ids", np.uint32),
-            lists("logprobs", np.float16),
-            lists("gold_logprobs", np.float32),
-        ],
-        schema=SCORES,
+    return sample_table(
+        SCORES,
+        samples,
+        attrgetter("responses"),
+        responses=pa.array(responses, pa.list_(RESPONSE)),
     )
 
 
 def scored_samples(table: pa.Table) -> list[ScoredSample]:
     """The rows of `table` (schema `SCORES`) as typed arrays, views of its memory."""
-    columns = {
-        name: table[name].combine_chunks()
-        for name in ("tokens", "ends", "ids", "logprobs", "gold_logprobs")
-    }
-    flat = {name: column.values.to_numpy() for name, column in columns.items()}
-    starts = {name: column.offsets.to_numpy() for name, column in columns.items()}
     samples = []
-    for index, (key, row, responses) in enumerate(
-        zip(
-            table["key"].to_pylist(),
-            table["row"].to_pylist(),
-            table["responses"].to_pylist(),
-            strict=True,
-        )
+    for key, row, spans, lists in zip(
+        *(table[name].to_pylist() for name in ("key", "row", "responses")),
+        number_lists(table, ("tokens", "ends", "ids", "logprobs", "gold_logprobs")),
+        strict=True,
     ):
-        at, stop = int(starts["tokens"][index]), int(starts["tokens"][index + 1])
-        entry = int(starts["ids"][index])
-        k = (int(starts["ids"][index + 1]) - entry) // max(1, stop - at)
-        read = []
-        for response in responses:
-            n = response.pop("tokens")
-            tokens, entries = slice(at, at + n), slice(entry, entry + n * k)
-            read.append(
-                ScoredResponse(
-                    **response,
-                    tokens=flat["tokens"][tokens],
-                    ends=flat["ends"][tokens],
-                    ids=flat["ids"][entries].reshape(n, k),
-                    logprobs=flat["logprobs"][entries].reshape(n, k),
-                    gold_logprobs=flat["gold_logprobs"][tokens],
-                )
-            )
-            at, entry = at + n, entry + n * k
-        samples.append(ScoredSample(key.hex(), row, tuple(read)))
+        k = max(1, len(lists["ids"]) // max(1, len(lists["tokens"])))
+        lists |= {name: lists[name].reshape(-1, k) for name in ("ids", "logprobs")}
+        responses = []
+        stop = 0
+        for span in spans:
+            start, stop = stop, stop + span.pop("tokens")
+            arrays = {name: values[start:stop] for name, values in lists.items()}
+            responses.append(ScoredResponse(**span, **arrays))
+        samples.append(ScoredSample(key.hex(), row, tuple(responses)))
     return samples
 
 
 class ScoreStore(Mapping[str, ScoredSample]):
-    """A model's scores by conversation key; holds the keys and the last few shards read.
+    """A model's scores by conversation key; keeps the keys and the last few shards read.
 
-    Of rows with the same key, which are the same conversation, the first counts. Iterates over
-    the keys in the dataset's order.
+    Rows with the same key are the same conversation; the first of them counts. Iterates over the
+    keys in the dataset's order.
     """
 
     def __init__(self, folder: str | Path, *, cached_shards: int = 2):
         self.shards = Shards.open(folder)
         if self.shards.manifest.kind != "scores":
             raise FusechatError(f"{folder}: holds {self.shards.manifest.kind}, not scores")
-        self._cached_shards = cached_shards
-        self._cache: OrderedDict[SampleRange, list[ScoredSample]] = OrderedDict()
+        self._shard = lru_cache(cached_shards)(self._read)
         self._places: dict[str, tuple[SampleRange, int]] = {}
         for samples in self.shards.present():
             keys = self.shards.read(samples, ["key"])["key"].to_pylist()
@@ -439,17 +428,14 @@ class ScoreStore(Mapping[str, ScoredSample]):
 
     def shard(self, samples: SampleRange) -> list[ScoredSample]:
         """All of one shard's samples."""
-        if samples in self._cache:
-            self._cache.move_to_end(samples)
-        else:
-            self._cache[samples] = scored_samples(self.shards.read(samples))
-            if len(self._cache) > self._cached_shards:
-                self._cache.popitem(last=False)
-        return self._cache[samples]
+        return self._shard(samples)
+
+    def _read(self, samples: SampleRange) -> list[ScoredSample]:
+        return scored_samples(self.shards.read(samples))
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, None where there is none; ValueError where it can't be read."""
+    """The folder's manifest, None if there is none; ValueError if it can't be read."""
     try:
         return Manifest.from_json(json.loads((folder / "manifest.json").read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -460,19 +446,8 @@ def _read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(one_line(error)) from error
 
 
-def _number_lists(schema: pa.Schema) -> list[str]:
-    """Parquet's names of the columns that hold lists of numbers."""
-    return [
-        f"{field.name}.list.element"
-        for field in schema
-        if pa.types.is_nested(field.type)
-        and not pa.types.is_struct(field.type)
-        and pa.types.is_primitive(field.type.value_type)
-    ]
-
-
 UNKNOWN = "0" * 64
-"""Stands in a shard for the digest of all its bytes while that is computed."""
+"""The placeholder for a shard's digest while the digest is computed."""
 
 
 def _with_digest(raw: bytes, digest: str) -> bytes:
@@ -484,12 +459,12 @@ def _with_digest(raw: bytes, digest: str) -> bytes:
 
 
 def _intact(raw: bytes) -> bytes:
-    """A shard's bytes; ValueError where they are not those that were written."""
+    """A shard's bytes; ValueError if they are not those that were written."""
     blank = _with_digest(raw, UNKNOWN)
     if _with_digest(blank, hashlib.sha256(blank).hexdigest()) != raw:
         raise ValueError(
-            "it was changed or damaged after it was written; the stage that made it sets it aside "
-            "and makes it anew"
+            "it was changed or damaged after it was written; the stage that made it moves it away "
+            "and makes it again"
         )
     return raw
 

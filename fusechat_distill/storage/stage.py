@@ -1,4 +1,4 @@
-"""The stages of a run: each knows what it needs, what is done, and does only what is missing."""
+"""The stages of a run: what they need, how far they are, and the shards they still have to make."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RATES = "log.jsonl"
-"""Beside a stage's shards: how long each took, which is no part of their content."""
+"""A file beside a stage's shards with the time that each took."""
 
 
 class Details(Record):
-    """What a stage reports beside how far it is; a field without a value is left out."""
+    """What a stage reports beside its progress; fields that are None are left out."""
 
 
 class Summary(Details, ABC):
-    """What is reported of one shard, in its footer, and of all shards together, which is their sum.
+    """Facts about one shard, stored in its footer, or about several, as the sum of their summaries.
 
-    A footer holds the fields that were given to the constructor and aren't None.
+    A footer holds the fields that were passed to the constructor and aren't None.
     """
 
     @property
     @abstractmethod
     def tokens_processed(self) -> int:
-        """What the progress display and the rate count."""
+        """The number of tokens in the progress display and in the rate."""
 
     def __add__(self, other: Self) -> Self:
         """Numbers are added, lists joined, and dictionaries of counts added key by key."""
@@ -72,7 +72,7 @@ class StageStatus(BaseModel, Generic[D]):
     name: str
     done: int
     total: int | None
-    """None where it has not begun."""
+    """None if it has not begun."""
     details: SerializeAsAny[D]
     bytes: int = 0
     tokens_per_second: float | None = None
@@ -92,18 +92,18 @@ class Stage(Protocol):
     name: str
 
     def problems(self) -> list[str]:
-        """What an earlier run left that this one can't continue from."""
+        """Reasons why this run can't continue from what an earlier one left."""
         ...
 
     def status(self) -> StageStatus[Any]: ...
 
     def run(self, processes: Processes, progress: Progress) -> StageStatus[Any]:
-        """Do what is missing. Every process calls it, and returns when all are done."""
+        """Do what is missing; every process calls it, and returns when all have finished."""
         ...
 
 
 class Progress(Protocol):
-    """Where a stage shows how far it is."""
+    """A progress display."""
 
     def start(self, title: str, total: int) -> None: ...
 
@@ -115,62 +115,62 @@ class Progress(Protocol):
 class ShardedStage(ABC, Generic[S, C]):
     """A stage that makes a folder of shards, each from its range of samples alone.
 
-    `run` is the same for all of them: check what has to be there first, lock the folder, set torn
-    shards aside, deal the missing ranges out to the processes, make each shard, add up. A stage
-    says what differs: what its shards are determined by (`manifest`), what has to be there first
-    (`require`, `prepare`), what it keeps open while it makes shards (`open`), and one shard
-    (`make`).
+    `run` is the same for all: check the inputs, lock the folder, move damaged shards away, divide
+    the missing ranges between the processes, make each shard, add up the summaries. A stage
+    defines the rest: what determines its shards (`manifest`), which inputs must be complete
+    (`require`), what must be made first (`prepare`), what stays open while shards are made
+    (`open`), and one shard (`make`).
     """
 
     stage: str
     summary: ClassVar[type[Any]]
     """The stage's `Summary`."""
     timed: ClassVar[bool] = False
-    """Whether the time that each shard took is kept, for the rate in the status."""
+    """Whether the time of each shard is recorded, for the rate in the status."""
     name: str
     folder: Path
 
     @abstractmethod
     def manifest(self) -> Manifest:
-        """What determines the content of the folder."""
+        """Everything that determines the content of the folder."""
 
     @abstractmethod
     def open(self, processes: Processes) -> contextlib.AbstractContextManager[C]:
-        """What shards are made with (a loaded model, opened stores), until the block ends."""
+        """The context in which shards are made: a loaded model, opened stores."""
 
     @abstractmethod
     def make(self, context: C, samples: SampleRange) -> tuple[pa.Table, S]:
         """One shard's rows and summary.
 
-        They depend on the manifest and the range alone: not on which shards were made before,
-        where, or in which order.
+        They depend on the manifest and the range alone: not on which shards were made before, in
+        which process or in which order.
         """
 
     def require(self) -> None:
-        """Raise `FusechatError` where what the shards are made from is not complete.
+        """Raise `FusechatError` if the inputs of the shards are not complete.
 
-        In the first process, before anything is written.
+        Called in the first process, before anything is written.
         """
 
     def prepare(self, missing: Sequence[SampleRange]) -> None:
         """Make what all processes need to make the missing shards.
 
-        In the first process, which holds the folder's lock.
+        Called in the first process, which has locked the folder.
         """
 
     def read_ahead(self, context: C, ranges: Sequence[SampleRange]) -> None:
-        """Begin to read what the next shards, in this order, are made from."""
+        """Begin to read the inputs of the next shards, in this order."""
 
     def hopeless(self, made: S) -> bool:
-        """Whether more shards are no use, given the sum of those that this process made."""
+        """Whether to stop early, from the sum of the shards that this process has made."""
         return False
 
     def finish(self, status: StageStatus[S]) -> StageStatus[S]:
-        """In the first process, when no process has anything left to make."""
+        """Called in the first process when all processes have made their shards."""
         return status
 
     def problems(self) -> list[str]:
-        # The manifest hashes a local model's weights: only where there is one to compare with.
+        # The manifest hashes a local model's weights, so it is made only if there is a folder.
         if not self.folder.exists():
             return []
         manifest = self.manifest()
@@ -182,7 +182,7 @@ class ShardedStage(ABC, Generic[S, C]):
 
     @classmethod
     def status_of(cls, name: str, shards: Shards) -> StageStatus[S]:
-        """How far a folder of this stage is, from its shards' footers."""
+        """The progress in a folder of this stage, from the footers of its shards."""
         present = shards.present()
         details: S = cls.summary()
         for samples in present:
@@ -201,7 +201,7 @@ class ShardedStage(ABC, Generic[S, C]):
         """Make the missing shards.
 
         Raises:
-            FusechatError: what they are made from is not complete, or can't be used.
+            FusechatError: the inputs are not complete, or can't be used.
             RequestError: the folder has another manifest, or another run is writing to it.
         """
         with contextlib.ExitStack() as stack:
@@ -217,9 +217,8 @@ class ShardedStage(ABC, Generic[S, C]):
                 return shards, missing
 
             shards, missing = processes.first(prepare)
-            self.make_shards(
-                shards, missing[processes.index :: processes.count], processes, progress
-            )
+            own = missing[processes.index :: processes.count]
+            self.make_shards(shards, own, processes, progress)
             processes.wait()
             return processes.first(lambda: self.finish(self.status_of(self.name, shards)))
 
@@ -246,7 +245,7 @@ class ShardedStage(ABC, Generic[S, C]):
                     tokens = summary.tokens_processed
                     if self.timed:
                         seconds = time.perf_counter() - started
-                        _note(self.folder / RATES, samples, tokens, seconds, processes.index)
+                        _record_time(self.folder / RATES, samples, tokens, seconds, processes.index)
                     progress.advance(samples.size, tokens)
                     made += summary
                     if self.hopeless(made):
@@ -256,7 +255,7 @@ class ShardedStage(ABC, Generic[S, C]):
 
 
 def require_complete(shards: Shards, name: str, lacks: str, command: str) -> None:
-    """Raise `FusechatError`, which names the command to run, where shards are missing."""
+    """Raise `FusechatError`, which names the command to run, if shards are missing."""
     if left := shards.missing():
         raise FusechatError(
             f"{name}: {sum(samples.size for samples in left)} of {shards.manifest.samples} samples "
@@ -264,26 +263,24 @@ def require_complete(shards: Shards, name: str, lacks: str, command: str) -> Non
         )
 
 
-def _note(path: Path, samples: SampleRange, tokens: int, seconds: float, process: int) -> None:
-    entry = {
-        "samples": list(samples),
-        "input_tokens": tokens,
-        "seconds": round(seconds, 3),
-        "process": process,
-    }
+def _record_time(
+    path: Path, samples: SampleRange, tokens: int, seconds: float, process: int
+) -> None:
+    seconds = round(seconds, 3)
+    entry = {"samples": samples, "input_tokens": tokens, "seconds": seconds, "process": process}
     with open(path, "a", encoding="utf-8", opener=no_link) as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def _rate(path: Path) -> float | None:
-    """Tokens per second over all that was noted."""
+    """Tokens per second over all recorded shards."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except OSError:
         return None
     tokens = seconds = 0.0
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError):  # a line that a stopped run tore
+        with contextlib.suppress(ValueError, KeyError):  # a line that a killed run left incomplete
             entry = json.loads(line)
             tokens += entry["input_tokens"]
             seconds += entry["seconds"]

@@ -217,7 +217,7 @@ def test_status_shows_the_whole_chain(whole, models, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"fusion": {"temperature": 2.0}}, "fused neox: {out}/fused/neox was made otherwise "),
+        ({"fusion": {"temperature": 2.0}}, "fused neox: {out}/fused/neox was made with other "),
         ({"training": {"lambda": 0.9}}, "(training.lambda was 0.5, is 0.9)"),
         ({"alignment": {"vocabulary": "em"}}, "(vocabulary was 'bytes', is 'em')"),
         ({"dataset": {"eval_fraction": 0.2}}, "(eval_fraction was 0.1, is 0.2)"),
@@ -233,9 +233,9 @@ def test_a_changed_recipe_is_refused_before_anything_is_done(whole, models, sect
             assert message.format(out=out) in said
             # What follows from it is not explained by hashes.
             assert not re.search("[0-9a-f]{13}", said.replace(str(out), ""))
-            follows = f"target neox: {out}/targets/neox was made from what has changed; undo that"
+            follows = f"target neox: {out}/targets/neox was made from inputs that have changed; "
             assert (follows in said) == ("training" not in sections)
-        assert "move it away or delete it to make it anew" in said
+        assert "move it away or delete it to make it again" in said
     assert times(out) == before
 
 
@@ -419,7 +419,7 @@ def test_without_weights_every_shard_must_be_there(brought):
     damaged.write_bytes(content[:100] + b"x" + content[101:])
     said = refused("run", brought, status=1)
     assert said.count("Error: ") == 1
-    assert "to make the scores that are missing with (00000000-00000256.parquet)" in said
+    assert "to compute the missing scores with (00000000-00000256.parquet)" in said
     said = refused("run", brought)
     assert "1 of its 2 shards of scores are here; with all it needs no weights" in said
 
@@ -428,12 +428,14 @@ def test_scores_of_another_model_do_not_stand_for_it(brought, whole):
     config = brought.parent / "models" / "neox" / "config.json"
     config.write_text(json.dumps(read_json(config) | {"hidden_act": "relu"}))
     said = refused("validate", brought)
-    assert "scores/neox was made otherwise (model.config was" in said
+    assert "scores/neox was made with other settings or inputs (model.config was" in said
     # Nor does another folder of a run that was copied in its place.
     folder = load_recipe(brought).scores_folder / "neox"
     shutil.rmtree(folder)
     shutil.copytree(load_recipe(whole).aligned_folder / "neox", folder)
-    assert f"scores of neox: {folder} was made otherwise (" in refused("validate", brought)
+    assert f"scores of neox: {folder} was made with other settings or inputs (" in refused(
+        "validate", brought
+    )
 
 
 def test_without_its_tokenizer_what_to_copy_is_said(brought):

@@ -418,11 +418,13 @@ def test_a_changed_recipe_or_model_is_refused_with_what_changed(recipe, tmp_path
     before = parquet_files(folder)
 
     change(recipe, ("scoring: {", "scoring: {top_k: 5, "))
-    remedy = "undo that, or move it away or delete it to make it anew, or set another `output`"
+    remedy = (
+        "undo the change, or move it away or delete it to make it again, or set another `output`"
+    )
     for command in ("validate", "score"):
         assert refused(command, recipe) == (
-            f"Error: {recipe}: scores of pivot: {folder} was made otherwise (top_k was 10, is 5); "
-            f"{remedy}\n"
+            f"Error: {recipe}: scores of pivot: {folder} was made with other settings or inputs "
+            f"(top_k was 10, is 5); {remedy}\n"
         )
     change(recipe, ("top_k: 5, ", ""))
 

@@ -11,21 +11,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusechat_distill.alignment.positions import (
+    Responses,
+    align,
+    dtw,
+    match_positions,
+    match_states,
+    pair_counts,
+)
+from fusechat_distill.alignment.vocabularies import (
     DROPPED,
     EXACT,
     MAPPED,
     SPECIAL,
     PairCounts,
-    Responses,
     VocabularyMap,
-    align,
-    dtw,
-    match_positions,
+    collapse,
     match_roles,
-    match_states,
-    pair_counts,
 )
-from fusechat_distill.alignment.vocabularies import collapse
 from fusechat_distill.text.conversations import Conversation, Message, Renderer, Response
 from fusechat_distill.text.scored import ScoredResponse
 from fusechat_distill.text.tokens import Vocabulary, first_tokens, token_bytes, tokenize, vocabulary

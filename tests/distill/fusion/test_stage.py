@@ -14,12 +14,18 @@ from datasets import Dataset
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_distill.alignment.stage import AlignedSample, align_stages, aligned_samples
-from fusechat_distill.fusion.stage import byte_counts, fuse_stages, held_out, join_sample
+from fusechat_distill.fusion.stage import (
+    FuseContext,
+    byte_counts,
+    fuse_stages,
+    held_out,
+    join_sample,
+)
 from fusechat_distill.inputs.open import Inputs, open_inputs
 from fusechat_distill.recipe.schema import Fusion
 from fusechat_distill.scoring.stage import score_stages
 from fusechat_distill.storage.processes import Processes
-from fusechat_distill.storage.shards import ScoreStore, Shards
+from fusechat_distill.storage.shards import SampleRange, ScoreStore, Shards
 from fusechat_distill.text.conversations import Conversation, Message, Rendering, Response
 from fusechat_distill.text.scored import ScoredSample
 from tests.support import chain
@@ -292,7 +298,7 @@ def test_resuming_gives_the_same_bytes_and_other_settings_are_refused(
     (problem,) = other.problems()
     assert "temperature was 1.0, is 2.0" in problem
     assert "tail was 'renormalize', is 'gold'" in problem
-    with pytest.raises(RequestError, match="was made otherwise"):
+    with pytest.raises(RequestError, match="was made with other settings or inputs"):
         other.run(Processes("cpu"), Silent())
 
 
@@ -315,7 +321,8 @@ def test_a_shard_without_an_answer_that_the_pivot_can_be_given(aligned, tmp_path
     chain.write_rows(tmp_path / "chats.jsonl", made)
     (stage,) = fuse_all(open_inputs(path), tmp_path / "fused")
     assert [row["row"] for row in read(stage)] == list(range(256))
-    table, summary = fuse_stages(changed(aligned))[0]._shard([])
+    nothing = FuseContext({}, {}), SampleRange(0, 0)
+    table, summary = fuse_stages(changed(aligned))[0].make(*nothing)
     assert (len(table), summary.positions, summary.positions_with_target) == (0, 0, 0)
 
 

@@ -360,7 +360,7 @@ def test_what_is_not_there_is_said(inputs):
     em = changed(inputs, alignment=Alignment(vocabulary="em"))
     shutil.copytree(inputs.recipe.aligned_folder / "twin", inputs.recipe.aligned_folder / "other")
     problem = report(em)["sources"]["other"]["problem"]
-    assert "was made otherwise" in problem
+    assert "was made with other settings or inputs" in problem
     assert "move it away or delete it" in problem
 
 

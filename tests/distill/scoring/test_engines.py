@@ -208,8 +208,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
         assert_scores(scores, *reference(model, request), tolerance=5e-6)
     assert scorer.batch_tokens == 80
     assert caplog.messages == [
-        "out of memory: going on with batch_tokens: 160",
-        "out of memory: going on with batch_tokens: 80",
+        "out of memory: continuing with batch_tokens: 160",
+        "out of memory: continuing with batch_tokens: 80",
     ]
     limit = 30
     with pytest.raises(FusechatError) as caught:

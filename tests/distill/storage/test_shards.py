@@ -190,9 +190,9 @@ def test_a_changed_fingerprint_is_refused_with_what_changed(tmp_path):
     with pytest.raises(RequestError) as caught:
         Shards.create(tmp_path, changed)
     assert str(caught.value) == (
-        f"{tmp_path}: was made otherwise (dtype was None, is 'x'; model.revision was 'a', is 'b'; "
-        "top_k was 3, is None; samples was 10, is 11); undo that, or move it away or delete it to "
-        "make it anew, or set another `output`"
+        f"{tmp_path}: was made with other settings or inputs (dtype was None, is 'x'; "
+        "model.revision was 'a', is 'b'; top_k was 3, is None; samples was 10, is 11); undo the "
+        "change, or move it away or delete it to make it again, or set another `output`"
     )
     assert caught.value.exit_code == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -163,7 +163,9 @@ def test_what_an_earlier_run_left_is_compared(tmp_path):
     Squares(tmp_path).run(Process(), Bar())
     assert Squares(tmp_path).problems() == []
     (problem,) = Squares(tmp_path, samples=12).problems()
-    assert problem.startswith(f"squares squares: {tmp_path} was made otherwise (samples was 10, is")
+    assert problem.startswith(
+        f"squares squares: {tmp_path} was made with other settings or inputs (samples was 10, is"
+    )
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from fusechat_distill.alignment.positions import Responses, VocabularyMap, align
+from fusechat_distill.alignment.positions import Responses, align
+from fusechat_distill.alignment.vocabularies import VocabularyMap
 from fusechat_distill.fusion.fuse import AlignedScores, fuse
 from fusechat_distill.text.conversations import Response
 from fusechat_distill.text.tokens import first_tokens, vocabulary

@@ -235,15 +235,19 @@ def test_what_decides_about_the_weights_is_not_changed_silently(make, monkeypatc
     stopped(stage, 3, monkeypatch)
     other = make(learning_rate=1e-3, logging_steps=1)
     (problem,) = other.problems()
-    assert problem.startswith(f"training of target neox: {stage.work} was made otherwise ")
+    assert problem.startswith(
+        f"training of target neox: {stage.work} was made with other settings or inputs "
+    )
     assert "training.learning_rate was 0.01, is 0.001" in problem
     assert "logging" not in problem
-    refused(other, "was made otherwise")
+    refused(other, "was made with other settings or inputs")
     assert make(logging_steps=1, report_to="none").problems() == []
     run(make(logging_steps=1))
     (problem,) = other.problems()
-    assert problem.startswith(f"target neox: {stage.folder} was made otherwise ")
-    refused(other, "was made otherwise")
+    assert problem.startswith(
+        f"target neox: {stage.folder} was made with other settings or inputs "
+    )
+    refused(other, "was made with other settings or inputs")
 
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
