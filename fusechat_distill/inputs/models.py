@@ -94,8 +94,8 @@ def open_model(
         config = AutoConfig.from_pretrained(spec.model, **source)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
         raise RequestError([_config_problem(spec, error)], spec.model) from error
-    without = list(_weight_problems(spec, config))
-    problems = without if need_weights else []
+    weight_problems = list(_weight_problems(spec, config))
+    problems = weight_problems if need_weights else []
     tokenizer = None
     if folder.is_dir() and not _has_tokenizer(folder):
         problems.append(NO_TOKENIZER)
@@ -108,7 +108,7 @@ def open_model(
             problems.append(f"its tokenizer can't be read: {one_line(error)}")
     if problems:
         raise RequestError(problems, spec.model)
-    return ModelFiles(spec, config, tokenizer, weights=not without)
+    return ModelFiles(spec, config, tokenizer, weights=not weight_problems)
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
@@ -147,11 +147,10 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
         problems.append(f"has {ADAPTER_CONFIG}, but no adapter_model.safetensors")
     base = None
     try:
-        found = json.loads(adapter.read_text("utf-8"))
-        of = spec.model_copy(
-            update={"model": found["base_model_name_or_path"], "revision": found.get("revision")}
-        )
-        base = open_model(of, trust_remote_code=trust_remote_code)
+        saved = json.loads(adapter.read_text("utf-8"))
+        name, revision = saved["base_model_name_or_path"], saved.get("revision")
+        base_spec = spec.model_copy(update={"model": name, "revision": revision})
+        base = open_model(base_spec, trust_remote_code=trust_remote_code)
     except RequestError as error:
         problems += [f"its base model {error.where}: {problem}" for problem in error.problems]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -209,11 +208,11 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         return
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
-        found = any(has_file(spec.model, name, spec.revision) for name in names)
+        has_weights = any(has_file(spec.model, name, spec.revision) for name in names)
     except Exception as error:  # pragma: no cover (the hub)
         yield f"its files can't be listed: {one_line(error)}"
         return
-    if not found:
+    if not has_weights:
         yield (
             "has no weights in safetensors; convert them with `save_pretrained`, since pickled "
             "weights are never loaded"
@@ -238,9 +237,9 @@ def _damaged(paths: Iterable[Path]) -> Iterable[str]:
 
 
 class Digests:
-    """SHA-256 of files, remembered by path, size and modification time.
+    """SHA-256 of files, cached by path, size and modification time.
 
-    What is remembered is read from `cache` and kept there by `save`.
+    The cache is read from the JSON file `cache`; `save` writes it there.
     """
 
     def __init__(self, cache: Path):

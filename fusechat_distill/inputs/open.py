@@ -99,10 +99,10 @@ class Inputs:
         if model.files.weights or "weights" not in own:
             return own
         try:
-            found = Shards.open(self.scores_folder(model)).manifest.fingerprint["model"]
+            stored = Shards.open(self.scores_folder(model)).manifest.fingerprint["model"]
         except (FusechatError, KeyError):
             return own
-        return found if found.get("config", own["config"]) == own["config"] else own
+        return stored if stored.get("config", own["config"]) == own["config"] else own
 
 
 def open_inputs(
@@ -150,15 +150,8 @@ def open_inputs(
 def _open_conversations(recipe: Recipe, problems: list[str]) -> Conversations | None:
     from fusechat_distill.text.conversations import open_conversations
 
-    data = recipe.dataset
     try:
-        return open_conversations(
-            data.path,
-            name=data.name,
-            split=data.split,
-            column=data.column,
-            max_samples=data.max_samples,
-        )
+        return open_conversations(**recipe.dataset.model_dump(exclude={"eval_fraction"}))
     except RequestError as error:
         problems += [f"{error.where}: {problem}" for problem in error.problems]
         return None
@@ -304,7 +297,7 @@ def _output_problems(recipe: Recipe) -> list[str]:
 def rendering_problems(inputs: Inputs) -> list[str]:
     """The problems in rendering the first conversations for every model."""
     problems = []
-    part = inputs.conversations[: min(PROBED, len(inputs.conversations))]
+    part = inputs.conversations[:PROBED]
     for name, model in inputs.models.items():
         model.probed = [rendering for rendering, _ in inputs.rendered(model, part)]
         where = f"{name} ({model.spec.model})"

@@ -58,23 +58,23 @@ def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = Fal
 
     from fusechat_distill.trainer.trainer import FusionConfig
 
-    given = recipe.training.sft
-    cpu = given.get("use_cpu", recipe.scoring.device == "cpu")
+    sft = recipe.training.sft
+    cpu = sft.get("use_cpu", recipe.scoring.device == "cpu")
     fields: dict[str, Any] = {"use_cpu": cpu, "save_total_limit": 1}
-    if not given.get("fp16"):
+    if not sft.get("fp16"):
         fields["bf16"] = not cpu and is_torch_bf16_gpu_available()
     load = {"dtype": "float32", "use_safetensors": True, "revision": recipe.pivot.revision}
     # Rows are already cut to the pivot's `max_length`; TRL can't cut padding-free rows.
-    uncut = given.get("padding_free") and not given.get("packing")
+    uncut = sft.get("padding_free") and not sft.get("packing")
     return FusionConfig(
         **fields
-        | given
+        | sft
         | {
             "output_dir": str(folder),
             "clm_weight": clm_weight(recipe),
             "max_length": None if uncut else recipe.max_length,
             "trust_remote_code": trust_remote_code,
-            "model_init_kwargs": load | (given.get("model_init_kwargs") or {}),
+            "model_init_kwargs": load | (sft.get("model_init_kwargs") or {}),
         }
     )
 
@@ -91,10 +91,10 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
 
 def determining(recipe: Recipe) -> dict[str, Any]:
     """The settings in `training:` that affect the trained weights."""
-    given = recipe.training.sft
-    if not given.get("load_best_model_at_end"):
-        given = {k: v for k, v in given.items() if not k.startswith(WITHOUT_EFFECT)}
-    return given | {"lambda": clm_weight(recipe), "lora": recipe.training.lora}
+    sft = recipe.training.sft
+    if not sft.get("load_best_model_at_end"):
+        sft = {k: v for k, v in sft.items() if not k.startswith(WITHOUT_EFFECT)}
+    return sft | {"lambda": clm_weight(recipe), "lora": recipe.training.lora}
 
 
 def checkpoint_bytes(recipe: Recipe, config: Any, *, trust_remote_code: bool = False) -> int:
@@ -110,10 +110,11 @@ def stored_bytes(recipe: Recipe, parameters: int) -> int:
 
     Float32 weights, once for the target and once for each checkpoint, and AdamW's moments.
     """
-    given = recipe.training.sft
+    sft = recipe.training.sft
     # The new checkpoint is written before the oldest one is removed.
-    kept = (given.get("save_total_limit") or 1) + 1 if _saves(given) else 0
-    return 4 * parameters * (1 + kept * (1 + moments(recipe)))
+    saves = sft.get("save_strategy", "steps") != "no"
+    checkpoints = (sft.get("save_total_limit") or 1) + 1 if saves else 0
+    return 4 * parameters * (1 + checkpoints * (1 + moments(recipe)))
 
 
 def moments(recipe: Recipe) -> int:
@@ -123,10 +124,6 @@ def moments(recipe: Recipe) -> int:
     """
     optimizer = str(recipe.training.sft.get("optim", "adamw_torch"))
     return 2 if optimizer.startswith("adamw_torch") else 0
-
-
-def _saves(given: dict[str, Any]) -> bool:
-    return given.get("save_strategy", "steps") != "no"
 
 
 def settings_problems(
@@ -164,7 +161,7 @@ def settings_problems(
     return problems
 
 
-def _value_problems(given: dict[str, Any]) -> Iterator[str]:
+def _value_problems(sft: dict[str, Any]) -> Iterator[str]:
     """Values of SFTConfig fields that have the wrong type or are out of range.
 
     SFTConfig does not check them, so the trainer would fail hours later.
@@ -174,7 +171,7 @@ def _value_problems(given: dict[str, Any]) -> Iterator[str]:
     from fusechat_distill.trainer.trainer import FusionConfig
 
     hints = get_type_hints(FusionConfig)
-    for key, value in given.items():
+    for key, value in sft.items():
         if key == "fsdp":  # accepts more types than its annotation says
             continue
         try:
@@ -237,21 +234,17 @@ def _lora_problems(lora: LoraConfig, config: Any, trust_remote_code: bool) -> It
 
 def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
     """Listed names that match the end of no module's name; PEFT ignores them silently."""
-    modules = [name for name, _ in model.named_modules()]
+    modules = [f".{name}" for name, _ in model.named_modules()]
     for key in ("target_modules", "modules_to_save"):
         names = getattr(lora, key)
         if not isinstance(names, (list, set, tuple)):
             continue
         unmatched = sorted(
-            str(name) for name in names if not any(_ends_in(m, str(name)) for m in modules)
+            str(name) for name in names if not any(m.endswith(f".{name}") for m in modules)
         )
         # If no target module matches at all, PEFT itself reports it.
         if unmatched and (key == "modules_to_save" or len(unmatched) < len(names)):
             yield f"{key}: no module of the model is called {', '.join(unmatched)}"
-
-
-def _ends_in(module: str, name: str) -> bool:
-    return f".{module}".endswith(f".{name}")
 
 
 def _reason(error: Exception) -> str:

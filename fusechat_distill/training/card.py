@@ -1,5 +1,4 @@
-"""What a target says of its origin to those it is published for: its model card, without paths of
-this machine."""
+"""A target's model card: how the model was trained and on what, without local paths."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ def model_card(made_of: Mapping[str, Any]) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or dataset is a path here and no hub id."""
+    """Whether the name of a model or dataset is a local path, not a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
 
 
 def publishable(value: Any) -> Any:
-    """JSON values in which the last part of a local path stands for the path."""
+    """JSON values with every local path replaced by its last part."""
     if isinstance(value, Mapping):
         return {key: publishable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -44,31 +43,19 @@ def publishable(value: Any) -> Any:
 
 
 def _lines(made_of: Mapping[str, Any]) -> Iterator[str]:
-    yield f"# {made_of['target']}"
-    yield ""
+    yield f"# {made_of['target']}\n"
     yield from _origin(made_of)
     won = made_of["decisions"]["won"]
     if won:
-        yield ""
-        yield "## What was decided"
-        yield ""
+        yield "\n## What was decided\n"
         yield from _shares(won)
     if made_of["metrics"]:
-        yield ""
-        yield "## On held-out conversations"
-        yield ""
-        yield "| | |"
-        yield "|---|---|"
+        yield "\n## On held-out conversations\n\n| | |\n|---|---|"
         for name, value in made_of["metrics"].items():
             yield f"| {name.removeprefix('eval_')} | {value:.4f} |"
-    yield ""
-    yield "## Settings"
-    yield ""
-    yield "```yaml"
-    settings = {
-        key: made_of[key]
-        for key in ("dataset", "max_length", "alignment", "fusion", "training", "versions")
-    }
+    yield "\n## Settings\n\n```yaml"
+    keys = ("dataset", "max_length", "alignment", "fusion", "training", "versions")
+    settings = {key: made_of[key] for key in keys}
     yield yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False).rstrip()
     yield "```"
 

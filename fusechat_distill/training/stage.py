@@ -50,7 +50,7 @@ TOKENIZER_FILES = (
 """Files that a tokenizer and its chat template are read from, beside those of its own class."""
 
 STATE = "trainer_state.json"
-"""The trainer's own account of itself: steps, and all that it logged."""
+"""The trainer's state: its steps, and everything that it logged."""
 
 PACKAGES = ("fusechat", "trl", "transformers", "torch")
 
@@ -76,8 +76,8 @@ class Losses(Details):
 class TrainStage:
     """One target, in `targets/<target>/`: complete, or not there.
 
-    Until then TRL's checkpoints lie in `training/<target>/`, and the last complete one is gone on
-    from.
+    Until then TRL's checkpoints lie in `training/<target>/`; training resumes from the last
+    complete one.
     """
 
     stage = "train"
@@ -153,7 +153,7 @@ class TrainStage:
         with contextlib.ExitStack() as stack:
 
             def prepare() -> tuple[bool, str | None]:
-                """Whether there is something to do, and the checkpoint to go on from."""
+                """Whether there is something to do, and the checkpoint to resume from."""
                 if problem := stale(self.folder, self.manifest()) or incomplete(self.folder):
                     raise RequestError([problem], self.folder)
                 if (self.folder / "manifest.json").exists():
@@ -221,7 +221,7 @@ class TrainStage:
         from fusechat_distill.trainer.trainer import FusionTrainer
 
         class Begin(TrainerCallback):
-            """Writes down how many steps there are, before there is a checkpoint that says so."""
+            """Saves the number of steps before the first checkpoint does."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
@@ -244,7 +244,7 @@ class TrainStage:
         )
 
     def _datasets(self) -> tuple[Dataset, Dataset | None]:
-        """Rows to learn from and rows that are held out, on disk."""
+        """The training rows and the held-out rows, on disk."""
         from datasets import Dataset
 
         shards = Shards(self.fused.folder, self.fused.manifest())
@@ -261,7 +261,7 @@ class TrainStage:
         return train, evaluation if len(evaluation) else None
 
     def _complete(self, part: Path, trainer: FusionTrainer, metrics: dict[str, float]) -> None:
-        """Add what makes the weights a model, then give the folder its name."""
+        """Add tokenizer, card and manifest to the weights, then rename the folder."""
         if not any(part.glob("*.safetensors")):  # transformers says nothing then
             raise FusechatError(
                 f"target {self.name}: its weights lie in pieces over the processes and were not "
@@ -273,9 +273,8 @@ class TrainStage:
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
         trainer.state.best_model_checkpoint = publishable(trainer.state.best_model_checkpoint)
         trainer.state.save_to_json(str(part / STATE))
-        if (
-            runs := self.work / "runs"
-        ).exists():  # what `report_to` wrote, with paths of this machine
+        runs = self.work / "runs"  # what `report_to` wrote, with paths of this machine
+        if runs.exists():
             kept_runs = self.inputs.recipe.output_folder / "report" / "runs" / self.name
             shutil.copytree(runs, kept_runs, dirs_exist_ok=True)
         made_of = self.made_of(metrics)
@@ -320,7 +319,7 @@ class TrainStage:
 
 
 def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
-    """The files of a model's tokenizer, byte for byte; a tokenizer that was written anew goes.
+    """Copy a model's tokenizer files byte for byte, replacing those that transformers wrote.
 
     Tokenizers that transformers 5 has written are refused by some servers.
     """
@@ -329,18 +328,18 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
     own = getattr(files.tokenizer, "vocab_files_names", None) or {}
     for name in sorted({*TOKENIZER_FILES, *own.values()}):
         (folder / name).unlink(missing_ok=True)
-        found = cached_file(
+        path = cached_file(
             files.spec.model,
             name,
             revision=files.spec.revision,
             _raise_exceptions_for_missing_entries=False,
         )
-        if found:
-            shutil.copyfile(found, folder / name)
+        if path:
+            shutil.copyfile(path, folder / name)
 
 
 def incomplete(target: Path) -> str | None:
-    """What keeps a folder from being a target, where there is one."""
+    """Why an existing folder is not a complete target, or None."""
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return None
     try:
@@ -354,7 +353,7 @@ def incomplete(target: Path) -> str | None:
 
 
 def _resumable(names: Collection[str]) -> bool:
-    """Whether a checkpoint has lost nothing that the trainer would do without in silence."""
+    """Whether a checkpoint has every file whose absence the trainer would not report."""
     if any(name.startswith("global_step") for name in names):
         return True  # DeepSpeed's, which looks itself
 
@@ -366,7 +365,7 @@ def _resumable(names: Collection[str]) -> bool:
 
 
 def train_status(name: str, target: Path, work: Path) -> StageStatus[Losses]:
-    """Steps done and to be done, from the target or from its last checkpoint."""
+    """Steps done and in total, from the target or from its last checkpoint."""
     if (target / "manifest.json").exists() and not incomplete(target):
         folders = [target]
     else:
@@ -388,7 +387,7 @@ def train_status(name: str, target: Path, work: Path) -> StageStatus[Losses]:
 
 
 def _path(files: ModelFiles) -> str:
-    """As PEFT writes it into an adapter: a folder's name must hold from anywhere."""
+    """The hub name or absolute path, which PEFT writes into an adapter."""
     folder = Path(files.spec.model)
     return str(folder.resolve()) if folder.is_dir() else files.spec.model
 
