@@ -283,8 +283,7 @@ class TrainStage:
         (part / "README.md").write_text(model_card(made_of), encoding="utf-8")
         write_json(part / "manifest.json", self.manifest().as_json() | {"files": files})
         for path in part.rglob("*"):
-            if path.is_file():
-                sync_path(path)
+            sync_path(path)
         os.replace(part, self.folder)
         sync_path(self.folder.parent)
         shutil.rmtree(self.work)
