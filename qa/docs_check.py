@@ -57,7 +57,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^lm-eval", "another project's program"),
     (r"ladder\.py|examples/quickstart/demo\.py", "takes ten minutes or more; tested when reduced"),
     (r"^python benchmarks/", "measures, with gigabytes"),
-    (r"^python tests/", "takes long; the tests run the quickest of it"),
+    (r"^python -m (qa|tests)\.", "takes long; the tests run the quickest of it"),
     (r"^mergekit-evolve", "needs ray and an evaluation harness"),
 )
 """(what a command contains, why it is not run); its program, target and options are checked."""
