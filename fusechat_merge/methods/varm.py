@@ -29,6 +29,8 @@ from fusechat_merge.methods.units import check_granularity
 Statistic = Literal["square", "absolute"]
 """How far a target has moved from the base: δ² or |δ|."""
 STATISTICS: tuple[str, ...] = get_args(Statistic)
+_SQUARED = {"square": True, "absolute": False}
+"""Whether a statistic sums δ²; one that is not listed is a KeyError, not taken for another."""
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +58,7 @@ def delta_sums(block: Block, statistic: str) -> list[list[float]]:
     """
     loops = _loops_for(block.base, *block.targets)
     if loops is not None:
-        sums = loops.delta_sums(block.base, block.targets, HALF, statistic == "square")
+        sums = loops.delta_sums(block.base, block.targets, HALF, _SQUARED[statistic])
     else:
         sums = [[] for _ in block.targets]
         for strip in block.strips():
@@ -78,7 +80,7 @@ def _squares(strip: Block, statistic: str) -> Iterator[Tensor]:
     delta = scratch.take("delta", strip.base, torch.float64)
     for target in strip.targets:
         delta.copy_(target).sub_(base)
-        yield delta.abs_() if statistic == "absolute" else delta.mul_(delta)
+        yield delta.mul_(delta) if _SQUARED[statistic] else delta.abs_()
 
 
 def statistics(passes: Passes, statistic: str) -> list[float]:
@@ -171,7 +173,7 @@ def _write_elements_block(
             value.copy_(target)
             # Relative to the largest, so that no square underflows.
             torch.sub(value, base, out=share).div_(largest).abs_()
-            if statistic == "square":
+            if _SQUARED[statistic]:
                 share.mul_(share)
             share.mul_(weight)
             whole.add_(share)

@@ -59,6 +59,10 @@ ORDERS: dict[str, tuple[str, dict[str, str]]] = {
     "we first": ("import fusechat_merge", {}),
     "off, we first": ("import fusechat_merge", OFF),
     "off, the plugin first": ("import fusechat_merge.mergekit_bridge.plugin", OFF),
+    **{
+        f"{module} first": (f"import fusechat_merge.{module}", {})
+        for module in ("mergekit_bridge.parameters", "mergekit_bridge.methods", "planning.planner")
+    },
     "off, we last": (
         "import mergekit.plan, mergekit.scripts.merge_raw_pytorch, mergekit.evo.genome\n"
         "from mergekit.merge_methods import registered_methods\n"

@@ -122,7 +122,7 @@ def test_twenty_kills_each_resumed_to_the_same_bytes(tmp_path, config, crashing,
         assert crashing(config, out, moment, options=OPTIONS)["status"] == signal.SIGKILL
         if out.exists():  # killed after it was published
             assert content(out) == files
-        resumed = crashing(config, out, options=OPTIONS | {"threads": 1})
+        resumed = crashing(config, out, options=OPTIONS | {"threads": 1, "memory": 7_000_000})
         assert (resumed["status"], resumed["error"]) == (0, None)
         assert content(out) == files
         assert not work_of(out).exists()

@@ -455,3 +455,7 @@ def test_any_small_tensor(data):
     statistic = data.draw(st.sampled_from(["square", "absolute"]))
     for granularity in ("matrix", "element"):
         merged(base, targets, lam, granularity=granularity, statistic=statistic, weight=prior)
+
+
+def test_every_statistic_is_computed_as_itself():
+    assert set(method._SQUARED) == set(method.STATISTICS)
