@@ -10,8 +10,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from mmap import PAGESIZE
 from typing import TypeVar
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fusechat_common.errors import RequestError
-from fusechat_common.system import processors, read_into, will_read
+from fusechat_common.system import processors, will_read
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.inputs.lora import TILE, Factors
-from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.inputs.stored import ReadAt
+from fusechat_merge.mergekit_bridge.loader import DTYPES, fill, whole
 from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 from fusechat_merge.methods.sce import CANDIDATES
 from fusechat_merge.planning.plan import Output, Plan, Source
@@ -70,6 +71,8 @@ def divide(
         RequestError: it is too little for one thread to hold one block of every model.
     """
     block = BLOCK * max(map(_element_bytes, outputs), default=0)
+    # Reading transposed matrices takes memory of its own, within what the segment counts for.
+    block += max((s.location.scratch(BLOCK) for o in outputs for s in o.sources), default=0)
     sources = max((len(output.sources) for output in outputs), default=0)
     on_cpu = device == "cpu"
     # float64 for every input and some ten intermediate results
@@ -128,32 +131,34 @@ class SourceFiles:
         self._descriptors: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
-    def descriptor(self, source: Source) -> int:
-        """The descriptor of the source's file, which is opened at the first call."""
-        key = (source.model, source.location.file)
+    def _descriptor(self, model: str, file: str) -> int:
+        """The file's descriptor; it is opened at the first call."""
+        key = (model, file)
         with self._lock:
             if key not in self._descriptors:
-                path = self._folders[source.model] / source.location.file
-                self._descriptors[key] = os.open(path, os.O_RDONLY)
+                self._descriptors[key] = os.open(self._folders[model] / file, os.O_RDONLY)
             return self._descriptors[key]
+
+    def reading(self, model: str) -> ReadAt:
+        """What reads the model's files."""
+
+        def read_at(file: str, offset: int, into: memoryview) -> None:
+            if not fill(self._descriptor(model, file), offset, into):
+                raise OSError(f"{file} of {model} has become shorter")
+
+        return read_at
 
     def factors(self, source: Source, device: torch.device) -> Factors | None:
         """What an adapter adds to the source, read into memory; None without an adapter."""
         low_rank = source.low_rank
         if low_rank is None:
             return None
-        return Factors(low_rank, lambda at: self._whole(replace(source, location=at)), device)
-
-    def _whole(self, source: Source) -> Tensor:
-        at = source.location
-        raw = torch.empty(at.nbytes, dtype=torch.uint8)
-        _Reader(self, source).read(0, raw.numpy().data)
-        return raw.view(DTYPES[at.dtype]).reshape(at.shape)
+        return Factors(low_rank, partial(whole, read_at=self.reading(source.model)), device)
 
     def announce(self, source: Source) -> None:
         """Ask the system to read the whole tensor ahead."""
-        at = source.location
-        will_read(self.descriptor(source), at.offset, at.nbytes)
+        for at in source.location.locations():
+            will_read(self._descriptor(source.model, at.file), at.offset, at.nbytes)
 
     def close(self) -> None:
         with self._lock:
@@ -171,8 +176,7 @@ class _Reader:
     """
 
     def __init__(self, files: SourceFiles, source: Source) -> None:
-        self._source, self._descriptor = source, files.descriptor(source)
-        self._offset = source.location.offset
+        self._location, self._read_at = source.location, files.reading(source.model)
         self.stored, self.held = DTYPES[source.location.dtype], _held(source)
         self.itemsize = self.stored.itemsize
 
@@ -182,12 +186,7 @@ class _Reader:
         Raises:
             OSError: the file can't be read, or ends too early.
         """
-        offset = self._offset + first * self.itemsize
-        while (count := read_into(self._descriptor, into, offset)) < into.nbytes:
-            if count == 0:
-                at = self._source.location.file
-                raise OSError(f"{at} of {self._source.model} has become shorter")
-            into, offset = into[count:], offset + count
+        self._location.read(self._read_at, first, into)
 
 
 class Desk(AbstractContextManager[None]):

@@ -137,7 +137,7 @@ class _Comparison(Sink):
         self._descriptors = {file: os.open(folder / file, os.O_RDONLY) for file in made.files}
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
-        at = self._made.tensors[output.name]
+        (at,) = self._made.tensors[output.name].locations()
         for start in range(0, data.nbytes, _PIECE):
             piece = data[start : start + _PIECE]
             stored = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)

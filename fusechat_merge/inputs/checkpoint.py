@@ -15,46 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from fusechat_common.errors import RequestError, one_line
+from fusechat_merge.inputs.stored import ITEM_BITS, Location, Stored
 
 MAX_HEADER = 100_000_000
 """Longest safetensors header that the format's own reader takes, bytes; the same for an index."""
-
-ITEM_BITS: dict[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-"""Bits of one element, by safetensors' name of the dtype."""
 
 _FIRST_READ = 1 << 16
 
 
 class CheckpointError(RequestError):
     """Everything that is wrong with a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where one tensor lies.
-
-    Attributes:
-        file: name within the checkpoint's folder, or an adapter's path.
-        offset: of its first byte, counted from the start of the file.
-        nbytes: its bytes.
-        dtype: safetensors' name, such as `BF16`.
-        shape: as stored.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return self.nbytes * 8 // ITEM_BITS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,7 @@ class Checkpoint:
 
     name: str
     folder: Path | None
-    tensors: dict[str, Location]
+    tensors: dict[str, Stored]
     files: dict[str, WeightsFile]
     unlisted: dict[str, str]
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
@@ -272,7 +242,7 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     else:
         raise CheckpointError([_no_weights(name, present)])
 
-    tensors: dict[str, Location] = {}
+    tensors: dict[str, Stored] = {}
     files: dict[str, WeightsFile] = {}
     unlisted: dict[str, str] = {}
     for file in wanted:

@@ -19,12 +19,12 @@ from torch import Tensor
 from fusechat_merge.inputs.checkpoint import (
     Checkpoint,
     CheckpointError,
-    Location,
     LowRank,
     Store,
     read_settings,
     read_weights_file,
 )
+from fusechat_merge.inputs.stored import Location, Stored
 
 TILE = 1 << 17
 """Elements of the product that are computed at once, or one row where that is more."""
@@ -37,7 +37,7 @@ class Factors:
     def __init__(
         self,
         low_rank: LowRank,
-        read: Callable[[Location], Tensor],
+        read: Callable[[Stored], Tensor],
         device: torch.device | str = "cpu",
     ) -> None:
         def widened(at: Location) -> Tensor:
@@ -163,7 +163,7 @@ def _pair(
     embedding: bool,
     config: Mapping[str, Any],
     locations: Mapping[str, Location],
-    tensors: Mapping[str, Location],
+    tensors: Mapping[str, Stored],
     low_rank: dict[str, LowRank],
 ) -> str | None:
     """Enter one module's factors; what is wrong with them."""

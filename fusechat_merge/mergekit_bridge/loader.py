@@ -14,8 +14,9 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from fusechat_common.system import read_into
-from fusechat_merge.inputs.checkpoint import Checkpoint, Location
+from fusechat_merge.inputs.checkpoint import Checkpoint
 from fusechat_merge.inputs.lora import Factors
+from fusechat_merge.inputs.stored import ReadAt, Stored
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -46,13 +47,14 @@ class CheckpointLoader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._ahead: dict[str, Tensor] = {}
+        files = {name: next(at.locations()).file for name, at in checkpoint.tensors.items()}
         by_file: dict[str, list[str]] = defaultdict(list)
-        for name, at in checkpoint.tensors.items():
-            by_file[at.file].append(name)
+        for name, file in files.items():
+            by_file[file].append(name)
         self.index = ShardedTensorIndex(
             base_path=str(checkpoint.folder),
             is_safetensors=True,
-            tensor_paths={name: at.file for name, at in checkpoint.tensors.items()},
+            tensor_paths=files,
             shards=[ShardInfo(file, names) for file, names in by_file.items()],
         )
 
@@ -76,17 +78,32 @@ class CheckpointLoader:
         factors.add_to(merged.view(-1), 0)
         return merged.to(tensor.dtype)
 
-    def _stored(self, at: Location) -> Tensor:
+    def _stored(self, at: Stored) -> Tensor:
+        return whole(at, self._read_at)
+
+    def _read_at(self, file: str, offset: int, into: memoryview) -> None:
         assert self._checkpoint.folder is not None, "weights are read from folders only"
-        raw = torch.empty(at.nbytes, dtype=torch.uint8)
-        into, offset = raw.numpy().data, at.offset
-        with open(self._checkpoint.folder / at.file, "rb", buffering=0) as file:
-            while into.nbytes:
-                count = read_into(file.fileno(), into, offset)
-                if not count:
-                    raise OSError(f"{at.file} of {self._checkpoint.name} has become shorter")
-                into, offset = into[count:], offset + count
-        return raw.view(DTYPES[at.dtype]).reshape(at.shape)
+        with open(self._checkpoint.folder / file, "rb", buffering=0) as opened:
+            if not fill(opened.fileno(), offset, into):
+                raise OSError(f"{file} of {self._checkpoint.name} has become shorter")
+
+
+def whole(at: Stored, read_at: ReadAt) -> Tensor:
+    """The whole tensor, in memory."""
+    dtype = DTYPES[at.dtype]
+    raw = torch.empty(at.numel * dtype.itemsize, dtype=torch.uint8)
+    at.read(read_at, 0, raw.numpy().data)
+    return raw.view(dtype).reshape(at.shape)
+
+
+def fill(descriptor: int, offset: int, into: memoryview) -> bool:
+    """Fill a buffer with an open file's bytes from `offset` on; False if the file ends before."""
+    while into.nbytes:
+        count = read_into(descriptor, into, offset)
+        if not count:
+            return False
+        into, offset = into[count:], offset + count
+    return True
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
-from fusechat_merge.inputs.checkpoint import Checkpoint, Location, LowRank
+from fusechat_merge.inputs.checkpoint import Checkpoint, LowRank
+from fusechat_merge.inputs.stored import Stored
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS
 from fusechat_merge.methods.units import Unit
@@ -68,7 +69,7 @@ class Source:
 
     model: str
     tensor: str
-    location: Location
+    location: Stored
     numel: int
     dtype: torch.dtype
     low_rank: LowRank | None = None
