@@ -115,3 +115,17 @@ def llama_family(
         stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
         made.append(write_checkpoint(folder / label, tensors, {**config, **stored}, shards))
     return made
+
+
+FACTORS = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+PAIR = {FACTORS.format("A"): torch.ones(2, 32), FACTORS.format("B"): torch.ones(48, 2)}
+"""A LoRA of one matrix of `LLAMA`, of rank 2."""
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor] = PAIR, **settings: object) -> Path:
+    """A LoRA adapter on disk; `settings` are keys of its adapter_config.json."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    return folder

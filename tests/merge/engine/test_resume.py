@@ -20,13 +20,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.engine import execute, saving
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.engine.verify import verify
-from tests.support.checkpoints import llama_family
+from tests.support.checkpoints import llama_family, write_adapter
 from tests.support.merging import change_json, cli, configuration, write_yaml
 
 BF16 = torch.bfloat16
@@ -328,13 +327,7 @@ def test_a_selection_with_ties_goes_on_with_other_memory(tmp_path, out):
 
 def test_an_adapter_scaled_otherwise_is_another_merge(tmp_path, out):
     base, target = llama_family(tmp_path / "in", (BF16,) * 2)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    weights = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
-    factors = {weights.format("A"): torch.ones(2, 32), weights.format("B"): torch.ones(48, 2)}
-    save_file(factors, adapter / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    adapter = write_adapter(tmp_path / "adapter")
     config = configuration([base, f"{base}+{adapter}", target])
     execute.merge(config, out)
     execute.merge(config, out)  # finished

@@ -10,7 +10,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-from fusechat_common.errors import RequestError
 from fusechat_merge import sce, varm
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
 
@@ -216,11 +215,3 @@ def test_mergekit_pytorchs_configuration():
         " parameters",
     ]
     assert raw(models=[{"model": "a.safetensors"}]) == MISSING
-
-
-def test_the_error_lists_every_problem():
-    assert str(RequestError(["one thing"])) == "one thing"
-    both = RequestError(["one thing", "another"])
-    assert str(both) == "2 problems:\n  one thing\n  another"
-    assert both.exit_code == 2
-    assert both.problems == ("one thing", "another")
