@@ -117,6 +117,20 @@ def llama_family(
     return made
 
 
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+
+
+def granite(folder: Path, dtypes: Sequence[torch.dtype], **bias: float) -> list[Path]:
+    """Checkpoints of which these only have the optional `BIAS`: a row of numbers from a value."""
+
+    def edit(label: str, tensors: dict[str, Tensor]) -> None:
+        if label in bias:
+            tensors[BIAS] = (torch.arange(32.0) + bias[label]).to(dtypes[0])
+
+    changes = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+    return llama_family(folder, dtypes, changes=changes, edit=edit)
+
+
 FACTORS = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
 PAIR = {FACTORS.format("A"): torch.ones(2, 32), FACTORS.format("B"): torch.ones(48, 2)}
 """A LoRA of one matrix of `LLAMA`, of rank 2."""

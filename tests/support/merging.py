@@ -15,9 +15,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fusechat_merge.cli import main
+from fusechat_merge.engine.execute import merge
 from tests.support.tensors import same_bits
 
 Tensors = dict[str, Tensor]
@@ -60,6 +63,30 @@ def run_mergekit(settings: Mapping[str, Any], out: Path, **options: Any) -> Tens
     config = MergeConfiguration.model_validate(settings)
     run_merge(config, str(out), MergeOptions(quiet=True, **options))
     return read(out)
+
+
+def as_mergekit(settings: Mapping[str, Any], folder: Path, **options: Any) -> Tensors:
+    """What mergekit and fusechat-merge write, which has to be the same, config.json included."""
+    expected = run_mergekit(settings, folder / "mergekit", **options)
+    assert_same(read(merge(settings, folder / "ours", **options)), expected)
+    ours, theirs = (AutoConfig.from_pretrained(folder / n).to_dict() for n in ("ours", "mergekit"))
+    ours.pop("_name_or_path"), theirs.pop("_name_or_path")
+    assert ours == theirs
+    return expected
+
+
+def piece(models: Sequence[Path], begin: int, end: int, **more: Any) -> dict[str, Any]:
+    """A slice of these layers."""
+    return {"sources": [{"model": str(m), "layer_range": [begin, end]} for m in models], **more}
+
+
+def add_tokenizers(paths: Sequence[Path], *vocabularies: Sequence[str]) -> None:
+    """A tokenizer for each path: `<unk>` and these words, in this order."""
+    for path, words in zip(paths, vocabularies, strict=True):
+        ids = {word: number for number, word in enumerate(("<unk>", *words))}
+        backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(path)
 
 
 def read(folder: Path) -> Tensors:

@@ -1,4 +1,4 @@
-"""varm and fusechat_sce inside an unmodified mergekit, in memory and from checkpoints."""
+"""varm and fusechat_sce inside an unmodified mergekit and in fusechat-merge, against float64."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from mergekit.merge_methods import (
 )
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import fusechat_merge
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge import _autoload
+from fusechat_merge.engine.execute import merge
 from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
-from tests.support.checkpoints import llama_family, write_checkpoint
+from tests.support.checkpoints import BIAS, granite, llama_family, write_checkpoint
 from tests.support.merging import (
     Tensors,
+    add_tokenizers,
+    as_mergekit,
     assert_same,
     configuration,
+    piece,
     read,
     run_mergekit,
     write_yaml,
@@ -55,9 +56,9 @@ def granularities(*names: str) -> Any:
 
 
 def varm(paths: Sequence[Path], out: Path, granularity: Any, **parameters: Any) -> Tensors:
-    """What mergekit makes of checkpoints, the base first."""
+    """What checkpoints make, the base first."""
     parameters |= {"granularity": granularity}
-    return run_mergekit(configuration(paths, parameters=parameters), out)
+    return as_mergekit(configuration(paths, parameters=parameters), out)
 
 
 def in_memory(models: Sequence[Mapping[str, Tensor]], method: str = "varm", **parameters: Any):
@@ -137,11 +138,15 @@ def _no_leftover_loaders():
 # -- units across tensors
 
 
+@pytest.mark.parametrize("dtypes", [(F32,) * 4, (BF16, F32, F16)])
 @pytest.mark.parametrize("statistic", ["square", "absolute"])
 @granularities(*UNITS, "element")
-def test_yaml_memory_and_reference_agree(family, models, tmp_path, granularity, statistic):
+def test_yaml_memory_and_reference_agree(tmp_path, dtypes, granularity, statistic):
+    family = llama_family(tmp_path / "in", dtypes, shards=2)
+    models = [read(path) for path in family]
     parameters = {"granularity": granularity, "statistic": statistic}
-    found = varm(family, tmp_path / "out", **parameters)
+    found = varm(family, tmp_path, **parameters)
+    assert {t.dtype for t in found.values()} == {F32}
     assert_same(found, in_memory(models, **parameters))
     if granularity == "element":
         for name, tensor in found.items():
@@ -189,14 +194,8 @@ def test_filters_and_gradients(family, models, tmp_path):
     def lam(name):
         return (0.1 if "layers.1." in name else 1.7) if "o_proj" in name else 0.9
 
-    found = run_mergekit(settings, tmp_path / "out")
+    found = as_mergekit(settings, tmp_path)
     assert_close(found, reference(models, kind, prior, lam))
-
-
-def piece(layer: int, *models: Path, **more: Any) -> dict[str, Any]:
-    """A slice of one layer."""
-    span = [layer, layer + 1]
-    return {"sources": [{"model": str(model), "layer_range": span} for model in models], **more}
 
 
 @granularities("module", "layer")
@@ -205,7 +204,7 @@ def test_slices(family, models, tmp_path, granularity):
     settings = {
         "merge_method": "varm",
         "base_model": str(family[0]),
-        "slices": [piece(layer, *(family[n] for n in of)) for layer, of in layers],
+        "slices": [piece([family[n] for n in of], layer, layer + 1) for layer, of in layers],
         "parameters": {"granularity": granularity},
     }
     expected: Tensors = {}
@@ -218,7 +217,7 @@ def test_slices(family, models, tmp_path, granularity):
         expected |= reference(parts, granularity)
     for names, (_, of) in (([EMBEDDING], layers[0]), (["model.norm.weight", HEAD], layers[-1])):
         expected |= reference([{n: models[m][n] for n in names} for m in of], granularity)
-    assert_close(run_mergekit(settings, tmp_path / "out"), expected)
+    assert_close(as_mergekit(settings, tmp_path), expected)
 
 
 def test_a_slice_with_another_base_and_one_without_targets(family, models, tmp_path):
@@ -226,10 +225,10 @@ def test_a_slice_with_another_base_and_one_without_targets(family, models, tmp_p
     settings = {
         "merge_method": "varm",
         "base_model": str(base),
-        "slices": [piece(0, first, second, base_model=str(first)), piece(1, base)],
+        "slices": [piece([first, second], 0, 1, base_model=str(first)), piece([base], 1, 2)],
         "parameters": {"granularity": "layer"},
     }
-    for name, merged in run_mergekit(settings, tmp_path / "out").items():
+    for name, merged in as_mergekit(settings, tmp_path).items():
         moved = "layers.0." in name or "embed" in name  # by one target at λ = 1
         assert same_bits(merged, models[2 if moved else 0][name])
 
@@ -241,21 +240,11 @@ def test_dtypes_of_the_configuration(family, models, tmp_path, granularity):
     narrow = [{n: t.bfloat16() for n, t in model.items()} for model in models]
     expected = in_memory(narrow, granularity=granularity)
     assert {t.dtype for t in expected.values()} == {BF16}
-    found = run_mergekit(settings, tmp_path / "out")
+    found = as_mergekit(settings, tmp_path)
     assert_same(found, {n: t.half() for n, t in expected.items()})
 
 
-@granularities("matrix", "module")
-def test_checkpoints_of_several_dtypes(tmp_path, granularity):
-    paths = llama_family(tmp_path / "in", (BF16, F32, BF16, F16))
-    found = varm(paths, tmp_path / "out", granularity)
-    models = [read(path) for path in paths]
-    assert {t.dtype for t in found.values()} == {F32}
-    assert_same(found, in_memory(models, granularity=granularity))
-    assert_close(found, reference(models, granularity))
-
-
-@granularities(*UNITS)
+@granularities(*UNITS, "element")
 def test_units_that_no_target_moved_are_copied(tmp_path, granularity):
     def still(label, tensors):
         for name in tensors:
@@ -263,7 +252,7 @@ def test_units_that_no_target_moved_are_copied(tmp_path, granularity):
                 tensors[name] = torch.full_like(tensors[name], -0.0)
 
     paths = llama_family(tmp_path / "in", (BF16,) * 3, edit=still)
-    found = varm(paths, tmp_path / "out", granularity, **{"lambda": 1.7})
+    found = varm(paths, tmp_path, granularity, **{"lambda": 1.7})
     for name, tensor in read(paths[0]).items():
         if "layers.0." in name and granularity != "model":
             assert same_bits(found[name], tensor)
@@ -276,7 +265,7 @@ def test_one_target_is_copied(tmp_path, granularity):
             tensor.view(-1)[::7] = -0.0 if label == "t0" else 0.0
 
     paths = llama_family(tmp_path / "in", (BF16,) * 2, edit=zeros)
-    assert_same(varm(paths, tmp_path / "out", granularity), read(paths[1]))
+    assert_same(varm(paths, tmp_path, granularity), read(paths[1]))
 
 
 # -- what task_arithmetic does with odd tensors
@@ -294,32 +283,18 @@ def test_tied_embeddings(tmp_path, phantom, granularity):
     models = [read(path) for path in paths]
     if phantom:  # mergekit reads the embedding where a model has no lm_head
         models = [{HEAD: tensors[EMBEDDING], **tensors} for tensors in models]
-    assert_close(varm(paths, tmp_path / "out", granularity), reference(models, granularity))
-
-
-BIAS = "model.layers.0.self_attn.q_proj.bias"
-
-
-def granite(folder: Path, **bias: float) -> list[Path]:
-    """Checkpoints of which these only have the optional bias, filled with a value."""
-
-    def edit(label, tensors):
-        if label in bias:
-            tensors[BIAS] = torch.full((32,), bias[label])
-
-    changes = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
-    return llama_family(folder / "in", changes=changes, edit=edit)
+    assert_close(varm(paths, tmp_path, granularity), reference(models, granularity))
 
 
 @granularities(*UNITS)
 def test_an_optional_tensor_missing_from_a_target_counts_for_nobody(tmp_path, granularity):
-    paths = granite(tmp_path, base=0.0, t0=100.0, t2=200.0)
+    paths = granite(tmp_path / "in", (F32,) * 4, base=0.0, t0=100.0, t2=200.0)
     models = [read(path) for path in paths]
     expected = reference(models, granularity)
     if granularity == "matrix":
         # Alone in its unit, whose statistics are those of the models that have it.
         expected |= reference([{BIAS: model[BIAS]} for model in models if BIAS in model])
-    assert_close(varm(paths, tmp_path / "out", granularity), expected)
+    assert_close(varm(paths, tmp_path, granularity), expected)
 
 
 @granularities("module", "layer")
@@ -328,20 +303,21 @@ def test_a_unit_of_nothing_but_a_missing_tensor_is_the_bases(tmp_path, granulari
         for layer in range(2):
             at = f"model.layers.{layer}.self_attn"
             tensors |= {f"{at}.q_norm.weight": torch.ones(8), f"{at}.k_norm.weight": torch.ones(8)}
+            del tensors[f"model.layers.{layer}.post_attention_layernorm.weight"]
         if label == "t1":
             del tensors[HEAD]  # optional, and not tied in mergekit's table
 
     cohere = {"architectures": ["CohereForCausalLM"], "model_type": "cohere"}
     paths = llama_family(tmp_path / "in", changes=cohere, edit=edit)
-    found = varm(paths, tmp_path / "out", granularity)
+    found = varm(paths, tmp_path, granularity)
     assert same_bits(found[HEAD], read(paths[0])[HEAD])
 
 
 @granularities("matrix", "module", "element")
 def test_nan_in_an_optional_tensor(tmp_path, granularity):
-    paths = granite(tmp_path, base=1.0, t0=1.0, t2=math.nan)
+    paths = granite(tmp_path / "in", (F32,) * 4, base=1.0, t0=1.0, t2=math.nan)
     with pytest.raises(FusechatError) as caught:
-        varm(paths, tmp_path / "out", granularity)
+        varm(paths, tmp_path, granularity)
     assert str(caught.value) == f"tensor {BIAS} of model {paths[3]} {BROKEN}"
 
 
@@ -365,7 +341,8 @@ def compared(paths: Sequence[Path], tmp_path: Path, granularity: str) -> Any:
 
 @granularities("matrix", "module", "element")
 def test_an_optional_tensor_missing_from_the_base(tmp_path, granularity):
-    kind, message = compared(granite(tmp_path, t0=0.0, t1=1.0), tmp_path, granularity)
+    paths = granite(tmp_path / "in", (F32,) * 4, t0=0.0, t1=1.0)
+    kind, message = compared(paths, tmp_path, granularity)
     assert kind is ValueError
     assert "Base input is not present" in message
 
@@ -382,7 +359,7 @@ def test_vocabulary_mismatch(tmp_path, granularity):
     assert kind is ValueError
     assert message.startswith("Tensor size mismatch for")
     settings = configuration(paths, parameters={"granularity": granularity})
-    found = run_mergekit(settings, tmp_path / "out", unsafe_truncate_embeddings=True)
+    found = as_mergekit(settings, tmp_path, unsafe_truncate_embeddings=True)
     models = [{n: t[:1100] for n, t in read(path).items()} for path in paths]
     assert_same(found, in_memory(models, granularity=granularity))
 
@@ -445,19 +422,17 @@ def test_non_floating_buffers(tmp_path, agree, granularity):
 def test_a_permuted_vocabulary(tmp_path):
     size = 40
     paths = llama_family(tmp_path / "in", (F32,) * 3, changes={"vocab_size": size})
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
-    for number, path in enumerate(paths):
-        ids = order.tolist() if number == 1 else range(size)
-        vocabulary = {f"w{word}": int(place) for word, place in enumerate(ids)}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    order = torch.randperm(size - 1, generator=torch.Generator().manual_seed(1)) + 1
+    words, mixed = ([f"w{n}" for n in ids] for ids in (range(1, size), order.tolist()))
+    add_tokenizers(paths, words, mixed, words)
     settings = configuration(paths, tokenizer_source="base")
     models = [read(path) for path in paths]
-    models[1] |= {name: models[1][name][order] for name in (EMBEDDING, HEAD)}
-    assert_close(run_mergekit(settings, tmp_path / "out"), reference(models))
+    places = torch.cat([torch.zeros(1, dtype=torch.int64), order]).argsort()
+    models[1] |= {name: models[1][name][places] for name in (EMBEDDING, HEAD)}
+    assert_close(as_mergekit(settings, tmp_path / "all"), reference(models))
     # A granularity of several tensors is fine where none of them is permuted.
     parameters = {"granularity": [{"filter": "layers", "value": "layer"}, {"value": "matrix"}]}
-    found = run_mergekit({**settings, "parameters": parameters}, tmp_path / "filtered")
+    found = as_mergekit({**settings, "parameters": parameters}, tmp_path / "filtered")
     assert_close(found, reference(models, lambda n: "layer" if "layers" in n else "matrix"))
 
 
@@ -483,7 +458,8 @@ def reads(monkeypatch):
     [("matrix", 1), ("element", 1), ("module", 2), ("layer", 2), ("model", 2)],
 )
 def test_statistics_are_read_once_a_plan(family, tmp_path, reads, granularity, times):
-    found = varm(family, tmp_path / "out", granularity)
+    settings = configuration(family, parameters={"granularity": granularity})
+    found = run_mergekit(settings, tmp_path / "out")
     assert reads == dict.fromkeys(found, times * len(family))
 
 
@@ -515,6 +491,10 @@ def test_nan_is_named(tmp_path, broken, method):
     assert code == 1
     path = tmp_path / "in" / broken
     assert output.splitlines()[-1] == f"Error: tensor {name} of model {path} {BROKEN}"
+    with pytest.raises(FusechatError) as caught:
+        merge(file, tmp_path / "ours")
+    assert str(caught.value) == f"tensor {name} of model {path} {BROKEN}"
+    assert not (tmp_path / "ours").exists()
     models = {path.name: read(path) for path in paths}
     with pytest.raises(FusechatError) as caught:
         merge_state_dicts(models, method, base="base", parameters=parameters)
@@ -688,7 +668,7 @@ def test_a_granularity_a_tensor_in_memory(models):
 def test_sce_in_memory_and_from_checkpoints(family, models, tmp_path):
     parameters = {"select_topk": 0.4, "variant": "fork"}
     settings = configuration(family, "fusechat_sce", parameters=parameters)
-    found = run_mergekit(settings, tmp_path / "out")
+    found = as_mergekit(settings, tmp_path)
     assert_same(found, in_memory(models, "fusechat_sce", **parameters))
     base, *targets = models
     for name, tensor in found.items():
