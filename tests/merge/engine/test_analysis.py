@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from fusechat_common.errors import RequestError
 from fusechat_merge.engine.analysis import analyze
+from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.merger import Merger
 from fusechat_merge.engine.passes import SourceFiles, divide
@@ -22,7 +23,7 @@ from fusechat_merge.planning.planner import plan
 from fusechat_merge.results.record import Analysis, UnitWeights
 from fusechat_merge.results.report import draw, short_names, tables
 from tests.support.checkpoints import llama_family
-from tests.support.merging import cli, configuration, read, write_yaml
+from tests.support.merging import cli, configuration, read, record, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,11 @@ def test_statistics_and_weights(tmp_path, family, tensors, granularity, unit, st
     assert found["granularity"] == granularity
     assert found["numel"] == numel
     assert sorted(found["tensors"]) == sorted(members)
-    assert found["statistics"] == pytest.approx(means, rel=1e-6)
-    assert found["weights"] == pytest.approx([s / sum(shares) for s in shares], rel=1e-6)
+    assert found["statistics"] == pytest.approx(means, rel=1e-12)
+    assert found["weights"] == pytest.approx([s / sum(shares) for s in shares], rel=1e-12)
+    merged = record(merge(config, tmp_path / "out"))
+    kept = (None, []) if granularity == "element" else (granularity, report["units"])
+    assert (merged["granularity"], merged["units"]) == kept
 
 
 def test_sce_shares(tmp_path, family, tensors):

@@ -187,40 +187,35 @@ def refused(yml: Path, out: Path, *messages: str) -> None:
         assert message in result.stderr
 
 
-@pytest.mark.usefixtures("interrupted")
-def test_changed_configuration_is_refused_with_what_changed(yml, out, config):
-    write_yaml(yml, {**config, "dtype": "float32"})
-    changed = 'configuration: dtype was null, is "float32"'
-    refused(yml, out, "--no-resume starts over", changed)
-    assert cli("run", yml, out, "--no-resume").exit_code == 0
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_changed_source_is_refused_with_its_name(yml, out, other_source):
-    before = other_source.stat()
-    touch(other_source)
-    refused(yml, out, f"sources: {other_source} was")
-    os.utime(other_source, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert cli("run", yml, out).exit_code == 0
-
-
-@pytest.mark.parametrize("changed", ["device", "numba"])
-def test_a_merge_begun_elsewhere_is_another(yml, out, interrupted, monkeypatch, changed):
-    plain, path = execute.version, interrupted / "journal"
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("configuration", 'configuration: dtype was null, is "float32"'),
+        ("source", "sources: {source} was"),
+        ("device", 'device was "cuda", is "cpu"'),
+        ("software", 'software: numba was "{numba}", is null'),
+    ],
+)
+def test_what_makes_a_merge_another(
+    yml, out, config, interrupted, other_source, monkeypatch, changed, message
+):
+    plain, journal = execute.version, interrupted / "journal"
 
     def version(package):
         if package == "numba":
             raise PackageNotFoundError(package)
         return plain(package)
 
-    if changed == "device":
-        path.write_text(path.read_text().replace('"device":"cpu"', '"device":"cuda"'))
-        message = 'device was "cuda", is "cpu"'
+    if changed == "configuration":
+        write_yaml(yml, {**config, "dtype": "float32"})
+    elif changed == "source":
+        touch(other_source)
+    elif changed == "device":
+        journal.write_text(journal.read_text().replace('"device":"cpu"', '"device":"cuda"'))
     else:
         monkeypatch.setattr(execute, "version", version)
-        message = f'software: numba was "{plain("numba")}", is null'
-    refused(yml, out, message)
-    monkeypatch.undo()
+    message = message.format(source=other_source, numba=plain("numba"))
+    refused(yml, out, "--no-resume starts over", message)
     assert cli("run", yml, out, "--no-resume").exit_code == 0
 
 
@@ -413,25 +408,22 @@ def test_events_for_programs(yml, out):
     assert result.stderr.count("\r") == 0
 
 
-def test_finished_is_finished(yml, out):
+def test_a_finished_merge_is_tidied_up_after_but_not_a_running_one(yml, out):
+    def finished(tidy):
+        again = cli("run", yml, out)
+        assert again.exit_code == 0
+        assert "nothing to do" in again.stderr
+        assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+        assert work_of(out).exists() is not tidy
+
     assert cli("run", yml, out).exit_code == 0
     stamp = (out / "model.safetensors").stat().st_mtime_ns
-    again = cli("run", yml, out)
-    assert again.exit_code == 0
-    assert "nothing to do" in again.stderr
-    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
-
-
-def test_a_finished_merge_is_tidied_up_after_but_not_a_running_one(yml, out):
-    assert cli("run", yml, out).exit_code == 0
     running = Journal(work_of(out) / "journal")
-    assert cli("run", yml, out).exit_code == 0
-    assert work_of(out).exists()
+    finished(tidy=False)
     running.close()
     running.path.unlink()  # the first to go, where it was killed just then
     (work_of(out) / "model").mkdir()
-    assert cli("run", yml, out).exit_code == 0
-    assert not work_of(out).exists()
+    finished(tidy=True)
 
 
 def test_a_second_run_is_refused(yml, out):

@@ -665,9 +665,14 @@ def test_a_granularity_a_tensor_in_memory(models):
     assert_same(found, {n: by_kind[kind][n] for n, kind in zip(names, kinds, strict=True)})
 
 
-def test_sce_in_memory_and_from_checkpoints(family, models, tmp_path):
-    parameters = {"select_topk": 0.4, "variant": "fork"}
-    settings = configuration(family, "fusechat_sce", parameters=parameters)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("variant", ["paper", "fork"])
+@pytest.mark.parametrize("topk", [0.0, 0.3, 1.0])
+def test_sce_in_memory_and_from_checkpoints(tmp_path, dtype, variant, topk):
+    paths = llama_family(tmp_path / "in", (dtype,) * 4)
+    models = [read(path) for path in paths]
+    parameters = {"select_topk": topk, "variant": variant}
+    settings = configuration(paths, "fusechat_sce", parameters=parameters)
     found = as_mergekit(settings, tmp_path)
     assert_same(found, in_memory(models, "fusechat_sce", **parameters))
     base, *targets = models
