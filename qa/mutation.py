@@ -36,14 +36,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "mutation.md"
+METHODS = "merge/methods/test"
 TESTS = {
-    "fusechat_merge/methods/varm.py": [
-        "merge/methods/test_varm.py",
-        "merge/methods/test_compiled.py",
-    ],
-    "fusechat_merge/methods/sce.py": ["merge/methods/test_sce.py"],
-    "fusechat_merge/methods/blocks.py": ["merge/methods/test_varm.py", "merge/methods/test_sce.py"],
-    "fusechat_merge/methods/compiled.py": ["merge/methods/test_compiled.py"],
+    "fusechat_merge/methods/varm.py": [f"{METHODS}_{x}.py" for x in ("varm", "both", "compiled")],
+    "fusechat_merge/methods/sce.py": [f"{METHODS}_{x}.py" for x in ("sce", "both")],
+    "fusechat_merge/methods/blocks.py": [f"{METHODS}_{x}.py" for x in ("varm", "sce", "both")],
+    "fusechat_merge/methods/compiled.py": [f"{METHODS}_compiled.py"],
     "fusechat_distill/alignment/positions.py": ["distill/alignment/test_positions.py"],
     "fusechat_distill/alignment/vocabularies.py": ["distill/alignment/test_positions.py"],
     "fusechat_distill/fusion/fuse.py": ["distill/fusion/test_fuse.py"],

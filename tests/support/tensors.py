@@ -41,6 +41,21 @@ def models(
     return base.to(dtypes[0]), [t.to(d) for t, d in zip(targets, dtypes[1:], strict=True)]
 
 
+def coarse(size: int, count: int) -> tuple[Tensor, list[Tensor]]:
+    """bfloat16 models whose δ are small multiples of 2^-7, so that variances are exact and tie."""
+    g = torch.Generator().manual_seed(0)
+    deltas = [torch.randint(-2, 3, (size,), generator=g) * 2.0**-7 for _ in range(count)]
+    return torch.ones(size, dtype=BF16), [(1 + delta).to(BF16) for delta in deltas]
+
+
+def ends_of_bfloat16() -> tuple[Tensor, list[Tensor]]:
+    """Differences of 2 · 3.39e38, which are beyond float32."""
+    top = torch.finfo(BF16).max
+    rows = ([-top, top, 1.0, 2.0], [top, top, 1.0, 2.0], [-top, -top / 2, 2.0, 2.0])
+    base, *targets = (torch.tensor(row, dtype=BF16) for row in rows)
+    return base, targets
+
+
 def numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to(F64).numpy()
 
@@ -64,17 +79,10 @@ class Segments:
     def __init__(self, base: Tensor, targets: Sequence[Tensor], cells: int) -> None:
         whole = InMemory(base, targets)
         self.count, self.output = whole.count, whole.output
-        flat, out, step = (
-            [t.flatten() for t in (base, *targets)],
-            self.output.view(-1),
-            cells * BLOCK,
-        )
-        starts = range(0, base.numel(), step)
-        parts = [[t[at : at + step] for t in flat] for at in starts]
-        self._blocks = [
-            Block(at, part[0], tuple(part[1:])) for at, part in zip(starts, parts, strict=True)
-        ]
-        self._outs = [out[at : at + step] for at in starts]
+        first, *others = (t.flatten() for t in (base, *targets))
+        parts = [slice(at, at + cells * BLOCK) for at in range(0, base.numel(), cells * BLOCK)]
+        self._blocks = [Block(p.start, first[p], tuple(t[p] for t in others)) for p in parts]
+        self._outs = [self.output.view(-1)[part] for part in parts]
 
     def map(self, fn: Callable[[Block], Any]) -> Iterator[Any]:
         with ThreadPoolExecutor(3) as pool:
