@@ -177,9 +177,8 @@ def _identity(planned: Plan) -> dict[str, Any]:
             for file, at in checkpoint.files.items()
         },
         "adapters": {
-            f"{name}/{tensor}": [low_rank.scale, low_rank.transposed]
+            name: hashlib.sha256(repr(sorted(checkpoint.updates.items())).encode()).hexdigest()
             for name, checkpoint in planned.models.items()
-            for tensor, low_rank in checkpoint.low_rank.items()
         },
         "software": {
             "fusechat": __version__,

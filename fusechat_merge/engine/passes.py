@@ -21,8 +21,9 @@ from torch import Tensor
 from fusechat_common.errors import RequestError
 from fusechat_common.system import processors, will_read
 from fusechat_merge.engine.crew import Crew
-from fusechat_merge.inputs.lora import TILE, Factors
+from fusechat_merge.inputs.factors import Factors
 from fusechat_merge.inputs.stored import ReadAt
+from fusechat_merge.inputs.update import TILE
 from fusechat_merge.mergekit_bridge.loader import DTYPES, fill, whole
 from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 from fusechat_merge.methods.sce import CANDIDATES
@@ -78,8 +79,7 @@ def divide(
     # float64 for every input and some ten intermediate results
     scratch = 8 * BLOCK * (10 + sources) if on_cpu else 0
     gaps = _ALIGN * (2 + 2 * sources) + 2 * PAGESIZE
-    low_ranks = [[s.low_rank for s in output.sources if s.low_rank] for output in outputs]
-    more = max((sum(each.nbytes for each in some) for some in low_ranks), default=0)
+    more = max((sum(map(_factor_bytes, output.sources)) for output in outputs), default=0)
     if more:
         more += 8 * TILE
     if any(output.parameters.get("select_topk", 1.0) < 1.0 for output in outputs):
@@ -112,9 +112,16 @@ def _element_bytes(output: Output) -> int:
     return sum(dtype.itemsize for pair in pairs for dtype in set(pair))
 
 
+def _factor_bytes(source: Source) -> int:
+    """Memory that an adapter's factors take, and finding them."""
+    if source.update is None:
+        return 0
+    return source.update.scratch(source.location.numel, DTYPES[source.location.dtype].itemsize)
+
+
 def _held(source: Source) -> torch.dtype:
     """The dtype in which methods get a source; with an adapter it is not rounded to 16 bits."""
-    if source.low_rank is None or source.dtype == torch.float64:
+    if source.update is None or source.dtype == torch.float64:
         return source.dtype
     return torch.float32
 
@@ -149,11 +156,11 @@ class SourceFiles:
         return read_at
 
     def factors(self, source: Source, device: torch.device) -> Factors | None:
-        """What an adapter adds to the source, read into memory; None without an adapter."""
-        low_rank = source.low_rank
-        if low_rank is None:
+        """What an adapter changes of the source, read into memory; None without an adapter."""
+        if source.update is None:
             return None
-        return Factors(low_rank, partial(whole, read_at=self.reading(source.model)), device)
+        read = partial(whole, read_at=self.reading(source.model))
+        return Factors(source.update, read, source.location, device)
 
     def announce(self, source: Source) -> None:
         """Ask the system to read the whole tensor ahead."""
@@ -312,7 +319,7 @@ class FilePasses:
             places.append(used)
             used += _round_up(size)
         desk.upload(used)
-        # Convert those whose dtype differs (behind the others) and add adapters to them.
+        # Convert those whose dtype differs (behind the others) and apply adapters to them.
         tensors = []
         for (reader, factors), place in zip(self._inputs, places, strict=True):
             tensor = desk.cut(place, n, reader.stored)
@@ -320,6 +327,6 @@ class FilePasses:
                 tensor = desk.cut(used, n, reader.held).copy_(tensor)
                 used += _round_up(tensor.nbytes)
             if factors is not None:
-                factors.add_to(tensor, start)
+                factors.apply(tensor, start)
             tensors.append(tensor)
         return Block(start, tensors[0], tuple(tensors[1:])), used

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from fusechat_common.errors import RequestError, one_line
 from fusechat_merge.inputs.stored import ITEM_BITS, Location, Stored
+from fusechat_merge.inputs.update import Update
 
 MAX_HEADER = 100_000_000
 """Longest safetensors header that the format's own reader takes, bytes; the same for an index."""
@@ -25,29 +26,6 @@ _FIRST_READ = 1 << 16
 
 class CheckpointError(RequestError):
     """Everything that is wrong with a checkpoint."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one weight: scale · B·A, transposed for embeddings.
-
-    Attributes:
-        a: [r, in]; for an embedding [r, vocabulary].
-        b: [out, r]; for an embedding [dimension, r].
-        scale: α / r, or α / √r with rsLoRA.
-        transposed: add (B·A)ᵀ.
-    """
-
-    a: Location
-    b: Location
-    scale: float
-    transposed: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that both factors take in float32, and one of them while it is read."""
-        largest = max(self.a, self.b, key=lambda at: at.numel)
-        return 4 * (self.a.numel + self.b.numel + largest.numel) + largest.nbytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ class Checkpoint:
         tensors: by name, in the order of the files and of the bytes in each.
         files: the safetensors files by name.
         unlisted: tensors in those files that the index doesn't place there, with the file.
-        low_rank: what an adapter adds to which tensors.
+        updates: what an adapter changes of which tensors.
     """
 
     name: str
@@ -83,7 +61,7 @@ class Checkpoint:
     tensors: dict[str, Stored]
     files: dict[str, WeightsFile]
     unlisted: dict[str, str]
-    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
+    updates: Mapping[str, Update] = field(default_factory=dict)
 
 
 class Store(Protocol):

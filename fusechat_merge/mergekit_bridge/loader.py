@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusechat_common.system import read_into
 from fusechat_merge.inputs.checkpoint import Checkpoint
-from fusechat_merge.inputs.lora import Factors
+from fusechat_merge.inputs.factors import Factors
 from fusechat_merge.inputs.stored import ReadAt, Stored
 
 DTYPES: dict[str, torch.dtype] = {
@@ -69,14 +69,14 @@ class CheckpointLoader:
             self._ahead[name] = self._read(name)
 
     def _read(self, name: str) -> Tensor:
-        tensor = self._stored(self._checkpoint.tensors[name])
-        low_rank = self._checkpoint.low_rank.get(name)
-        if low_rank is None:
+        at = self._checkpoint.tensors[name]
+        tensor = self._stored(at)
+        update = self._checkpoint.updates.get(name)
+        if update is None:
             return tensor
-        factors = Factors(low_rank, self._stored)
-        merged = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        factors.add_to(merged.view(-1), 0)
-        return merged.to(tensor.dtype)
+        changed = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        Factors(update, self._stored, at).apply(changed.view(-1), 0)
+        return changed.to(tensor.dtype)
 
     def _stored(self, at: Stored) -> Tensor:
         return whole(at, self._read_at)

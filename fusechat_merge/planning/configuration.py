@@ -16,6 +16,7 @@ from mergekit.merge_methods import registry
 from pydantic import BaseModel
 
 from fusechat_common.errors import RequestError, nearest, one_line
+from fusechat_merge.inputs.adapter import with_adapter
 from fusechat_merge.inputs.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +27,6 @@ from fusechat_merge.inputs.checkpoint import (
     read_checkpoint,
     read_settings,
 )
-from fusechat_merge.inputs.lora import with_adapter
 from fusechat_merge.inputs.yaml_file import read_yaml
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems, pieces_of

@@ -200,7 +200,7 @@ class OutputMaker:
         if dtype.is_floating_point:
             loaded = dtype_from_name(self.config.dtype) or dtype
             written = dtype_from_name(self.config.out_dtype) or loaded
-        source = Source(str(model), tensor, at, at.numel, loaded, checkpoint.low_rank.get(tensor))
+        source = Source(str(model), tensor, at, at.numel, loaded, checkpoint.updates.get(tensor))
         self.used[str(model)].add(tensor)
         self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
 
@@ -356,7 +356,7 @@ class OutputMaker:
         for name in loaded.read:
             at = checkpoint.tensors[name]
             numel = at.numel if shape is None else math.prod(shape)
-            yield Source(str(model), name, at, numel, loaded.dtype, checkpoint.low_rank.get(name))
+            yield Source(str(model), name, at, numel, loaded.dtype, checkpoint.updates.get(name))
 
     def _parameters(
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]

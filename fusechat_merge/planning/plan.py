@@ -12,8 +12,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
-from fusechat_merge.inputs.checkpoint import Checkpoint, LowRank
+from fusechat_merge.inputs.checkpoint import Checkpoint
 from fusechat_merge.inputs.stored import Stored
+from fusechat_merge.inputs.update import Update
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS
 from fusechat_merge.methods.units import Unit
@@ -64,7 +65,7 @@ class Source:
         location: where its bytes are.
         numel: how many of its elements count, from the first (all but those of rows cut off).
         dtype: to which it is converted before anything else (the YAML's `dtype`), or its own.
-        low_rank: what an adapter adds to it.
+        update: what an adapter changes of it.
     """
 
     model: str
@@ -72,7 +73,7 @@ class Source:
     location: Stored
     numel: int
     dtype: torch.dtype
-    low_rank: LowRank | None = None
+    update: Update | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,287 @@
+"""Adapters as targets: every kind against peft's own merge, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from fusechat_merge.engine.execute import merge
+from fusechat_merge.engine.verify import verify
+from fusechat_merge.inputs.adapter_config import MERGE
+from fusechat_merge.planning.planner import plan
+from tests.support.checkpoints import PAIR, llama_family, write_adapter
+from tests.support.merging import assert_same, change_json, configuration, read
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+def saved(folder: Path, config: Any) -> Path:
+    """A model of the real class, as it saves itself."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=F32).save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, adapter: Path, seed: int = 0, **settings: Any) -> PeftModel:
+    """An adapter saved by peft with its defaults, every parameter that trains moved at random."""
+    torch.manual_seed(seed)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    return model
+
+
+def merged_by_peft(base: Path, adapter: Path, out: Path) -> dict[str, Tensor]:
+    """What peft merges a saved adapter into, as the model saves itself."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    return read(out)
+
+
+def assert_same_logits(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    ids = torch.arange(12)[None]
+    logits = [model.eval()(ids).logits for model in (found, expected)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same tensors, to 1e-6 of each one's largest value."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        atol = 1e-6 * float(tensor.abs().max())
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return llama_family(tmp_path / "in", (F32,))[0]
+
+
+def problems(base: Path, adapter: Path) -> list[str]:
+    return plan(configuration([base, f"{base}+{adapter}"])).problems
+
+
+KINDS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"target_modules": ["v_proj"], "use_rslora": True},
+    "patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    },
+    "embeddings and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "bias of its modules": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "lora_bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+    "DoRA": {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "use_dora": True},
+    "PiSSA": {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"},
+    "OLoRA": {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora"},
+    "PiSSA and DoRA": {
+        "target_modules": ["up_proj"],
+        "init_lora_weights": "pissa",
+        "use_dora": True,
+    },
+    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "MiCA": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+    "VeLoRA": {"target_modules": ["q_proj"], "velora_config": {"num_groups": 4}},
+    "MonteCLoRA": {"target_modules": ["q_proj"], "monteclora_config": MontecloraConfig()},
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    "trained tokens of the head": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [7], "lm_head": [3, 90]},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_peft_merges_it(tmp_path, kind):
+    base = saved(tmp_path / "base", Qwen2Config(**SIZES))
+    trained(base, tmp_path / "a", **KINDS[kind])
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft")
+    moved = [name for name, tensor in read(base).items() if not expected[name].equal(tensor)]
+    assert moved
+    assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("kind", ["patterns", "DoRA", "PiSSA"])
+@pytest.mark.parametrize("method", ["fusechat_sce", "task_arithmetic"])
+def test_as_the_merge_of_merged_checkpoints(tmp_path, kind, method):
+    base = saved(tmp_path / "base", Qwen2Config(**SIZES))
+    adapters, merged = ([tmp_path / f"{kind}{seed}" for seed in (1, 2)] for kind in "am")
+    for seed, (adapter, folder) in enumerate(zip(adapters, merged, strict=True), 1):
+        trained(base, adapter, seed, **KINDS[kind])
+        merged_by_peft(base, adapter, folder)
+    parameters = {"weight": 0.4} if method == "task_arithmetic" else {}
+    plain = configuration([base, *merged], method, parameters=parameters)
+    ours = configuration(
+        [base, f"{base}+{adapters[0]}", adapters[1]], method, parameters=parameters
+    )
+    expected = read(merge(plain, tmp_path / "plain"))
+    assert_close(read(merge(ours, tmp_path / "ours")), expected)
+    assert verify(ours, tmp_path / "ours") == []
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_16_bits_are_rounded_once_and_memory_changes_no_byte(tmp_path, dora):
+    (base,) = llama_family(tmp_path / "in", (BF16,), changes={"vocab_size": 5000})
+    trained(base, tmp_path / "a", target_modules=["q_proj", "embed_tokens"], use_dora=dora)
+    config = configuration([base, tmp_path / "a"])
+    found = read(merge(config, tmp_path / "one"))
+    assert_same(read(merge(config, tmp_path / "two", memory=9 << 20, threads=1)), found)
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    at = "model.layers.0.self_attn.q_proj"
+    a, b = (factors[f"base_model.model.{at}.lora_{x}.weight"].double() for x in "AB")
+    exact = read(base)[f"{at}.weight"].double() + 2 * b @ a
+    if dora:
+        length = factors[f"base_model.model.{at}.lora_magnitude_vector"].double()
+        exact *= (length / exact.norm(dim=1))[:, None]
+    ulp = torch.finfo(BF16).eps * exact.abs() / 2 + 1e-6
+    assert bool(((found[f"{at}.weight"].double() - exact).abs() <= ulp).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "lora_A.weight: its lora_magnitude_vector is missing"),
+        ({"peft_type": "LOHA"}, f"peft_type 'LOHA' can't be merged by blocks; {MERGE}"),
+        ({"peft_type": "P_TUNING"}, "P_TUNING changes no weights, so that there is nothing to"),
+        ({"alora_invocation_tokens": [1]}, "no merged model does the same; train without"),
+        ({"arrow_config": {}, "use_qalora": True}, "which peft can't merge either"),
+        ({"arrow_config": {"top_k": 1}}, "chooses among adapters by the input"),
+        (
+            {"use_bdlora": {"nblocks": 2}},
+            f"BD-LoRA (use_bdlora) can't be merged by blocks; {MERGE}",
+        ),
+        (
+            {"layer_replication": [[0, 2]]},
+            "makes other layers than the base's; make that model first",
+        ),
+        ({"init_lora_weights": "loftq"}, "'loftq' puts other weights in the base's place; where"),
+        ({"init_lora_weights": "pissa_niter_4"}, "convert it to plain LoRA: model.save_pretrained"),
+        ({"init_lora_weights": "lora_ga"}, "the factors that init_lora_weights 'lora_ga' took out"),
+        ({"target_parameters": "w"}, "target_parameters must be a list of names, not 'w'"),
+        ({"r": 3}, "factors of rank 2, adapter_config.json says 3"),
+        ({"r": 0}, "adapter_config.json: r must be a number above 0, not 0"),
+        ({"r": "4"}, "adapter_config.json: r must be a number above 0, not '4'"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, not None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, not nan"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map names to numbers"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' the value 0"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is no regular expression"),
+    ],
+)
+def test_adapters_that_are_refused(tmp_path, base, changes, message):
+    (problem,) = problems(base, write_adapter(tmp_path / "a", **changes))
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("file", "renamed", "message"),
+    [
+        ("adapter_config.json", "x", "a: is no adapter, it holds no adapter_c"),
+        ("adapter_model.safetensors", "x", "a: holds no adapter_model.safete"),
+        (
+            "adapter_model.safetensors",
+            "adapter_model.bin",
+            "a: its weights are pickled, which can run code; load and save it with peft once",
+        ),
+    ],
+)
+def test_folders_that_hold_no_adapter(tmp_path, base, file, renamed, message):
+    adapter = write_adapter(tmp_path / "a")
+    (adapter / file).rename(adapter / renamed)
+    (problem,) = problems(base, adapter)
+    assert message in problem
+
+
+def test_a_damaged_adapter(tmp_path, base):
+    adapter = write_adapter(tmp_path / "a")
+    (adapter / "adapter_model.safetensors").write_bytes(b"abc")
+    (problem,) = problems(base, adapter)
+    assert "adapter_model.safetensors: 3 bytes is too short for a safetensors file" in problem
+
+
+STEM = "base_model.model."
+A, B = PAIR
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (PAIR, None),
+        (PAIR | {f"{STEM}odd": torch.ones(3)}, f"{STEM}odd fits no tensor of"),
+        (PAIR | {f"{STEM}model.norm.weight": torch.ones(3)}, "model.norm.weight fits no tensor of"),
+        (
+            PAIR | {B.replace("up", "down"): torch.ones(32, 2)},
+            "layers.0.mlp.down_proj.lora_A.weight is missing",
+        ),
+        ({A: PAIR[A]}, f"{B} is missing"),
+        (
+            {key.replace("layers.0", "layers.7"): value for key, value in PAIR.items()},
+            "the model has no model.layers.7.mlp.up_proj.weight",
+        ),
+        (PAIR | {A: torch.ones(2, 31)}, "B·A is [48, 31]"),
+        (PAIR | {A: torch.ones(64), B: torch.ones(96)}, "each process saved a part of them (FSDP"),
+        (
+            PAIR | {B.replace("weight", "bias"): torch.ones(48)},
+            "peft passes over base_model.model.model.layers.0.mlp.up_proj.lora_B.bias, since",
+        ),
+        (
+            PAIR | {f"{STEM}model.embed_tokens.weight": torch.ones(1102, 32)},
+            "holds model.embed_tokens.weight with 1102 rows for 1100 of",
+        ),
+        (
+            {key.replace("up_proj", "_fsdp_wrapped_module.up_proj"): v for key, v in PAIR.items()},
+            None,
+        ),
+        (PAIR | {B: torch.ones(48, 3)}, "factors of shape [48, 3] and [2, 32] don't"),
+    ],
+)
+def test_factors_that_fit_nothing(tmp_path, base, tensors, message):
+    found = problems(base, write_adapter(tmp_path / "a", tensors))
+    assert [message in problem for problem in found] == [True] * (message is not None)
+
+
+UNMERGEABLE = {
+    "KaSA": {"kasa_config": KasaConfig()},
+    "BD-LoRA": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
+}
+
+
+@pytest.mark.parametrize("kind", UNMERGEABLE)
+def test_the_command_for_what_cannot_be_merged_by_blocks(tmp_path, monkeypatch, kind):
+    base = saved(tmp_path / "base", LlamaConfig(**SIZES))
+    model = trained(base, tmp_path / "a", target_modules=["q_proj"], **UNMERGEABLE[kind])
+    (problem,) = problems(base, tmp_path / "a")
+    assert problem.endswith(MERGE)
+    monkeypatch.setattr("sys.argv", ["-c", str(tmp_path / "a"), str(tmp_path / "new")])
+    exec(MERGE.split('"')[1], {})
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), model)
+
+
+def test_the_remedy_for_replicated_layers(tmp_path):
+    base, ranges = saved(tmp_path / "base", LlamaConfig(**SIZES)), [[0, 2], [1, 2]]
+    model = trained(base, tmp_path / "a", target_modules=["q_proj"], layer_replication=ranges)
+    slices = [{"sources": [{"model": str(base), "layer_range": each}]} for each in ranges]
+    longer = merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "longer")
+    change_json(tmp_path / "a" / "adapter_config.json", layer_replication=None)
+    out = merge(configuration([longer, tmp_path / "a"]), tmp_path / "out")
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(out), model)
