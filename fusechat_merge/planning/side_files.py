@@ -78,12 +78,29 @@ def _changed_keys(before: dict[str, Any], planned: Plan) -> list[tuple[list[str]
         keys += [module.architecture.num_layers_config_key() for module in modules]
     if planned.tokenizer is not None:
         keys.append(planned.architecture.vocab_size_config_key or "vocab_size")
+    if _has_head_of_its_own(planned):
+        key, out = "tie_word_embeddings", planned.out_config
+        if getattr(out, key, False):
+            changed.append(([key], False))
+        # Where the language model's part says so, transformers takes it for the whole.
+        if "text_config" in before and getattr(out.get_text_config(), key, False):
+            changed.append((["text_config", key], False))
     # Old versions of transformers write where they had the model from.
     origin = before.get("_name_or_path")
     if isinstance(origin, str) and (origin.startswith(("/", "~", ".")) or os.path.isdir(origin)):
         changed.append((["_name_or_path"], ""))
     changed += [(key.split("."), get_config_value(planned.out_config, key)) for key in keys if key]
     return [(path, value) for path, value in changed if _value_at(before, path) != value]
+
+
+def _has_head_of_its_own(planned: Plan) -> bool:
+    """Whether the output head is written, and need not be the embeddings."""
+    import transformers
+
+    kind = getattr(transformers, (planned.out_config.architectures or [""])[0], None)
+    tied = getattr(kind, "_tied_weights_keys", None)
+    heads = {tuple(head.split(".")[-2:]) for head in tied} if isinstance(tied, dict) else set()
+    return any(tuple(output.name.split(".")[-2:]) in heads for output in planned.outputs)
 
 
 def _value_at(data: Any, path: list[str]) -> Any:

@@ -467,6 +467,21 @@ def test_a_config_without_the_keys_that_change(tmp_path, paths):
     assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "float32"}
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_head_of_its_own_is_no_longer_tied(tmp_path, head):
+    def edit(label, tensors):
+        if head and label == "t0":
+            tensors[HEAD] = tensors[EMBEDDING] * 1.5
+
+    paths = llama_family(
+        tmp_path / "in", (F32,) * 2, changes={"tie_word_embeddings": True}, edit=edit
+    )
+    out = merge(configuration(paths), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is not head
+    loaded = AutoModelForCausalLM.from_pretrained(out).lm_head.weight
+    assert same_bits(loaded, read(out)[HEAD if head else EMBEDDING])
+
+
 @pytest.mark.parametrize(
     ("text", "path", "expected"),
     [
