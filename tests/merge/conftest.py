@@ -6,11 +6,6 @@ import torch
 from tests.support import checkpoints
 
 
-@pytest.fixture(scope="session")
-def llama_family():
-    return checkpoints.llama_family
-
-
 @pytest.fixture
 def paths(tmp_path):
     """A base and two targets, bfloat16, below tmp_path/in."""

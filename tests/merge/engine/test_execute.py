@@ -110,15 +110,6 @@ def test_leftover_layers_do_not_take_the_place_of_stacked_ones(tmp_path):
     assert torch.equal(found[name.format(3)], found[name.format(1)])
 
 
-def test_vocabulary_cut_to_the_smallest(tmp_path, paths):
-    def cut(tensors):
-        tensors |= {name: tensors[name][:1050].contiguous() for name in (EMBEDDING, HEAD)}
-
-    rewrite(paths[1], cut)
-    settings = configuration(paths, "task_arithmetic", parameters={"weight": 0.5})
-    as_mergekit(settings, tmp_path, unsafe_truncate_embeddings=True)
-
-
 LABELS = ("base", "t0", "t1")
 
 
@@ -147,17 +138,6 @@ def test_an_optional_tensor_that_the_base_lacks(tmp_path):
     (problem,) = plan(configuration(paths)).problems
     assert problem.startswith(f"{BIAS}: ")
     assert "Base input is not present" in problem
-
-
-def test_whole_numbers_that_differ(tmp_path, paths):
-    """Tensors that the architecture knows, of a dtype that it doesn't expect."""
-    for path in paths:
-        rewrite(path, lambda t: t.update({NORM: torch.full((32,), 1)}))
-    as_mergekit(configuration(paths), tmp_path)
-    rewrite(paths[2], lambda t: t.update({NORM: torch.full((32,), 2)}))
-    with pytest.raises(FusechatError, match=f"^{NORM}: .*differs between inputs"):
-        merge(configuration(paths), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_mergekit_finds_impossible_when_it_merges(tmp_path):

@@ -33,7 +33,7 @@ from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge import _autoload
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.mergekit_bridge import plugin as mergekit_plugin
-from tests.support.checkpoints import BIAS, granite, llama_family, write_checkpoint
+from tests.support.checkpoints import BIAS, granite, llama_family
 from tests.support.merging import (
     Tensors,
     add_tokenizers,
@@ -47,7 +47,7 @@ from tests.support.merging import (
 )
 from tests.support.tensors import BF16, F16, F32, F64, same_bits
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 UNITS = ("matrix", "module", "layer", "model")
 
 
@@ -157,12 +157,6 @@ def test_yaml_memory_and_reference_agree(tmp_path, dtypes, granularity, statisti
         assert_close(found, reference(models, granularity, statistic=statistic))
 
 
-def test_units_give_different_merges(models):
-    name = "model.layers.1.self_attn.q_proj.weight"
-    found = [in_memory(models, granularity=granularity)[name] for granularity in UNITS]
-    assert len({tensor.numpy().tobytes() for tensor in found}) == 4
-
-
 def test_filters_and_gradients(family, models, tmp_path):
     settings = configuration(
         family,
@@ -215,7 +209,7 @@ def test_slices(family, models, tmp_path, granularity):
             for m in of
         ]
         expected |= reference(parts, granularity)
-    for names, (_, of) in (([EMBEDDING], layers[0]), (["model.norm.weight", HEAD], layers[-1])):
+    for names, (_, of) in (([EMBEDDING], layers[0]), ([NORM, HEAD], layers[-1])):
         expected |= reference([{n: models[m][n] for n in names} for m in of], granularity)
     assert_close(as_mergekit(settings, tmp_path), expected)
 
@@ -321,30 +315,24 @@ def test_nan_in_an_optional_tensor(tmp_path, granularity):
     assert str(caught.value) == f"tensor {BIAS} of model {paths[3]} {BROKEN}"
 
 
-def outcome(settings: Mapping[str, Any], out: Path) -> Any:
-    """The names and shapes that a merge writes, or its error."""
-    try:
-        merged = run_mergekit(settings, out)
-    except Exception as error:
-        return type(error), str(error)
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in merged.items()}
-
-
-def compared(paths: Sequence[Path], tmp_path: Path, granularity: str) -> Any:
-    """What varm and task_arithmetic make of the same checkpoints, which must be the same."""
-    ours = configuration(paths, parameters={"granularity": granularity})
-    theirs = configuration(paths, "task_arithmetic", parameters={"weight": 0.3})
-    found = outcome(ours, tmp_path / "varm")
-    assert found == outcome(theirs, tmp_path / "task_arithmetic")
-    return found
+def refusal(paths: Sequence[Path], tmp_path: Path, granularity: str) -> str:
+    """What varm's ValueError says of checkpoints, which must be what task_arithmetic's does."""
+    told = []
+    for method, parameters in (
+        ("varm", {"granularity": granularity}),
+        ("task_arithmetic", {"weight": 0.3}),
+    ):
+        with pytest.raises(ValueError) as caught:
+            run_mergekit(configuration(paths, method, parameters=parameters), tmp_path / method)
+        told.append((type(caught.value), str(caught.value)))
+    assert told == told[:1] * 2
+    return told[0][1]
 
 
 @granularities("matrix", "module", "element")
 def test_an_optional_tensor_missing_from_the_base(tmp_path, granularity):
     paths = granite(tmp_path / "in", (F32,) * 4, t0=0.0, t1=1.0)
-    kind, message = compared(paths, tmp_path, granularity)
-    assert kind is ValueError
-    assert "Base input is not present" in message
+    assert "Base input is not present" in refusal(paths, tmp_path, granularity)
 
 
 @granularities("matrix", "layer", "element")
@@ -355,68 +343,34 @@ def test_vocabulary_mismatch(tmp_path, granularity):
                 tensors[name] = torch.cat([tensors[name], torch.ones(8, 32)])
 
     paths = llama_family(tmp_path / "in", edit=longer)
-    kind, message = compared(paths, tmp_path / "refused", granularity)
-    assert kind is ValueError
-    assert message.startswith("Tensor size mismatch for")
+    assert refusal(paths, tmp_path / "refused", granularity).startswith("Tensor size mismatch for")
+    other = configuration(paths, "task_arithmetic", parameters={"weight": 0.3})
+    as_mergekit(other, tmp_path / "other", unsafe_truncate_embeddings=True)
     settings = configuration(paths, parameters={"granularity": granularity})
     found = as_mergekit(settings, tmp_path, unsafe_truncate_embeddings=True)
     models = [{n: t[:1100] for n, t in read(path).items()} for path in paths]
     assert_same(found, in_memory(models, granularity=granularity))
 
 
-NEOX = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "vocab_size": 6,
-    "hidden_size": 4,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 4,
-}
-LAYER = "gpt_neox.layers.0"
-NEOX_SHAPES: dict[str, tuple[int, ...]] = {
-    "gpt_neox.embed_in.weight": (6, 4),
-    "embed_out.weight": (6, 4),
-    f"{LAYER}.attention.masked_bias": (),
-    f"{LAYER}.attention.rotary_emb.inv_freq": (1,),
-    f"{LAYER}.attention.query_key_value.weight": (12, 4),
-    f"{LAYER}.attention.query_key_value.bias": (12,),
-}
-for part in ("attention.dense", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"):
-    NEOX_SHAPES |= {f"{LAYER}.{part}.weight": (4, 4), f"{LAYER}.{part}.bias": (4,)}
-for norm in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "final_layer_norm"):
-    NEOX_SHAPES |= {f"gpt_neox.{norm}.weight": (4,), f"gpt_neox.{norm}.bias": (4,)}
-
-
 @granularities("matrix", "module")
-@pytest.mark.parametrize("agree", [True, False])
-def test_non_floating_buffers(tmp_path, agree, granularity):
-    buffer = f"{LAYER}.attention.bias"
-    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    models = []
-    for number in range(3):
-        g = torch.Generator().manual_seed(number)
-        models.append(
-            {name: torch.randn(shape, generator=g) for name, shape in NEOX_SHAPES.items()}
-        )
-    paths = [
-        write_checkpoint(
-            tmp_path / str(n), {**model, buffer: causal if agree or n < 2 else ~causal}, NEOX
-        )
-        for n, model in enumerate(models)
-    ]
-    found = compared(paths, tmp_path, granularity)
-    if agree:
-        assert found[buffer] == (causal.shape, torch.bool)
-        merged = read(tmp_path / "varm")
-        assert torch.equal(merged.pop(buffer), causal)
-        assert_close(merged, reference(models, granularity))
-    else:
-        assert found == (
-            ValueError,
-            f"Non-floating buffer {buffer!r} differs between inputs; resolve it explicitly before"
-            " merging",
-        )
+def test_non_floating_buffers(tmp_path, granularity):
+    odd, models = torch.arange(32) % 2 == 1, []
+
+    def edit(label, tensors):
+        models.append(dict(tensors))
+        tensors[NORM] = ~odd if label == "t2" else odd
+
+    paths = llama_family(tmp_path / "in", edit=edit)
+    found = varm(paths[:3], tmp_path, granularity)
+    assert torch.equal(found.pop(NORM), odd)
+    expected = reference(models[:3], granularity)
+    del expected[NORM]
+    assert_close(found, expected)
+    message = f"Non-floating buffer {NORM!r} differs between inputs; resolve it explicitly before"
+    assert refusal(paths, tmp_path / "refused", granularity) == f"{message} merging"
+    with pytest.raises(FusechatError, match=f"^{NORM}: .*differs between inputs"):
+        merge(configuration(paths), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_permuted_vocabulary(tmp_path):
@@ -527,6 +481,15 @@ def weightless(part: str, value: Any = 0) -> dict[str, Any]:
     return {"weight": [{"filter": part, "value": value}, {"value": 1}]}
 
 
+@pytest.fixture
+def files(tmp_path):
+    """What mergekit-pytorch merges: files, not checkpoints."""
+    made = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
+    for number, file in enumerate(made):
+        save_file({"w": torch.full((3,), float(number)), "norm": torch.ones(1)}, file)
+    return made
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -544,49 +507,32 @@ def weightless(part: str, value: Any = 0) -> dict[str, Any]:
             {"merge_method": "fusechat_sce", "parameters": {"select_topk": 2}},
             "parameters.select_topk: 2 is above 1",
         ),
+        (
+            {"raw": True, "parameters": {"granularity": "layer"}},
+            "mergekit-pytorch knows no modules or layers: use granularity matrix or element here, or"
+            " mergekit-yaml or fusechat-merge run",
+        ),
+        (
+            {"raw": True, "parameters": {"lambda": ".nan"}},
+            "parameters.lambda: '.nan' is not a finite number",
+        ),
+        ({"raw": True, "parameters": weightless("norm")}, WEIGHTLESS.format("norm")),
     ],
 )
-def test_refused(family, tmp_path, reads, changes, message):
-    settings, out = {**configuration(family), **changes}, tmp_path / "out"
-    file = write_yaml(tmp_path / "merge.yml", settings)
-    code, output = run_command(run_yaml.main, file, out, "--quiet")
+def test_refused(family, files, tmp_path, reads, changes, message):
+    raw = changes.get("raw")
+    settings = configuration(files if raw else family) | changes
+    settings.pop("raw", None)
+    out, file = tmp_path / "out", write_yaml(tmp_path / "merge.yml", settings)
+    code, output = run_command(merge_raw_pytorch.main if raw else run_yaml.main, file, out)
     assert code == 2
     assert output[output.index("Error: ") :] == f"Error: {message}\n"
     assert not out.exists()
     assert not reads
-    with pytest.raises(RequestError) as caught:
-        run_mergekit(settings, out)
-    assert str(caught.value) == message
-
-
-@pytest.fixture
-def files(tmp_path):
-    """What mergekit-pytorch merges: files, not checkpoints."""
-    made = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
-    for number, file in enumerate(made):
-        save_file({"w": torch.full((3,), float(number)), "norm": torch.ones(1)}, file)
-    return made
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        (
-            {"granularity": "layer"},
-            "mergekit-pytorch knows no modules or layers: use granularity matrix or element here, or"
-            " mergekit-yaml or fusechat-merge run",
-        ),
-        ({"lambda": ".nan"}, "parameters.lambda: '.nan' is not a finite number"),
-        (weightless("norm"), WEIGHTLESS.format("norm")),
-    ],
-)
-def test_mergekit_pytorch_refuses(tmp_path, files, reads, parameters, message):
-    config = write_yaml(tmp_path / "merge.yml", configuration(files, parameters=parameters))
-    code, output = run_command(merge_raw_pytorch.main, config, tmp_path / "out")
-    assert code == 2
-    assert output[output.index("Error: ") :] == f"Error: {message}\n"
-    assert not (tmp_path / "out").exists()
-    assert not reads
+    if not raw:
+        with pytest.raises(RequestError) as caught:
+            run_mergekit(settings, out)
+        assert str(caught.value) == message
 
 
 def test_mergekit_pytorch_with_another_method(tmp_path, files):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fusechat_merge.engine.verify import verify
 from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.planner import plan
 from fusechat_merge.results.published import PublicNames
+from tests.support.checkpoints import llama_family, write_adapter
 
 
 @pytest.fixture
@@ -102,29 +102,13 @@ def test_a_comment_with_a_path_is_left_out(machine: Path, comment: str) -> None:
     assert shown == "base_model: org/pivot\nlambda: 0.5\n"
 
 
-def adapted(folder: Path, base: Path) -> Path:
-    folder.mkdir(parents=True)
-    at, numbers = "base_model.model.model.layers.0.mlp.up_proj", torch.Generator().manual_seed(1)
-    sizes = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape
-    save_file(
-        {
-            f"{at}.lora_A.weight": torch.randn(2, sizes[1], generator=numbers),
-            f"{at}.lora_B.weight": torch.randn(sizes[0], 2, generator=numbers),
-        },
-        folder / "adapter_model.safetensors",
-    )
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 def test_nothing_of_a_merged_folder_has_a_path_in_it(
-    tmp_path: Path, llama_family: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain, after +, after @, relative, as `~`, and in the base's config.json."""
     home = tmp_path / "someone"
     base, target, other, third = llama_family(home / "models", (torch.bfloat16,) * 4)
-    adapter = adapted(home / "adapter", base)
+    adapter = write_adapter(home / "adapter", base_model_name_or_path=str(base))
     text = (base / "config.json").read_text()
     named = text.replace("{", f'{{"_name_or_path": "{base}", ', 1)
     (base / "config.json").write_text(named)
