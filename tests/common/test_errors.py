@@ -64,18 +64,15 @@ def fail(kind: str) -> None:
     [
         ("broken", 1, "Error: it broke"),
         ("request", 2, "Error: file has 2 problems:\n  a\n  b"),
-        (
-            "interrupt",
-            1,
-            "Error: interrupted; completed work is kept, and the same command resumes",
-        ),
+        ("interrupt", 1,
+         "Error: interrupted; completed work is kept, and the same command resumes"),
         ("other", 1, "Error: LookupError: where is it (--debug shows where)"),
         ("usage", 2, "Error: no such thing"),
         ("exit", 3, ""),
         ("system", 4, ""),
         ("abort", 1, "Aborted!"),
     ],
-)
+)  # fmt: skip
 def test_how_a_command_ends(kind: str, code: int, message: str) -> None:
     plain = CliRunner().invoke(program, ["fail", kind])
     assert plain.exit_code == code

@@ -27,14 +27,13 @@ from tests.support import chain
 from tests.support.chain import (
     ROOT,
     Silent,
-    in_child,
-    kill_at,
     launched,
     printed,
     read_json,
     refused,
     run,
 )
+from tests.support.killing import in_child, kill_at
 
 TIMED = ("trainer_state.json", "log.jsonl")
 """Files that say how long something took."""

@@ -531,20 +531,6 @@ def test_an_unforeseen_error_is_one_line_and_a_traceback_with_debug(recipe, monk
     )
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nimport fusechat_distill\n"
-        "sys.argv = ['fusechat-distill', 'score', '--help']\n"
-        "assert 'FusionTrainer' in dir(fusechat_distill)\n"
-        "from fusechat_distill.cli import main\n"
-        "try:\n    main()\nfinally:\n"
-        "    print({'torch', 'transformers', 'datasets', 'pyarrow', 'trl'} & set(sys.modules))\n"
-    )
-    shown = python("-c", code).stdout
-    assert "Usage: fusechat-distill score" in shown
-    assert shown.rstrip().endswith("set()")
-
-
 def test_a_tokenizer_that_its_library_breaks_on_is_refused(tmp_path):
     """The library panics, and a panic is no `Exception`."""
     chain.save_models(tmp_path)

@@ -14,16 +14,17 @@ import os
 import runpy
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "examples" / "quickstart"), str(ROOT)]
 os.environ["OMP_NUM_THREADS"] = "2"  # as the demo's commands have it, and forks from here
 
 import demo  # noqa: E402
 import parts  # noqa: E402
+
+from tests.support.killing import in_child, kill_at  # noqa: E402
 
 OUT = Path("runs/quickstart")
 SETTINGS = demo.Settings(
@@ -44,10 +45,12 @@ def main() -> None:
     from transformers import GPTNeoXForCausalLM, LlamaForCausalLM, Phi3ForCausalLM  # noqa: F401
 
     for part, _, number in moments:
-        status = in_fork(lambda part=part, n=int(number): run_in_forks(kill_at(part, n)))
+        status = in_child(
+            lambda part=part, n=int(number): run_in_forks(kill_at(part, n, parent=True))
+        )
         if status != -signal.SIGKILL:
             raise SystemExit(f"{part}:{number}: the demo ended with status {status}")
-    raise SystemExit(in_fork(lambda: run_in_forks(lambda: None)))
+    raise SystemExit(in_child(lambda: run_in_forks(lambda: None)))
 
 
 def run_in_forks(armed: Callable[[], None]) -> None:
@@ -57,7 +60,6 @@ def run_in_forks(armed: Callable[[], None]) -> None:
         name, *arguments = map(str, words)
 
         def work() -> None:
-            armed()
             sys.argv = [name, *arguments]
             if name.endswith(".py"):
                 runpy.run_path(name, run_name="__main__")
@@ -65,57 +67,12 @@ def run_in_forks(armed: Callable[[], None]) -> None:
                 (entry,) = importlib.metadata.entry_points(group="console_scripts", name=name)
                 entry.load()()
 
-        if status := in_fork(work, quiet=label is not None):
+        if status := in_child(work, armed, threads=2, quiet=label is not None):
             raise SystemExit(f"Error: {name} ended with status {status}")
 
     parts.command = demo.command = command
     demo.together = lambda *jobs: [job() for job in jobs]  # forks of one thread
     demo.run(OUT, SETTINGS)
-
-
-def in_fork(work: Callable[[], None], *, quiet: bool = False) -> int:
-    """`work` in a forked process: its exit status, or minus the signal."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    status: object = 1
-    try:
-        if quiet:
-            os.dup2(2, 1)
-        work()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code or 0
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status if isinstance(status, int) else 1)
-
-
-def kill_at(part: str, number: int) -> Callable[[], None]:
-    """Arm a command: end it and the demo when the n-th file with `part` in its path is written."""
-
-    def arm() -> None:
-        left = number
-
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal left
-            written = event in ("os.rename", "os.mkdir") or (
-                event == "open" and str(arguments[1]).startswith(("w", "a", "x"))
-            )
-            if written and any(part in str(argument) for argument in arguments[:2]):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getppid(), signal.SIGKILL)
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-
-    return arm
 
 
 if __name__ == "__main__":

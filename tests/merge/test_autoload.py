@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
@@ -267,14 +266,3 @@ def test_one_failure_is_reported_once(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "fusechat: mergekit won't know varm and fusechat_sce: RuntimeError('another mergekit')\n"
     )
-
-
-def test_lazy_names_are_real():
-    import fusechat_merge
-
-    for name in fusechat_merge.__all__:
-        assert callable(getattr(fusechat_merge, name)), name
-        assert name in dir(fusechat_merge)
-    with pytest.raises(AttributeError, match=r"^module 'fusechat_merge' has no attribute 'vram'$"):
-        _ = fusechat_merge.vram
-    assert json.dumps(fusechat_merge.__version__)

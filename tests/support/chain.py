@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,42 +212,3 @@ def read_json(path: Path) -> Any:
 def parquet_files(folder: Path) -> dict[str, bytes]:
     """The content of the shards in a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
-
-
-def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
-    """`work` in a forked process with one thread: its exit status, or minus the signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            before()
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def kill_at(part: str, number: int) -> Callable[[], None]:
-    """End without any clean-up when the n-th file below `part` is about to be written."""
-
-    def arm() -> None:
-        left = number
-
-        def hook(event: str, arguments: tuple) -> None:
-            nonlocal left
-            written = event in ("os.rename", "os.mkdir") or (
-                event == "open" and str(arguments[1]).startswith(("w", "a", "x"))
-            )
-            if written and any(part in str(a) for a in arguments[:2]):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-
-    return arm

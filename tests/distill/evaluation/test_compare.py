@@ -32,14 +32,13 @@ from tests.support import chain
 from tests.support.bits import answer_bits
 from tests.support.chain import (
     copied,
-    in_child,
-    kill_at,
     printed,
     printed_json,
     read_json,
     refused,
     run,
 )
+from tests.support.killing import in_child, kill_at
 
 CHAT_TEMPLATE = "chat_template.jinja"
 DOMAINS = ("code", "prose")

@@ -20,7 +20,8 @@ from fusechat_distill.inputs.open import open_inputs
 from fusechat_distill.scoring.stage import placement, score_stages
 from fusechat_distill.storage.processes import Processes
 from tests.support import chain
-from tests.support.chain import Silent, in_child, kill_at, launched, parquet_files
+from tests.support.chain import Silent, launched, parquet_files
+from tests.support.killing import in_child, kill_at
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -241,13 +240,3 @@ def test_a_place_that_takes_nothing_is_known_before_anything_is_measured(
     result = analyzed(tmp_path, weighted(family), "--out", tmp_path / "file" / "analysis")
     assert result.exit_code == 2
     assert "file can't be written to; name another folder" in result.stderr
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from click.testing import CliRunner; from fusechat_merge.cli import main; "
-        "assert CliRunner().invoke(main, ['--help']).exit_code == 0; "
-        "print(sorted({'torch', 'mergekit', 'numpy', 'transformers', 'rich'} & set(sys.modules)))"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout == "[]\n"

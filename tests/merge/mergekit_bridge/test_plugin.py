@@ -493,32 +493,24 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"parameters": {"weight": -1, "normalize": True}},
-            "2 problems:\n  parameters.weight: -1 is below 0\n  parameters.normalize: varm has no"
-            f" parameter 'normalize'; {VARM_TAKES}",
-        ),
+        ({"parameters": {"weight": -1, "normalize": True}},
+         "2 problems:\n  parameters.weight: -1 is below 0\n  parameters.normalize: varm has no"
+         f" parameter 'normalize'; {VARM_TAKES}"),
         ({"base_model": None}, "base_model is missing: varm needs the pivot"),
         ({"parameters": weightless("model.norm")}, WEIGHTLESS.format("model.norm.weight")),
         ({"parameters": weightless("lm_head", [0])}, WEIGHTLESS.format(HEAD)),
         ({"parameters": {"granularity": "model"}, "tokenizer_source": "base"}, TOKENIZER),
         ({"parameters": {"granularity": "module"}, "tokenizer": {"source": "base"}}, TOKENIZER),
-        (
-            {"merge_method": "fusechat_sce", "parameters": {"select_topk": 2}},
-            "parameters.select_topk: 2 is above 1",
-        ),
-        (
-            {"raw": True, "parameters": {"granularity": "layer"}},
-            "mergekit-pytorch knows no modules or layers: use granularity matrix or element here, or"
-            " mergekit-yaml or fusechat-merge run",
-        ),
-        (
-            {"raw": True, "parameters": {"lambda": ".nan"}},
-            "parameters.lambda: '.nan' is not a finite number",
-        ),
+        ({"merge_method": "fusechat_sce", "parameters": {"select_topk": 2}},
+         "parameters.select_topk: 2 is above 1"),
+        ({"raw": True, "parameters": {"granularity": "layer"}},
+         "mergekit-pytorch knows no modules or layers: use granularity matrix or element here, or"
+         " mergekit-yaml or fusechat-merge run"),
+        ({"raw": True, "parameters": {"lambda": ".nan"}},
+         "parameters.lambda: '.nan' is not a finite number"),
         ({"raw": True, "parameters": weightless("norm")}, WEIGHTLESS.format("norm")),
     ],
-)
+)  # fmt: skip
 def test_refused(family, files, tmp_path, reads, changes, message):
     raw = changes.get("raw")
     settings = configuration(files if raw else family) | changes

@@ -11,17 +11,11 @@ from fusechat_merge.methods.units import Unit, members_of, shared_unit, unit_nam
     ("name", "module", "layer"),
     [
         ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn", "model.layers.3"),
-        (
-            "model.layers.12.input_layernorm.weight",
-            "model.layers.12.input_layernorm",
-            "model.layers.12",
-        ),
+        ("model.layers.12.input_layernorm.weight", "model.layers.12.input_layernorm",
+         "model.layers.12"),
         # Only the first all-digit component: experts belong to their layer's MLP.
-        (
-            "model.layers.0.block_sparse_moe.experts.7.w1.weight",
-            "model.layers.0.block_sparse_moe",
-            "model.layers.0",
-        ),
+        ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "model.layers.0.block_sparse_moe",
+         "model.layers.0"),
         ("transformer.h.5.attn.c_attn.bias", "transformer.h.5.attn", "transformer.h.5"),
         ("gpt_neox.layers.1.mlp", "gpt_neox.layers.1.mlp", "gpt_neox.layers.1"),
         ("0.weight", "0.weight", "0"),
@@ -38,7 +32,7 @@ from fusechat_merge.methods.units import Unit, members_of, shared_unit, unit_nam
         ("model.h.٣.attn.w", "model.h.٣.attn.w", "model.h.٣.attn.w"),
         ("model..attn.w", "model..attn.w", "model..attn.w"),
     ],
-)
+)  # fmt: skip
 def test_units(name, module, layer):
     assert unit_name(name, "matrix") == name
     assert unit_name(name, "element") == name

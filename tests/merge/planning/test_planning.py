@@ -124,45 +124,31 @@ GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid"
         (converted(torch.float8_e4m3fn), "its weights are quantised (F8_E4M3)"),
         (MISTRAL, "the models have different architectures; --allow-crimes tries"),
         (MISTRAL, "MistralForCausalLM in "),
-        (
-            config(architectures=["FooForCausalLM"], model_type="foo"),
-            "t0: config.json: The checkpoint you are trying to load has",
-        ),
+        (config(architectures=["FooForCausalLM"], model_type="foo"),
+         "t0: config.json: The checkpoint you are trying to load has"),
         (config(num_hidden_layers=5), "the models have different numbers of layers (2 in "),
         (written(WEIGHTS, GIT_LFS), "t0: model.safetensors: is Git LFS's pointer to the file"),
         (truncated, "t0: model.safetensors: 'model.norm.weight' ends at byte"),
         (quantised, "its weights are quantised (gptq); merge the original checkpoint, or write"),
-        (
-            lambda t0: (t0 / WEIGHTS).rename(t0 / "pytorch_model.bin"),
-            "its weights are pickled (pytorch_model.bin), which can run code; convert it",
-        ),
+        (lambda t0: (t0 / WEIGHTS).rename(t0 / "pytorch_model.bin"),
+         "its weights are pickled (pytorch_model.bin), which can run code; convert it"),
         (lambda t0: (t0 / "config.json").unlink(), "t0: config.json can't be read"),
         (lambda t0: replaced(t0, str), "t0: no such folder"),
         (lambda t0: replaced(t0, Path.touch), "t0: a model is a folder, this is a file"),
-        (
-            lambda t0: replaced(t0 / "config.json", os.mkfifo),
-            "t0: config.json can't be read (config.json is not a regular",
-        ),
+        (lambda t0: replaced(t0 / "config.json", os.mkfifo),
+         "t0: config.json can't be read (config.json is not a regular"),
         (too_long("config.json"), "t0: config.json can't be read (100000001 bytes is too long)"),
         (too_long(INDEX), "index.json: 100000001 bytes is too long for an index"),
-        (
-            written(INDEX, '{"metadata": {}, "weight_map": [1]}'),
-            "weight_map must map tensor names to file names",
-        ),
-        (
-            of_the_base(config(architectures={"a": 1})),
-            "a model's config.json or the YAML is not as mergekit needs it (",
-        ),
-        (
-            of_the_base(written("config.json", "[" * 100_000)),
-            "config.json can't be read (maximum recursion depth",
-        ),
-        (
-            of_the_base(written("tokenizer_config.json", "{")),
-            "side files can't be read (Expecting property name",
-        ),
+        (written(INDEX, '{"metadata": {}, "weight_map": [1]}'),
+         "weight_map must map tensor names to file names"),
+        (of_the_base(config(architectures={"a": 1})),
+         "a model's config.json or the YAML is not as mergekit needs it ("),
+        (of_the_base(written("config.json", "[" * 100_000)),
+         "config.json can't be read (maximum recursion depth"),
+        (of_the_base(written("tokenizer_config.json", "{")),
+         "side files can't be read (Expecting property name"),
     ],
-)
+)  # fmt: skip
 def test_problems_of_models(tmp_path, paths, damage, message):
     damage(paths[1])
     before = sorted(tmp_path.iterdir())
@@ -249,24 +235,16 @@ SLICE = "slices: [{{sources: [{{model: base, layer_range: [0, {}]}}]}}]"
     [
         ("models: [{model: t0, weight: 2}]", "unknown key 'weight' at models[0]; a parameter"),
         ("models: [{model: t0, parameter: {}}]", "at models[0] (did you mean 'parameters'?)"),
-        (
-            "parameters: {lambda: [{filtr: mlp, value: 1}, {value: 0}]}",
-            "unknown key 'filtr' at parameters.lambda[0] (did you mean 'filter'?)",
-        ),
-        (
-            "parameters: {lambda: [{filter: [mlp], value: 1}]}",
-            "parameters.lambda: takes a value, a list of numbers (a gradient), or filters",
-        ),
-        (
-            "parameters: {lambda: [{filter: self_atn, value: 1}, {filter: '*', value: 0}]}",
-            "parameters.lambda: no tensor's name has the filter 'self_atn' in it"
-            " (did you mean 'self_attn'?)",
-        ),
+        ("parameters: {lambda: [{filtr: mlp, value: 1}, {value: 0}]}",
+         "unknown key 'filtr' at parameters.lambda[0] (did you mean 'filter'?)"),
+        ("parameters: {lambda: [{filter: [mlp], value: 1}]}",
+         "parameters.lambda: takes a value, a list of numbers (a gradient), or filters"),
+        ("parameters: {lambda: [{filter: self_atn, value: 1}, {filter: '*', value: 0}]}",
+         "parameters.lambda: no tensor's name has the filter 'self_atn' in it"
+         " (did you mean 'self_attn'?)"),
         ("parameters: {weight: 0}", "weight: every target's is 0 for "),
-        (
-            "models: [{model: t0, parameters: {weight: null}}]",
-            "models[0].parameters.weight: has no value; write one or leave the key out",
-        ),
+        ("models: [{model: t0, parameters: {weight: null}}]",
+         "models[0].parameters.weight: has no value; write one or leave the key out"),
         ("models: [t0]", "models[0]: 't0' stands alone; write - model: t0"),
         ("models: {t0: {}}", "models: should be a list; write - model: NAME for each"),
         ("models: 3", "models: should be a list"),
@@ -284,13 +262,11 @@ SLICE = "slices: [{{sources: [{{model: base, layer_range: [0, {}]}}]}}]"
         ("{merge_method: model_stock, models: [{model: t0}]}", "at least"),
         ("merge_method: linear", "Missing required parameter weight for"),
         ("merge_method: linear", "(the same for 20 more)"),
-        (
-            f"{{merge_method: passthrough, models: null, {SLICE.format(1 << 63)}}}",
-            f"layer_range [0, {1 << 63}]: base has not so many layers",
-        ),
+        (f"{{merge_method: passthrough, models: null, {SLICE.format(1 << 63)}}}",
+         f"layer_range [0, {1 << 63}]: base has not so many layers"),
         ("dtype: 16", "dtype: should be a valid string"),
     ],
-)
+)  # fmt: skip
 def test_problems_of_configurations(paths, monkeypatch, changes, message):
     monkeypatch.chdir(paths[0].parent)
     settings = configuration(["base", "t0", "t1"]) | yaml.safe_load(changes)
