@@ -16,7 +16,8 @@ import torch
 
 from fusechat_common import system
 from fusechat_distill.storage.shards import Shards
-from tests.support import checkpoints
+from tests.support.checkpoints import llama_family
+from tests.support.merging import configuration
 
 LACKING = [
     "sched_getaffinity",
@@ -71,12 +72,7 @@ def files(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def test_a_merge_a_resumed_one_and_a_store_on_a_lesser_system(tmp_path: Path) -> None:
-    base, *targets = checkpoints.llama_family(tmp_path / "models", (torch.bfloat16,) * 3)
-    config = {
-        "merge_method": "varm",
-        "base_model": str(base),
-        "models": [{"model": str(t)} for t in targets],
-    }
+    config = configuration(llama_family(tmp_path / "models", (torch.bfloat16,) * 3))
     for name, lacking in (("all", []), ("few", LACKING)):
         (tmp_path / name).mkdir()
         given = json.dumps({"config": config, "here": str(tmp_path / name), "lacking": lacking})

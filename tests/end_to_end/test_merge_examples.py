@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from transformers import MistralConfig, MistralForCausalLM
 
+from tests.support.checkpoints import llama_family
 from tests.support.merging import Tensors, read, run_mergekit
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "merge").glob("*.yml"))
@@ -24,27 +24,10 @@ def models(tmp_path_factory):
     for example in EXAMPLES:
         config = MergeConfiguration.model_validate(yaml.safe_load(example.read_text()))
         names |= {reference.model.path for reference in config.referenced_models()}
-    torch.manual_seed(0)
-    pivot = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-    weights = {name: value.clone() for name, value in pivot.state_dict().items()}
-    folder = tmp_path_factory.mktemp("models")
-    for number, name in enumerate(sorted(names)):
-        moved = 0.0 if name == PIVOT else 0.01 * (1 + number)
-        pivot.load_state_dict(
-            {key: value + moved * torch.randn_like(value) for key, value in weights.items()}
-        )
-        pivot.to(torch.bfloat16).save_pretrained(folder / name)
-        pivot.float()
-    return {name: folder / name for name in names}
+    ordered = sorted(names, key=lambda name: (name != PIVOT, name))
+    dtypes, changes = (torch.bfloat16,) * len(names), {"num_hidden_layers": 4}
+    paths = llama_family(tmp_path_factory.mktemp("models"), dtypes, changes=changes)
+    return dict(zip(ordered, paths, strict=True))
 
 
 def merge(example: Path, models: dict[str, Path], out: Path) -> Tensors:

@@ -9,6 +9,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -366,13 +367,6 @@ def test_a_folder_with_a_space_in_its_name(tmp_path):
     assert (out / "model.safetensors").stat().st_mtime_ns == before  # known to be finished
 
 
-class _Stream:
-    """Stands in for a CUDA stream: what it is told to copy is there at once."""
-
-    def synchronize(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("method", ["varm", "fusechat_sce"])
 def test_what_is_computed_elsewhere_goes_there_and_comes_back(tmp_path, paths, monkeypatch, method):
     """The staging of an accelerator, with memory of its own and no accelerator."""
@@ -382,7 +376,7 @@ def test_what_is_computed_elsewhere_goes_there_and_comes_back(tmp_path, paths, m
 
     def staged(self, ring):
         plain(self, ring)
-        self._there, self._stream = torch.full_like(self._host, 255), _Stream()
+        self._there, self._stream = torch.full_like(self._host, 255), Mock()
         self._host.fill_(255)
 
     monkeypatch.setattr(passes.Desk, "__init__", staged)

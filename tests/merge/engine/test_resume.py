@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -178,6 +178,12 @@ def interrupted(yml, out):
     assert "gone; completed work is kept, and the same command resumes" in result.stderr
     assert work_of(out).exists()
     return work_of(out)
+
+
+def just_before_the_journal(patch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Something that comes between the plan of a merge and its work."""
+    plain = execute.Journal
+    patch.setattr(execute, "Journal", lambda path: (happens(), plain(path))[1])
 
 
 def refused(yml: Path, out: Path, *messages: str) -> None:
@@ -442,29 +448,17 @@ def test_out_in_use_is_kept_until_the_new_model_is_complete(yml, out):
 
 
 def test_an_unfinished_merge_is_kept_while_out_is_in_use(yml, out, interrupted, monkeypatch):
-    plain, before = execute.Journal, content(interrupted)
-
-    def late(path):
-        out.mkdir()
-        (out / "precious").touch()
-        return plain(path)
-
+    before = content(interrupted)
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "Journal", late)
+        just_before_the_journal(patch, lambda: (out / "precious").mkdir(parents=True))
         refused(yml, out, IN_USE)
     assert content(interrupted) == before
     assert cli("run", yml, out, "--overwrite").exit_code == 0
 
 
 def test_another_merge_that_finished_in_the_meantime_is_kept(tmp_path, out, config, monkeypatch):
-    other, plain = execute.merge(config, tmp_path / "other"), execute.Journal
-
-    def late(path):
-        if not out.exists():
-            other.rename(out)
-        return plain(path)
-
-    monkeypatch.setattr(execute, "Journal", late)
+    other = execute.merge(config, tmp_path / "other")
+    just_before_the_journal(monkeypatch, lambda: other.exists() and other.rename(out))
     with pytest.raises(RequestError, match=IN_USE):
         execute.merge({**config, "dtype": "float32"}, out)
     assert not work_of(out).exists()

@@ -104,6 +104,12 @@ def test_refused(method, parameters):
     assert of_all(parameters, method) == [f"parameters.{name}: {REFUSED[method][parameters]}"]
 
 
+GIVE = "'weight' has no meaning under the base model: give it to the targets"
+MOVE = "'lambda' has no meaning under the base model: move it to parameters"
+FOR_ALL = "counts for all models: move it from the model to parameters"
+WEIGTH = f"varm has no parameter 'weigth' (did you mean 'weight'?); {VARM_TAKES}"
+
+
 def test_a_key_where_mergekit_ignores_it():
     assert problems(
         """
@@ -113,16 +119,11 @@ def test_a_key_where_mergekit_ignores_it():
           - {model: b, parameters: {weigth: 2}}
         """
     ) == [
-        "models[0].parameters.weight: 'weight' has no meaning under the base model: give it to the"
-        " targets",
-        "models[0].parameters.lambda: 'lambda' has no meaning under the base model: move it to"
-        " parameters",
-        "models[0].parameters.weigth: varm has no parameter 'weigth' (did you mean 'weight'?);"
-        f" {VARM_TAKES}",
-        "models[1].parameters.granularity: 'granularity' counts for all models: move it from the"
-        " model to parameters",
-        "models[2].parameters.weigth: varm has no parameter 'weigth' (did you mean 'weight'?);"
-        f" {VARM_TAKES}",
+        f"models[0].parameters.weight: {GIVE}",
+        f"models[0].parameters.lambda: {MOVE}",
+        f"models[0].parameters.weigth: {WEIGTH}",
+        f"models[1].parameters.granularity: 'granularity' {FOR_ALL}",
+        f"models[2].parameters.weigth: {WEIGTH}",
     ]
 
 
@@ -140,13 +141,10 @@ def test_slices():
     """
     assert problems(text) == [
         "slices[0].parameters.lambda: 'much' is not a finite number",
-        "slices[0].sources[0].parameters.weight: 'weight' has no meaning under the base model: give"
-        " it to the targets",
-        "slices[0].sources[1].parameters.lambda: 'lambda' counts for all models: move it from the"
-        " model to parameters",
+        f"slices[0].sources[0].parameters.weight: {GIVE}",
+        f"slices[0].sources[1].parameters.lambda: 'lambda' {FOR_ALL}",
         "slices[1].sources[0].parameters.weight: -1 is below 0",
-        "slices[1].sources[1].parameters.weight: 'weight' has no meaning under the base model: give"
-        " it to the targets",
+        f"slices[1].sources[1].parameters.weight: {GIVE}",
     ]
 
 
@@ -168,8 +166,7 @@ def test_modules():
         "parameters.lambda: 'x' is not a finite number",
         "modules.text_decoder.parameters.statistics: varm has no parameter 'statistics' (did you"
         f" mean 'statistic'?); {VARM_TAKES}",
-        "modules.text_decoder.models[1].parameters.statistic: 'statistic' counts for all models:"
-        " move it from the model to parameters",
+        f"modules.text_decoder.models[1].parameters.statistic: 'statistic' {FOR_ALL}",
         "modules.vision_tower.slices[0].parameters.weight: 'x' is not a finite number",
     ]
 
@@ -209,9 +206,7 @@ def test_mergekit_pytorchs_configuration():
     target = {"model": "a.safetensors", "parameters": {"lambda": 1}}
     assert raw(models=[base, target], base_model="base.safetensors", parameters={"x": 1}) == [
         f"parameters.x: varm has no parameter 'x'; {VARM_TAKES}",
-        "models[0].parameters.weight: 'weight' has no meaning under the base model: give it to the"
-        " targets",
-        "models[1].parameters.lambda: 'lambda' counts for all models: move it from the model to"
-        " parameters",
+        f"models[0].parameters.weight: {GIVE}",
+        f"models[1].parameters.lambda: 'lambda' {FOR_ALL}",
     ]
     assert raw(models=[{"model": "a.safetensors"}]) == MISSING
