@@ -26,12 +26,9 @@ from tests.support.real_tokenizers import CHATML
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 128,
-}
+}  # fmt: skip
 PLAIN = (
     "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ 'A: ' + message['content'] + '</s>' }}{% else %}{{ 'Q: ' + message['content'] + '\\n' }}"

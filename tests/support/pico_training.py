@@ -33,18 +33,10 @@ gc.freeze()
 VOCABULARY = 61
 
 _SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "attn_implementation": "eager",
-}
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager",
+}  # fmt: skip
 
 CONFIGS: dict[str, Any] = {
     "untied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
@@ -177,22 +169,12 @@ class Recorder(TrainerCallback):
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     """Plain settings for a deterministic step on CPU in float32."""
     return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **changes,
-    }
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 1,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+        "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        "dataloader_pin_memory": False, **changes,
+    }  # fmt: skip
 
 
 def trainer(

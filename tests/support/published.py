@@ -18,14 +18,9 @@ from transformers import (
 
 EIGHT_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 VISION = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 896,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "image_size": 896, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 HEADS_OF_128 = {"head_dim": 128}
 
 # name, parameters by the model's page, class, vocabulary, hidden, intermediate, layers, heads,
