@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -31,8 +32,11 @@ from torch import Tensor
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import InMemory, NonFiniteError
+from fusechat_merge.methods.stacks import down_of, has_halves, is_stack, matrices
 from fusechat_merge.methods.units import Granularity, members_of, shared_unit
 
+HALVES = "halves"
+"""A task has this parameter if its tensor is a stack with gate and up matrices as halves."""
 Statistics = Mapping[Hashable, float]
 """Σ δ² (or Σ |δ|) over a unit, by target."""
 
@@ -112,6 +116,11 @@ class VarmMethod(GroupMergeMethod):
     ) -> list[dict[str, Any]]:
         """The parameters and, where a granularity spans tensors, the statistics of the unit."""
         names = [entry.metadata.name for entry in groups]
+        shapes = {g.metadata.name or "": tuple(_base_of(g).tensor.shape) for g in groups}
+        parameters = [
+            {**of_tensor, HALVES: True} if name and of_halves(name, shapes) else of_tensor
+            for name, of_tensor in zip(names, parameters, strict=True)
+        ]
         units = [
             None if name is None else shared_unit(name, of_tensor)
             for name, of_tensor in zip(names, parameters, strict=True)
@@ -120,7 +129,13 @@ class VarmMethod(GroupMergeMethod):
         members = members_of((unit for unit in units if unit), [names[i] or "" for i in named])
         statistics = {
             unit: unit_statistics(
-                (align_dtype(groups[named[i]], input_dtypes[named[i]]) for i in positions),
+                (
+                    matrix
+                    for i in (named[position] for position in positions)
+                    for matrix in by_matrix(
+                        align_dtype(groups[i], input_dtypes[i]), HALVES in parameters[i]
+                    )
+                ),
                 unit.statistic,
             )
             for unit, positions in members.items()
@@ -137,17 +152,19 @@ class VarmMethod(GroupMergeMethod):
         prior = parameters["weight"].values_for(group.non_base)
         if not any(prior):
             raise RequestError([weightless([group.metadata.name or "the tensor"])])
-        passes = _passes(group)
-        with _naming(group):
+        of_unit: Statistics | None = parameters.get("unit_statistics")
+
+        def merge(matrix: TensorGroup) -> Tensor:
+            passes = _passes(matrix)
             if parameters["granularity"] == "element":
                 varm.write_elements(passes, prior, statistic, lam)
             else:
-                of_unit: Statistics | None = parameters.get("unit_statistics")
-                if of_unit is None:
-                    of_unit = unit_statistics([group], statistic)
-                sums = [of_unit.get(entry.id, 0.0) for entry in group.non_base]
+                known = unit_statistics([matrix], statistic) if of_unit is None else of_unit
+                sums = [known.get(entry.id, 0.0) for entry in group.non_base]
                 varm.write(passes, varm.weights(sums, prior), lam)
-        return passes.output
+            return passes.output
+
+        return _each_matrix(group, HALVES in parameters, merge)
 
 
 class SceMethod(GroupMergeMethod):
@@ -180,10 +197,13 @@ class SceMethod(GroupMergeMethod):
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         if not group.non_base:
             return _base_of(group).tensor
-        passes = _passes(group)
-        with _naming(group):
+
+        def merge(matrix: TensorGroup) -> Tensor:
+            passes = _passes(matrix)
             sce.merge(passes, parameters["select_topk"], parameters["variant"])
-        return passes.output
+            return passes.output
+
+        return _each_matrix(group, HALVES in parameters, merge)
 
 
 METHODS = (VarmMethod(), SceMethod())
@@ -199,6 +219,44 @@ def unit_statistics(groups: Iterable[TensorGroup], statistic: str) -> Statistics
         for entry, value in zip(group.non_base, of_tensor, strict=True):
             sums[entry.id].append(value)
     return {target: math.fsum(values) for target, values in sums.items()}
+
+
+def of_halves(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor is a stack of experts with gate and up matrices as halves.
+
+    Args:
+        name: of the tensor.
+        shapes: of it and of the layer's other tensors, by name.
+    """
+    down = shapes.get(down_of(name) or "")
+    stack = down is not None and is_stack(name, shapes[name])
+    return stack and has_halves(shapes[name], down or ())
+
+
+def by_matrix(group: TensorGroup, halves: bool) -> Iterator[TensorGroup]:
+    """A tensor's group, or that of each matrix where the tensor is a stack of experts."""
+    shape = tuple(_base_of(group).tensor.shape)
+    if not is_stack(group.metadata.name or "", shape):
+        yield group
+        return
+    for matrix in matrices(shape, halves):
+        part = slice(matrix.first, matrix.first + matrix.numel)
+        entries = (
+            replace(entry, tensor=entry.tensor.reshape(-1)[part].view(matrix.shape))
+            for entry in group.entries
+        )
+        yield replace(group, entries=tuple(entries))
+
+
+def _each_matrix(
+    group: TensorGroup, halves: bool, merge: Callable[[TensorGroup], Tensor]
+) -> Tensor:
+    """The merged tensor, each matrix of a stack of experts merged by itself."""
+    with _naming(group):
+        merged = [merge(matrix) for matrix in by_matrix(group, halves)]
+    if len(merged) == 1:
+        return merged[0]
+    return torch.cat([matrix.view(-1) for matrix in merged]).view_as(_base_of(group).tensor)
 
 
 def _base_of(group: TensorGroup) -> TensorEntry:

@@ -46,15 +46,19 @@ def extend_planner() -> None:
     """Check our methods' parameters before mergekit plans, and give varm its units after."""
     from mergekit.plan import MergePlanner
 
-    from fusechat_merge.mergekit_bridge.units import with_units
+    from fusechat_merge.mergekit_bridge.units import with_halves, with_units
 
     def wrap(plan: Callable[[Any], None]) -> Callable[[Any], None]:
         def _plan(self: Any) -> None:
             _refuse(parameter_problems(self.config))
             plan(self)
-            if self.config.merge_method == "varm":
-                weights, tasks = zip(*self._tensors, strict=True) if self._tensors else ((), ())
-                self._tensors = list(zip(weights, with_units(tasks), strict=True))
+            if self.config.merge_method in SPECS and self._tensors:
+                weights, planned = zip(*self._tensors, strict=True)
+                base = planned[0].base_model
+                tasks = with_halves(planned, base.config(self.options.trust_remote_code))
+                if self.config.merge_method == "varm":
+                    tasks = with_units(tasks)
+                self._tensors = list(zip(weights, tasks, strict=True))
 
         return _plan
 

@@ -20,12 +20,17 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError, RequestError
+from fusechat_merge.inputs.layouts import InMemory
 from fusechat_merge.mergekit_bridge.methods import (
+    HALVES,
     Statistics,
+    by_matrix,
     non_finite,
+    of_halves,
     unit_statistics,
     weightless,
 )
+from fusechat_merge.methods.stacks import down_of
 from fusechat_merge.methods.units import Unit, members_of, shared_unit
 
 
@@ -56,8 +61,15 @@ class UnitStatistics(Task[Statistics]):
         return self.label
 
     def execute(self) -> Statistics:
-        groups = (load_group(member) for member in self._members)
-        return unit_statistics((g for g in groups if g is not None), self.statistic)
+        return unit_statistics(
+            (
+                matrix
+                for member in self._members
+                if (group := load_group(member)) is not None
+                for matrix in by_matrix(group, HALVES in member.parameters)
+            ),
+            self.statistic,
+        )
 
 
 def load_group(task: ExecuteMergeMethodTask) -> TensorGroup | None:
@@ -95,9 +107,32 @@ class MergeWithUnit(ExecuteMergeMethodTask):
             for model, tensor in tensors.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise FusechatError(non_finite(model, self.output_weight.name))
-        parameters = {**dict(self.parameters.items()), **statistics}
-        task = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
-        return ExecuteMergeMethodTask.execute(task, tensors)
+        return ExecuteMergeMethodTask.execute(_with(self, **statistics), tensors)
+
+
+def with_halves(
+    tasks: Sequence[ExecuteMergeMethodTask], config: Any
+) -> list[ExecuteMergeMethodTask]:
+    """The planned tasks; those of stacks with gate and up matrices as halves say so.
+
+    Args:
+        tasks: of `varm` or `fusechat_sce`.
+        config: the base's configuration, one of transformers'.
+    """
+    names = [task.output_weight.name for task in tasks]
+    if not any(down_of(name) in names for name in names):
+        return list(tasks)
+    shapes = {name: tuple(tensor.shape) for name, tensor in InMemory(config).state.items()}
+    return [
+        _with(task, **{HALVES: True}) if name in shapes and of_halves(name, shapes) else task
+        for name, task in zip(names, tasks, strict=True)
+    ]
+
+
+def _with(task: ExecuteMergeMethodTask, **more: Any) -> ExecuteMergeMethodTask:
+    """The task with more parameters for its method."""
+    parameters = ImmutableMap(data={**dict(task.parameters.items()), **more})
+    return task.model_copy(update={"parameters": parameters})
 
 
 def with_units(tasks: Sequence[ExecuteMergeMethodTask]) -> list[ExecuteMergeMethodTask]:
