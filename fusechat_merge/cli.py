@@ -142,13 +142,15 @@ def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
 
         def started(planned: Plan, device: str) -> None:
             meter.total = sum(output.nbytes for output in planned.outputs)
+            for note in planned.notes():
+                click.echo(note, err=True)
             _say(
                 as_json,
                 f"merging {len(planned.models)} models on {device}:"
                 f" {planned.input_bytes / 1e9:.2f} GB in, {planned.output_bytes / 1e9:.2f} GB out",
                 event="plan",
                 device=device,
-                tensors=len(planned.outputs),
+                tensors=len({output.tensor for output in planned.outputs}),
                 input_bytes=planned.input_bytes,
                 output_bytes=planned.output_bytes,
             )

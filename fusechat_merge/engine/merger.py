@@ -242,7 +242,7 @@ class _ReadAhead:
 
 
 def read_bytes(output: Output) -> int:
-    return sum(source.location.nbytes for source in output.sources)
+    return sum(source.used.nbytes for source in output.sources)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class SourceFiles:
 
     def announce(self, source: Source) -> None:
         """Ask the system to read the whole tensor ahead."""
-        for at in source.location.locations():
+        for at in source.used.locations():
             will_read(self._descriptor(source.model, at.file), at.offset, at.nbytes)
 
     def close(self) -> None:
@@ -180,10 +180,12 @@ class _Reader:
     Attributes:
         stored: dtype in the file.
         held: dtype in which methods get it.
+        first: number of its first element in the model's tensor.
     """
 
     def __init__(self, files: SourceFiles, source: Source) -> None:
         self._location, self._read_at = source.location, files.reading(source.model)
+        self.first = source.first
         self.stored, self.held = DTYPES[source.location.dtype], _held(source)
         self.itemsize = self.stored.itemsize
 
@@ -193,7 +195,7 @@ class _Reader:
         Raises:
             OSError: the file can't be read, or ends too early.
         """
-        self._location.read(self._read_at, first, into)
+        self._location.read(self._read_at, self.first + first, into)
 
 
 class Desk(AbstractContextManager[None]):
@@ -327,6 +329,6 @@ class FilePasses:
                 tensor = desk.cut(used, n, reader.held).copy_(tensor)
                 used += _round_up(tensor.nbytes)
             if factors is not None:
-                factors.apply(tensor, start)
+                factors.apply(tensor, reader.first + start)
             tensors.append(tensor)
         return Block(start, tensors[0], tuple(tensors[1:])), used

@@ -68,12 +68,12 @@ def verify(
     except OSError as error:
         raise RequestError([f"{out}: can't be read ({error})"]) from error
     misfits = _misfits(planned, made)
-    names = {output.name for output in planned.outputs}
+    names = {output.tensor for output in planned.outputs}
     problems = list(misfits.values())
     problems += [f"{name}: doesn't belong here" for name in made.tensors if name not in names]
     problems += [f"{name}: lies in {file}, unlisted" for name, file in made.unlisted.items()]
     problems += _side_file_problems(planned, out)
-    chosen = [output for output in planned.outputs if output.name not in misfits]
+    chosen = [output for output in planned.outputs if output.tensor not in misfits]
     if sample < 1:
         count = max(1, round(sample * len(chosen))) if chosen else 0
         chosen = random.Random(0).sample(chosen, count)
@@ -94,11 +94,11 @@ def _misfits(planned: Plan, made: Checkpoint) -> dict[str, str]:
     """By name, the outputs that are missing or have another dtype or shape, each with a message."""
     misfits = {}
     for output in planned.outputs:
-        name, at = output.name, made.tensors.get(output.name)
+        name, at = output.tensor, made.tensors.get(output.tensor)
         if at is None:
             misfits[name] = f"{name}: is missing"
-        elif at.shape != output.shape or DTYPES.get(at.dtype) != output.dtype:
-            stored, planned_as = f"{at.dtype} {list(at.shape)}", list(output.shape)
+        elif at.shape != output.tensor_shape or DTYPES.get(at.dtype) != output.dtype:
+            stored, planned_as = f"{at.dtype} {list(at.shape)}", list(output.tensor_shape)
             misfits[name] = f"{name}: is {stored}, not {output.dtype} {planned_as}"
     return misfits
 
@@ -137,10 +137,11 @@ class _Comparison(Sink):
         self._descriptors = {file: os.open(folder / file, os.O_RDONLY) for file in made.files}
 
     def write(self, output: Output, first: int, data: memoryview) -> None:
-        (at,) = self._made.tensors[output.name].locations()
+        (at,) = self._made.tensors[output.tensor].locations()
+        offset = at.offset + output.first * output.dtype.itemsize + first
         for start in range(0, data.nbytes, _PIECE):
             piece = data[start : start + _PIECE]
-            stored = os.pread(self._descriptors[at.file], piece.nbytes, at.offset + first + start)
+            stored = os.pread(self._descriptors[at.file], piece.nbytes, offset + start)
             if stored != piece:
                 pairs = enumerate(zip(stored, piece, strict=False))
                 byte = next((i for i, (a, b) in pairs if a != b), len(stored))

@@ -54,6 +54,7 @@ class Checkpoint:
         files: the safetensors files by name.
         unlisted: tensors in those files that the index doesn't place there, with the file.
         updates: what an adapter changes of which tensors.
+        absent: names of the base's tensors that this model's class doesn't have.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Checkpoint:
     files: dict[str, WeightsFile]
     unlisted: dict[str, str]
     updates: Mapping[str, Update] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
 
 class Store(Protocol):

@@ -60,7 +60,7 @@ class Stored(Protocol):
         """Bytes that reading n elements takes in memory besides the buffer that is filled."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Location:
     """One range of bytes.
 
@@ -137,7 +137,7 @@ class Joined:
         return max((part.scratch(min(n, part.numel)) for part in self.parts), default=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Range:
     """Some consecutive elements of a tensor that is no single range of bytes.
 
@@ -173,7 +173,7 @@ class Range:
         return self.whole.scratch(n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transposed:
     """A matrix whose rows are the columns of the stored one.
 

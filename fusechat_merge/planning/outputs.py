@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import OptionalTensorPolicy
@@ -23,7 +22,9 @@ from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from fusechat_common.errors import one_line
+from fusechat_merge.mergekit_bridge.by_files import FilesModule
 from fusechat_merge.mergekit_bridge.loader import DTYPES
+from fusechat_merge.methods.stacks import down_of, has_halves, is_stack, matrices
 from fusechat_merge.methods.units import layer_of, shared_unit
 from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.plan import NATIVE, LeftOut, Output, Plan, Source
@@ -31,12 +32,11 @@ from fusechat_merge.planning.plan import NATIVE, LeftOut, Output, Plan, Source
 
 @dataclass(frozen=True)
 class _Input:
-    """What loading one model's weight gives: shape and dtype, and which tensors that reads."""
+    """What loading one model's weight gives: the tensor's name there, its shape and dtype."""
 
+    tensor: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: tuple[str, ...]
-    direct: bool  # one tensor as it is, not converted from others
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,20 @@ class LayerPlanner(MergePlanner):
         self.outside: list[_Layer] = []
         self.problems: list[tuple[str, str]] = []  # (tensor, problem)
 
-    def plan_all(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+    def plan_all(self, add: Callable[[WeightInfo, ExecuteMergeMethodTask], None]) -> None:
+        """Plan every tensor; `add` gets each at once, so that their tasks take no memory."""
         self.normalize_config()
+        self._add = add
         for name, module in self.config.modules.items():
             self.plan_module(name, module)
-        return self._take()
 
     def plan_by_name(
         self, name: str, inputs: Sequence[str], layer: _Layer
-    ) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+    ) -> tuple[WeightInfo, ExecuteMergeMethodTask]:
         """A tensor that the architecture's table doesn't know."""
         weights = [WeightInfo(name=n) for n in inputs]
         super().plan_tensor(WeightInfo(name=name), weights, list(layer.models), layer.reader)
-        return self._take()
-
-    def _take(self) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
-        taken = list(self._tensors)
-        self._tensors.clear()
-        return taken
+        return self._tensors.pop()
 
     def plan_module(self, module_name: str, definition: Any) -> None:
         sources = definition.slices[0].sources
@@ -102,6 +98,34 @@ class LayerPlanner(MergePlanner):
             super().plan_tensor(weight, weights_in, models, cfg_reader)
         except Exception as error:  # mergekit raises RuntimeError, ValueError and pydantic's own
             self.problems.append((weight.name, f"{weight.name}: {one_line(error)}"))
+        while self._tensors:
+            self._add(*self._tensors.pop())
+
+    def plan_layer(
+        self,
+        sources: list[InputSliceDefinition],
+        layer_offset: int,
+        t: float,
+        cfg_reader: ConfigReader,
+        module_name: str,
+    ) -> None:
+        module = self.arch_info.modules[module_name].architecture
+        if not isinstance(module, FilesModule):
+            super().plan_layer(sources, layer_offset, t, cfg_reader, module_name)
+            return
+        # Layers may differ: the base's layer says what the output's has.
+        numbers = [source.layer_range[0] + layer_offset for source in sources]
+        models = [source.model for source in sources]
+        base = cfg_reader.base_model
+        lead = numbers[models.index(base) if base in models else 0]
+        for weight in module.layer_weights(lead, None):
+            self.plan_tensor(
+                module.renumbered(weight, self._current_module_layers),
+                [module.renumbered(weight, n) for n in numbers],
+                models,
+                cfg_reader.with_t(t),
+            )
+        self._current_module_layers += 1
 
     def known_names(self, model: ModelReference) -> set[str]:
         """Every name under which the architecture's table knows a tensor of the model."""
@@ -119,12 +143,15 @@ class OutputMaker:
         self.planned = planned
         self.config = config
         self.outputs: dict[str, Output] = {}
+        self.tensors: dict[str, Output] = {}  # the same, stacks of experts in one piece
         self.problems: list[tuple[str, str]] = []  # (tensor, problem)
         self.tasks: dict[str, ExecuteMergeMethodTask] = {}
         self.used: dict[str, set[str]] = defaultdict(set)
         self._returned: dict[tuple[str, int, torch.dtype, int], torch.dtype] = {}
         self.weightless: list[str] = []  # outputs for which all weights are 0
-        self.regular: dict[str, ExecuteMergeMethodTask] = {}  # varm's, those by name aside
+        # varm's, those by name aside, where units of several tensors may need them.
+        self.regular: dict[str, ExecuteMergeMethodTask] = {}
+        self._keep = "granularity" in planned.source
         self.complete: set[str] = set()  # outputs to which every model contributes
 
     def add(self, weight: WeightInfo, task: ExecuteMergeMethodTask, alone: bool = False) -> None:
@@ -140,7 +167,7 @@ class OutputMaker:
             loaded = self._input(model, wanted, inner.dtype)
             if loaded is not None:
                 present.append((model, loaded))
-                self.used[str(model)].update(loaded.read)
+                self.used[str(model)].add(loaded.tensor)
             elif not wanted.optional:
                 problem = f"{model}: lacks {wanted.name}, which its architecture needs"
                 problems.append((wanted.name, problem))
@@ -166,13 +193,12 @@ class OutputMaker:
             merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
         regular = task.method_name == "varm" and how != "copy" and not alone
-        self.outputs[name] = Output(
+        output = Output(
             name=name,
             how=how,
             sources=tuple(
-                source
+                self._source(model, loaded, rows)
                 for model, loaded in (ordered if how in NATIVE else present)
-                for source in self._sources(model, loaded, rows)
             ),
             parameters=self._parameters(task, ordered) if how in NATIVE else {},
             unit=shared_unit(name, task.parameters) if regular else None,
@@ -180,16 +206,37 @@ class OutputMaker:
             dtype=dtype_from_name(weight.force_dtype or self.config.out_dtype) or merged,
             shape=shape,
         )
+        self.tensors[name] = output
+        matrices = self._matrices(output)
+        self.outputs |= {each.name: each for each in matrices}
         if how == "task":
             self.tasks[name] = task
         if task.method_name == "varm" and how != "copy":
             targets = [model for model, _ in ordered if model != base]
             if not any(task.input_parameters[m]["weight"] for m in targets):
                 self.weightless.append(name)
-        if regular:
+        if regular and self._keep:
             self.regular[name] = task
             if len(present) == len(task.model_order) and merged.is_floating_point:
-                self.complete.add(name)
+                self.complete.update(each.name for each in matrices)
+
+    def _matrices(self, output: Output) -> list[Output]:
+        """An output; of a stack of experts each matrix as an output of its own."""
+        if output.how not in NATIVE or not is_stack(output.name, output.shape):
+            return [output]
+        base = output.sources[0]
+        down = self.planned.models[base.model].tensors.get(down_of(base.tensor) or "")
+        halves = down is not None and has_halves(output.shape, down.shape)
+        return [
+            replace(
+                output,
+                name=output.name + matrix.label,
+                sources=tuple(s.part(matrix.first, matrix.numel) for s in output.sources),
+                shape=matrix.shape,
+                stack=(output.name, output.shape),
+            )
+            for matrix in matrices(output.shape, halves)
+        ]
 
     def copy(self, name: str, model: ModelReference, tensor: str) -> None:
         """The base's tensor under another name: converted like any other if it is floating."""
@@ -202,7 +249,8 @@ class OutputMaker:
             written = dtype_from_name(self.config.out_dtype) or loaded
         source = Source(str(model), tensor, at, at.numel, loaded, checkpoint.updates.get(tensor))
         self.used[str(model)].add(tensor)
-        self.outputs[name] = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
+        output = Output(name, "copy", (source,), {}, None, loaded, written, at.shape)
+        self.outputs[name] = self.tensors[name] = output
 
     def _input(self, model: ModelReference, weight: WeightInfo, dtype: str | None) -> _Input | None:
         tensors = self.planned.models[str(model)].tensors
@@ -210,22 +258,7 @@ class OutputMaker:
         for name in _names_of(weight):
             if name in tensors:
                 at = tensors[name]
-                return _Input(at.shape, loaded or DTYPES[at.dtype], (name,), True)
-        # What mergekit's checkpoint conversion would give, by running it on tensors without data.
-        read: list[str] = []
-
-        def without_data(name: str) -> torch.Tensor:
-            read.append(name)
-            at = tensors[name]
-            return torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
-
-        lazy = {name: (lambda name=name: without_data(name)) for name in tensors}
-        trust = self.planned.options.trust_remote_code
-        model_type = model.config(trust_remote_code=trust).model_type
-        for name in (weight.name, *(weight.aliases or ())):
-            tensor = convert_checkpoint_tensors(model_type, lazy, name)
-            if tensor is not None:
-                return _Input(tuple(tensor.shape), loaded or tensor.dtype, tuple(read), False)
+                return _Input(name, at.shape, loaded or DTYPES[at.dtype])
         return None
 
     def _outcome(
@@ -315,7 +348,7 @@ class OutputMaker:
         contiguous = isinstance(gather, GatherTensors) or (
             isinstance(gather, TruncatedVocabulary) and gather.weight_info.vocabulary_axis == 0
         )
-        if not contiguous or not all(loaded.direct for _, loaded in present):
+        if not contiguous:
             return "task"
         unchanged = task.method_name in NATIVE or (
             task.method_name == "passthrough"
@@ -349,14 +382,13 @@ class OutputMaker:
                 self._returned[key] = promoted  # it will say so when it runs
         return self._returned[key]
 
-    def _sources(
+    def _source(
         self, model: ModelReference, loaded: _Input, shape: tuple[int, ...] | None
-    ) -> Iterator[Source]:
-        checkpoint = self.planned.models[str(model)]
-        for name in loaded.read:
-            at = checkpoint.tensors[name]
-            numel = at.numel if shape is None else math.prod(shape)
-            yield Source(str(model), name, at, numel, loaded.dtype, checkpoint.updates.get(name))
+    ) -> Source:
+        checkpoint, name = self.planned.models[str(model)], loaded.tensor
+        at = checkpoint.tensors[name]
+        numel = at.numel if shape is None else math.prod(shape)
+        return Source(str(model), name, at, numel, loaded.dtype, checkpoint.updates.get(name))
 
     def _parameters(
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]
@@ -388,7 +420,7 @@ def plan_unknown(planned: Plan, planner: LayerPlanner, maker: OutputMaker) -> No
         rests_of_all = [rest for m, prefix in models for rest in unknown[str(m)].get(prefix, ())]
         for rest in dict.fromkeys(rests_of_all):
             name = layer.prefix + rest
-            if name in maker.outputs:
+            if name in maker.tensors:
                 continue
             present = {
                 model: planned.models[str(model)].tensors[prefix + rest]
@@ -401,8 +433,7 @@ def plan_unknown(planned: Plan, planner: LayerPlanner, maker: OutputMaker) -> No
             floating = all(DTYPES[at.dtype].is_floating_point for at in present.values())
             if len(present) == len(models) and alike and floating:
                 inputs = [prefix + rest for prefix in layer.prefixes]
-                ((weight, task),) = planner.plan_by_name(name, inputs, layer)
-                maker.add(weight, task, alone=True)
+                maker.add(*planner.plan_by_name(name, inputs, layer), alone=True)
                 planned.by_name.append(name)
             else:
                 maker.copy(name, base, dict(models)[base] + rest)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from fusechat_merge.inputs.checkpoint import Checkpoint
-from fusechat_merge.inputs.stored import Stored
+from fusechat_merge.inputs.stored import Stored, part_of
 from fusechat_merge.inputs.update import Update
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS
@@ -55,17 +55,18 @@ class Options:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One model's tensor as an input.
 
     Attributes:
         model: as the configuration names it.
         tensor: its name there.
-        location: where its bytes are.
+        location: where its values are.
         numel: how many of its elements count, from the first (all but those of rows cut off).
         dtype: to which it is converted before anything else (the YAML's `dtype`), or its own.
-        update: what an adapter changes of it.
+        update: what an adapter changes of the tensor.
+        first: the element of the tensor with which the source begins, where it is a part of it.
     """
 
     model: str
@@ -74,14 +75,26 @@ class Source:
     numel: int
     dtype: torch.dtype
     update: Update | None = None
+    first: int = 0
+
+    @property
+    def used(self) -> Stored:
+        """The elements that count, all or some of the tensor's."""
+        if self.numel == self.location.numel:
+            return self.location
+        return part_of(self.location, self.first, (self.numel,))
+
+    def part(self, first: int, numel: int) -> Source:
+        """A matrix of a stack, as a source."""
+        return replace(self, numel=numel, first=first)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor that will be written.
+    """One tensor that will be written, or one matrix of it.
 
     Attributes:
-        name: of the tensor.
+        name: of the tensor; of a matrix in a stack the stack's, followed by the matrix's label.
         how: `varm`, `fusechat_sce`, `copy` (of the one source) or `task` (mergekit's own).
         sources: the inputs, the base first where the method is one of ours.
         parameters: of our methods, resolved for this tensor; `weight` is a list, one a target.
@@ -89,6 +102,7 @@ class Output:
         merged_dtype: what the method returns, the promoted dtype of its inputs.
         dtype, shape: as written.
         file, offset, nbytes: its place; `offset` counts from the start of the file.
+        stack: name and shape of the tensor that it is a matrix of; None where it is a tensor.
     """
 
     name: str
@@ -101,6 +115,21 @@ class Output:
     shape: tuple[int, ...]
     file: str = ""
     offset: int = 0
+    stack: tuple[str, tuple[int, ...]] | None = None
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor that it is, or is a matrix of."""
+        return self.stack[0] if self.stack else self.name
+
+    @property
+    def first(self) -> int:
+        """Number of its first element in that tensor."""
+        return self.sources[0].first if self.stack else 0
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.stack[1] if self.stack else self.shape
 
     @property
     def numel(self) -> int:
@@ -176,7 +205,11 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes of all tensors that are read, each counted once."""
-        read = {(s.model, s.tensor): s.location.nbytes for o in self.outputs for s in o.sources}
+        read = {
+            (source.model, source.tensor, source.first): source.used.nbytes
+            for output in self.outputs
+            for source in output.sources
+        }
         return sum(read.values())
 
     @property
@@ -184,13 +217,24 @@ class Plan:
         """Size of all output files."""
         return sum(shard.size for shard in self.shards)
 
+    def notes(self) -> list[str]:
+        """What people should know before the merge: what is copied, and what is left out."""
+        notes = []
+        if self.copied:
+            notes.append(f"the base's alone, copied: {_some(self.copied)}")
+        left: dict[str, list[str]] = {}
+        for each in self.left_out:
+            left.setdefault(each.model, []).append(each.tensor)
+        notes += [f"left out of {model}: {_some(tensors)}" for model, tensors in left.items()]
+        return notes
+
     def summary(self) -> dict[str, Any]:
         """The plan in figures and lists, for people and programs."""
         return {
             "merge_method": self.config.merge_method,
             "models": list(self.models),
             "parameters": self.parameters,
-            "tensors": len(self.outputs),
+            "tensors": len({output.tensor for output in self.outputs}),
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
@@ -199,3 +243,10 @@ class Plan:
             "left_out": [asdict(left) for left in self.left_out],
             "problems": self.problems,
         }
+
+
+def _some(tensors: Sequence[str]) -> str:
+    """How many tensors, and the first of them."""
+    if len(tensors) == 1:
+        return f"1 tensor ({tensors[0]})"
+    return f"{len(tensors)} tensors ({tensors[0]}, …)"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import ModelArchitecture, arch_info_for_config, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
@@ -22,7 +23,9 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 
 from fusechat_common.errors import RequestError, one_line
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
-from fusechat_merge.mergekit_bridge.loader import loading
+from fusechat_merge.inputs.layouts import in_layout_of
+from fusechat_merge.mergekit_bridge.by_files import files_architecture, fits
+from fusechat_merge.mergekit_bridge.loader import DTYPES, loading
 from fusechat_merge.mergekit_bridge.methods import weightless
 from fusechat_merge.mergekit_bridge.parameters import idle_filters, pieces_of
 from fusechat_merge.mergekit_bridge.units import with_units
@@ -70,10 +73,56 @@ def plan(
     result.models = {str(reference): checkpoint for reference, checkpoint in models.items()}
     if not result.problems:
         result.problems += _range_problems(result)
+    if result.problems:
+        return result
+    configs = _configs(result)
     if not result.problems:
-        with loading(models, result.options.of_mergekit()):
-            _plan_outputs(result)
+        _present(result, configs)
+    if not result.problems:
+        presented = {reference: result.models[str(reference)] for reference in models}
+        with loading(presented, result.options.of_mergekit()):
+            _plan_outputs(result, configs)
     return result
+
+
+def _configs(planned: Plan) -> dict[str, PretrainedConfig]:
+    """Every model's configuration, the base's first."""
+    configs: dict[str, PretrainedConfig] = {}
+    for reference in referenced_models(planned.config):
+        try:
+            configs[str(reference)] = reference.config(planned.options.trust_remote_code)
+        except Exception as error:  # transformers' errors have no common base, and name no model
+            planned.problems.append(f"{reference}: config.json: {one_line(error)}")
+    return configs
+
+
+def _present(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> None:
+    """Give every checkpoint the names and the layout of the base's files."""
+    planned.donor, *others = configs
+    base = planned.models[planned.donor]
+    for model in others:
+        try:
+            planned.models[model] = in_layout_of(
+                base, configs[planned.donor], planned.models[model], configs[model]
+            )
+        except CheckpointError as error:
+            planned.problems += error.problems
+
+
+def _architecture(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> ModelArchitecture:
+    """mergekit's table of the models' tensors; where it has none that fits, one by the files.
+
+    Raises:
+        RuntimeError: the models have different architectures.
+    """
+    models = [planned.models[model] for model in configs]
+    base = next(iter(configs.values()))
+    tables = all(arch_info_for_config(config) for config in configs.values())
+    if planned.config.modules or (tables and not _one_within_another(configs.values())):
+        table = get_architecture_info(planned.config, planned.options.of_mergekit())
+        if planned.config.modules or fits(table, base, models[0].tensors):
+            return table
+    return files_architecture(models, base)
 
 
 def _range_problems(planned: Plan) -> list[str]:
@@ -89,25 +138,23 @@ def _range_problems(planned: Plan) -> list[str]:
     ]
 
 
-def _plan_outputs(planned: Plan) -> None:
+def _one_within_another(configs: Iterable[PretrainedConfig]) -> bool:
+    """Whether one model is the language model that is a part of another one's class."""
+    types = {config.model_type for config in configs}
+    inner = {config.get_text_config().model_type for config in configs}
+    return len(types) > 1 and len(inner) == 1
+
+
+def _plan_outputs(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> None:
     config = planned.config.model_copy(deep=True)
     references = referenced_models(config)
-    planned.donor = str(references[0])
-    configs: dict[str, PretrainedConfig] = {}
-    for reference in references:
-        try:
-            configs[str(reference)] = reference.config(planned.options.trust_remote_code)
-        except Exception as error:  # transformers' errors have no common base, and name no model
-            planned.problems.append(f"{reference}: config.json: {one_line(error)}")
-    if planned.problems:
-        return
     try:
-        planned.architecture = get_architecture_info(config, planned.options.of_mergekit())
+        planned.architecture = _architecture(planned, configs)
         planned.out_config = _model_out_config(
             config, planned.architecture, trust_remote_code=planned.options.trust_remote_code
         )
         planner = LayerPlanner(planned, planned.architecture, config)
-        tensors = planner.plan_all()
+        maker = OutputMaker(planned, config)
         if planner._tokenizer_task:
             try:
                 planned.tokenizer = _tokenizer(planner._tokenizer_task, references)
@@ -127,6 +174,7 @@ def _plan_outputs(planned: Plan) -> None:
                 planned.tokenizer.tokenizer,
                 pad_to_multiple_of=config.tokenizer and config.tokenizer.pad_to_multiple_of,
             )
+        planner.plan_all(maker.add)
     except RequestError as error:
         planned.problems += error.problems
         return
@@ -134,12 +182,9 @@ def _plan_outputs(planned: Plan) -> None:
         planned.problems.append(_remedy(error, configs))
         return
 
-    maker = OutputMaker(planned, config)
-    for weight, task in tensors:
-        maker.add(weight, task)
     plan_unknown(planned, planner, maker)
     planned.problems += _condensed(planner.problems + maker.problems)
-    planned.problems += idle_filters(config, list(maker.outputs))
+    planned.problems += idle_filters(config, list(maker.tensors))
     donor = planned.models[planned.donor].folder
     if donor is not None:
         try:
@@ -229,9 +274,9 @@ def _ordered(planned: Plan, maker: OutputMaker) -> list[Output]:
     leads = []
     for output in outputs:
         own = [s for s in output.sources if s.model == planned.donor] or list(output.sources)
-        leads.append((own[0].model, own[0].tensor))
-    if len({model for model, _ in leads}) == 1 and len(set(leads)) == len(leads):
-        order = sorted(range(len(outputs)), key=lambda i: ranks[leads[i]])
+        leads.append((own[0].model, own[0].tensor, own[0].first))
+    if len({model for model, _, _ in leads}) == 1 and len(set(leads)) == len(leads):
+        order = sorted(range(len(outputs)), key=lambda i: (ranks[leads[i][:2]], leads[i][2]))
         return [outputs[i] for i in order]
     return outputs
 
@@ -241,10 +286,13 @@ def _plan_units(planned: Plan, maker: OutputMaker) -> None:
 
     Where some are converted or permuted, only mergekit's tasks can read them: use those then.
     """
-    in_units = {output.name for output in planned.outputs if output.unit}
+    in_units = {output.tensor for output in planned.outputs if output.unit}
     if not in_units:
         return
-    if any(maker.outputs[name].how == "task" for name in maker.complete | in_units):
+    if any(
+        output.how == "task" and (name in maker.complete or name in in_units)
+        for name, output in maker.tensors.items()
+    ):
         try:
             united = with_units(list(maker.regular.values()))
         except RequestError as error:
@@ -253,9 +301,11 @@ def _plan_units(planned: Plan, maker: OutputMaker) -> None:
         for name, task in zip(maker.regular, united, strict=True):
             if name in in_units:
                 maker.tasks[name] = task
+        # A task gives a whole tensor: stacks of experts in one piece.
+        whole = {o.tensor: maker.tensors[o.tensor] if o.unit else o for o in planned.outputs}
         planned.outputs = [
             replace(output, how="task", parameters={}, unit=None) if output.unit else output
-            for output in planned.outputs
+            for output in whole.values()
         ]
         return
     # An output that a model lacks is merged by the unit's weights, but its deltas don't count.
@@ -270,12 +320,14 @@ def _place(planned: Plan) -> None:
     """Split the outputs into shards and fix every offset."""
     groups: list[list[Output]] = []
     size = 0
-    for output in planned.outputs:
-        if not groups or (size and size + output.nbytes > planned.options.shard_size):
+    for _, tensor in groupby(planned.outputs, key=lambda output: output.tensor):
+        matrices = list(tensor)  # of a stack; one otherwise
+        nbytes = sum(output.nbytes for output in matrices)
+        if not groups or (size and size + nbytes > planned.options.shard_size):
             groups.append([])
             size = 0
-        groups[-1].append(output)
-        size += output.nbytes
+        groups[-1] += matrices
+        size += nbytes
     # Every file's header is final now, and so is the offset of every tensor behind it.
     placed: dict[str, Output] = {}
     for number, group in enumerate(groups, 1):
@@ -287,12 +339,15 @@ def _place(planned: Plan) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for output in group:
-            header[output.name] = {
+            begin, end = position, position + output.nbytes
+            if output.tensor in header:  # the next matrix of a stack
+                begin = header[output.tensor]["data_offsets"][0]
+            header[output.tensor] = {
                 "dtype": DTYPE_NAMES[output.dtype],
-                "shape": list(output.shape),
-                "data_offsets": [position, position + output.nbytes],
+                "shape": list(output.tensor_shape),
+                "data_offsets": [begin, end],
             }
-            position += output.nbytes
+            position = end
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-(8 + len(raw)) % _PAGE)  # most tensors begin on a page then
         first = 8 + len(raw)
@@ -305,22 +360,33 @@ def _place(planned: Plan) -> None:
 
 
 def _account(planned: Plan, maker: OutputMaker, planner: LayerPlanner) -> None:
-    """List every input tensor that is not used."""
+    """List every input tensor that is not used; a matrix that fits nothing is a problem."""
     listed = {(left.model, left.tensor) for left in planned.left_out}
     for reference in referenced_models(planned.config):
         model = str(reference)
         checkpoint = planned.models[model]
         known = planner.known_names(reference)
-        for tensor in checkpoint.tensors:
+        unfit = []
+        for tensor, at in checkpoint.tensors.items():
             if tensor in maker.used[model] or (model, tensor) in listed:
                 continue
             if tensor in known:
                 reason = "no slice of the configuration takes it"
-            elif tensor in maker.outputs:
+            elif tensor in maker.tensors:
                 reason = "the base has another shape or not every model has it"
             else:
                 reason = "the architecture doesn't know it and the base has no such tensor"
+                if len(at.shape) > 1 and DTYPES[at.dtype].is_floating_point:
+                    unfit.append(tensor)
             planned.left_out.append(LeftOut(model, tensor, reason))
+        if unfit and not planned.options.allow_crimes:
+            number = f"{len(unfit)} tensors, {unfit[0]} for one, fit"
+            if len(unfit) == 1:
+                number = f"1 tensor, {unfit[0]}, fits"
+            planned.problems.append(
+                f"{model}: {number} none of the base's and would be left out; if that is what you"
+                " want, --allow-crimes"
+            )
         for tensor, file in checkpoint.unlisted.items():
             reason = f"it lies in {file}, but the index doesn't place it there"
             planned.left_out.append(LeftOut(model, tensor, reason))

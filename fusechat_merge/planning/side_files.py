@@ -152,7 +152,7 @@ def _skip(text: str, at: int) -> int:
 def index(planned: Plan) -> str:
     """The text of `model.safetensors.index.json`."""
     total = sum(output.nbytes for output in planned.outputs)
-    weight_map = {output.name: output.file for output in planned.outputs}
+    weight_map = {output.tensor: output.file for output in planned.outputs}
     return as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
