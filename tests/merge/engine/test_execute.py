@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusechat_common.errors import FusechatError, RequestError
 from fusechat_merge.engine import passes, saving
@@ -225,26 +225,6 @@ def test_a_chat_template_alone(tmp_path, paths):
     assert (other / "chat_template.jinja").read_text() == template
     written = "chat_template.jinja config.json fusechat_merge.json model.safetensors tokenizer.json"
     assert {path.name for path in other.iterdir()} == set(written.split())
-
-
-@pytest.mark.parametrize("method", ["varm", "linear"])
-@pytest.mark.parametrize("granularity", ["matrix", "layer"])
-def test_a_checkpoint_that_mergekit_converts(tmp_path, method, granularity):
-    """Qwen2-MoE has no table in mergekit; on disk it has one tensor an expert, in memory one."""
-    config = Qwen2MoeConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_experts=3, num_experts_per_tok=2,
-        moe_intermediate_size=8, shared_expert_intermediate_size=8,
-    )  # fmt: skip
-    paths = [tmp_path / "in" / str(seed) for seed in range(3)]
-    for seed, path in enumerate(paths):
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).to(BF16).save_pretrained(path)
-    assert "model.layers.0.mlp.experts.2.gate_proj.weight" in read(paths[0])
-    parameters = {"weight": 0.5} | ({"granularity": granularity} if method == "varm" else {})
-    as_mergekit(configuration(paths, method, parameters=parameters), tmp_path)
-    written = record(tmp_path / "ours")
-    assert written["left_out"] == written["merged_by_name"] == []
 
 
 def test_tensors_that_the_architecture_does_not_know(tmp_path):

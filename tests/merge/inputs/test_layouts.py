@@ -1,0 +1,135 @@
+"""Targets whose files have other names or another layout than the base's: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from fusechat_merge.engine.execute import merge
+from fusechat_merge.planning.planner import plan
+from tests.support.families import FAMILIES, family
+from tests.support.merging import assert_same, cli, configuration, read, record, rewrite, write_yaml
+
+Save = Callable[[Path, Path], object]
+
+
+def as_in_memory(original: Path, folder: Path) -> None:
+    kind = getattr(
+        transformers, json.loads((original / "config.json").read_text())["architectures"][0]
+    )
+    kind.from_pretrained(original).save_pretrained(folder, save_original_format=False)
+
+
+def transposed(original: Path, folder: Path) -> None:
+    """Qwen3-VL-MoE as it was released: experts [experts, in, out]."""
+    shutil.copytree(original, folder)
+    rewrite(folder, lambda tensors: tensors.update(
+        {n: t.transpose(1, 2).contiguous() for n, t in tensors.items() if ".experts." in n}
+    ))  # fmt: skip
+
+
+def without_prefix(original: Path, folder: Path) -> None:
+    """GPT-2 as OpenAI's first checkpoints name it."""
+    shutil.copytree(original, folder)
+    renamed = {n.removeprefix("transformer."): t for n, t in read(folder).items()}
+    save_file(renamed, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["targets", "base"])
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("Qwen3-MoE", as_in_memory),
+        ("Mixtral", as_in_memory),
+        ("DeepSeek-V3", as_in_memory),
+        ("Qwen3-VL-MoE", transposed),
+        ("Gemma 3 with vision", as_in_memory),
+        ("LLaVA", as_in_memory),
+        ("Kimi K2.5", as_in_memory),
+        ("GPT-2", without_prefix),
+    ],
+)
+def test_another_layout(name: str, save: Save, backwards: bool, tmp_path: Path) -> None:
+    """As if all had been saved like the base."""
+    paths = family(name, tmp_path / "one")
+    others = [tmp_path / "other" / path.name for path in paths]
+    for path, other in zip(paths, others, strict=True):
+        save(path, other)
+    if backwards:
+        paths, others = others, paths
+    assert set(read(paths[0])) != set(read(others[0])) or save is transposed
+    settings = {"parameters": {"granularity": "matrix"}, "dtype": "bfloat16"}
+    expected = read(merge(configuration(paths, **settings), tmp_path / "expected"))
+    mixed = configuration([paths[0], others[1], paths[2]], **settings)
+    assert_same(read(merge(mixed, tmp_path / "out", memory=4 << 20)), expected)
+    written = record(tmp_path / "out")
+    assert written["left_out"] == written["copied_from_base"] == []
+    linear = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (paths[0], others[1])]
+    out = read(merge({"merge_method": "linear", "models": linear}, tmp_path / "linear"))
+    base, target = read(paths[0]), read(paths[1])
+    halves = {n: (base[n].double() + target[n].double()) / 2 for n in base}
+    assert all(torch.allclose(out[n].double(), halves[n], atol=1e-6) for n in base)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 with vision", "Qwen3.5", "Mistral 3"])
+def test_a_language_model_saved_on_its_own(name: str, tmp_path: Path) -> None:
+    """Its tensors are merged with those of the vision-language base, whose tower stays."""
+    paths = family(name, tmp_path)
+    kind = getattr(transformers, FAMILIES[name].model)
+    whole = kind.from_pretrained(paths[1])
+    text_config = whole.config.get_text_config()
+    text_config.tie_word_embeddings = whole.config.tie_word_embeddings
+    text = transformers.AutoModelForCausalLM.from_config(text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    settings = configuration([paths[0], tmp_path / "text"])
+    out = read(merge(settings, tmp_path / "out"))
+    base, target = read(paths[0]), read(paths[1])
+    tower = [n for n in base if "vision" in n or "visual" in n or "projector" in n]
+    assert tower
+    assert set(out) == set(base)
+    assert all(torch.equal(out[n], (base if n in tower else target)[n]) for n in base)
+    assert sorted(record(tmp_path / "out")["copied_from_base"]) == sorted(tower)
+
+
+def test_layers_for_multi_token_prediction(tmp_path: Path) -> None:
+    """transformers drops them when it saves again: they are the base's then."""
+    paths = family("DeepSeek-V3", tmp_path)
+    layer = {
+        f"model.layers.2.{n}.weight": torch.randn(8, 8) for n in ("eh_proj", "mlp.gate", "enorm")
+    }
+    rewrite(paths[0], lambda tensors: tensors.update(layer))
+    out = read(merge(configuration(paths), tmp_path / "out"))
+    assert all(torch.equal(out[name], tensor) for name, tensor in layer.items())
+    assert sorted(record(tmp_path / "out")["copied_from_base"]) == sorted(layer)
+    for number in (1, 2):
+        rewrite(paths[number], lambda tensors, n=number: tensors.update(
+            {name: tensor + n for name, tensor in layer.items()}
+        ))  # fmt: skip
+    out = read(merge(configuration(paths), tmp_path / "both"))
+    assert all(torch.allclose(out[n], t + 0.2 * 1 + 0.8 * 2, atol=1e-5) for n, t in layer.items())
+    assert record(tmp_path / "both")["copied_from_base"] == []
+
+
+def test_what_fits_nothing_is_said_before_the_merge(tmp_path: Path) -> None:
+    paths = family("Qwen3.5", tmp_path)
+    table, bias = "adapter.table.weight", "model.language_model.layers.0.mlp.up_proj.bias"
+    rewrite(paths[2], lambda tensors: tensors.update(
+        {table: torch.ones(4, 4), bias: torch.ones(48)}
+    ))  # fmt: skip
+    (problem,) = plan(configuration(paths)).problems
+    assert f"{paths[2]}: 1 tensor, {table}, fits none of the base's" in problem
+    assert "--allow-crimes" in problem
+    yml = write_yaml(tmp_path / "merge.yml", configuration(paths))
+    result = cli("run", yml, tmp_path / "out", "--allow-crimes")
+    assert result.exit_code == 0, result.output
+    assert f"left out of {paths[2]}: 2 tensors ({table}, …)" in result.stderr
+    assert {table, bias} == {left["tensor"] for left in record(tmp_path / "out")["left_out"]}
