@@ -158,6 +158,25 @@ def exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def start_child(work: Callable[[], object]) -> tuple[int, IO[bytes]]:
+    """Does `work` in a forked process; see `wait_for_child`."""
+    said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the child ends)
+
+    def telling() -> None:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+        work()
+
+    return forked(telling), said
+
+
+def wait_for_child(pid: int, said: IO[bytes]) -> tuple[int, str]:
+    """Waits for what `start_child` started: its exit status, and what it said."""
+    status = exit_status(pid)
+    said.seek(0)
+    return status, said.read().decode("utf-8", "replace")
+
+
 def own_copy(folder: Path) -> Path:
     """A copy of a folder for this process, beside it; made once."""
     copy = folder.with_name(f"{folder.name}-{os.getpid()}")

@@ -1,11 +1,8 @@
 """Crashes, races, determinism and security of distillations."""
 
 import atexit
-import contextlib
 import errno
-import functools
 import itertools
-import json
 import os
 import pickle
 import random
@@ -17,10 +14,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from qa.reliability.cases import Figure, Section, exit_status, forked, scaled
+import datasets
+import numpy as np
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from fusechat_distill.cli import commands
+from fusechat_distill.storage.shards import ScoreStore
+from qa.reliability import cases
+from qa.reliability.cases import Figure, Section, Wrong, scaled
+from qa.reliability.models import Trap
+from tests.support import chain
+from tests.support.merging import change_json, content
 
 CRASHES = "Crashes of a distillation"
 RACES = "Races of distillations"
@@ -47,25 +58,18 @@ class World:
 
     def before(self, stage: str) -> Path:
         """A copy of the output as it is when a stage begins."""
-        number = STAGES.index(stage)
-        if number:
+        if number := STAGES.index(stage):
             self.after(STAGES[number - 1])
         return self.folder / f"before-{stage}"
 
     def after(self, stage: str) -> dict[str, bytes]:
         """Files that a stage, and those before it, make when nothing happens."""
-        from click.testing import CliRunner
-
-        from fusechat_distill.cli import commands
-
         if stage not in self.made:
             self.restore(stage)
-            result = CliRunner().invoke(commands, [stage, str(self.recipe)])
-            assert result.exit_code == 0, result.output
+            chain.printed(stage, self.recipe)
             self.made[stage] = files(self.out)
-            following = STAGES.index(stage) + 1
-            if following < len(STAGES):
-                shutil.copytree(self.out, self.folder / f"before-{STAGES[following]}")
+            for following in STAGES[STAGES.index(stage) + 1 :][:1]:
+                shutil.copytree(self.out, self.folder / f"before-{following}")
         return self.made[stage]
 
     def restore(self, stage: str) -> None:
@@ -73,61 +77,43 @@ class World:
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(before, self.out)
 
-    def run(
-        self, *arguments: str, before: Callable[[], object] = int, recipe: Path | None = None
-    ) -> tuple[int, str]:
-        """A command in a process of its own: its status (or minus the signal), and what it said."""
-        return self.wait(*self.start(*arguments, before=before, recipe=recipe))
-
     def start(
         self, *arguments: str, before: Callable[[], object] = int, recipe: Path | None = None
-    ) -> tuple[int, Path]:
-        import torch
-
-        from fusechat_distill.cli import commands
-
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".log")
+    ) -> tuple[int, IO[bytes]]:
+        """A command in a process of its own, in which `before` is done first."""
 
         def work() -> None:
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             torch.set_num_threads(1)
             before()
-            with contextlib.redirect_stderr(sys.stderr):
-                commands.main([*arguments, str(recipe or self.recipe)])
+            commands.main([*arguments, str(recipe or self.recipe)])
 
-        pid = forked(work)
-        os.close(handle)
-        return pid, Path(name)
+        return cases.start_child(work)
 
-    def wait(self, pid: int, said: Path) -> tuple[int, str]:
-        status = exit_status(pid)
-        text = said.read_text("utf-8", "replace")
-        said.unlink()
-        return status, text
+    def run(self, *arguments: str, **more: Any) -> tuple[int, str]:
+        """The same to its end: its status (or minus the signal), and what it said."""
+        return cases.wait_for_child(*self.start(*arguments, **more))
+
+    def done(self, *arguments: str, **more: Any) -> None:
+        """The same, which has to succeed."""
+        status, said = self.run(*arguments, **more)
+        if status != 0:
+            raise Wrong(f"{arguments}: status {status}: {said[-300:]}")
 
 
 def files(out: Path) -> dict[str, bytes]:
     """Everything under a name that is not a temporary one's and not of an unfinished training."""
     return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file()
-        and path.name not in (*TIMED, ".lock")
-        and not str(path.relative_to(out)).startswith("training/")
-        and not any(part.endswith(".part") for part in path.parts)
+        name: raw
+        for name, raw in content(out).items()
+        if Path(name).name not in (*TIMED, ".lock")
+        and not name.startswith("training/")
+        and not any(part.endswith(".part") for part in Path(name).parts)
     }
 
 
-@functools.cache
+@cache
 def world() -> World:
     """Made once, for all sections."""
-    import datasets
-    from transformers.utils import logging
-
-    from tests.support import chain
-
     folder = Path(tempfile.mkdtemp(prefix="reliability-distill-")).resolve()
     owner = os.getpid()
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
@@ -139,34 +125,37 @@ def world() -> World:
     return World(folder, recipe, folder / "out")
 
 
-def some(cases: Iterable[T], scale: float) -> list[T]:
+def some(every: Iterable[T], scale: float) -> list[T]:
     """All of them, or, far below scale 0.1, the first ones."""
-    listed = list(cases)
+    listed = list(every)
     return listed[: scaled(len(listed), min(1.0, 10 * scale))]
+
+
+REMOVALS = ("os.remove", "os.rmdir")
+
+
+def changed_by(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """The paths that an audit event says are about to be made, changed or removed."""
+    if event in ("os.rename", "os.link", "os.symlink"):
+        return [os.fsdecode(path) for path in arguments[:2]]
+    if event in ("os.mkdir", *REMOVALS):
+        return [os.fsdecode(arguments[0])]
+    writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
+    return [os.fsdecode(arguments[0])] if writing and not isinstance(arguments[0], int) else []
 
 
 def at_disk_calls(out: Path, do: Callable[[int, str], object]) -> Callable[[], None]:
     """`do` is told of each call that changes the disk below `out`, just before: number and kind."""
 
     def arm() -> None:
-        calls = 0
-
-        def one(kind: str) -> None:
-            nonlocal calls
-            calls += 1
-            do(calls, kind)
+        calls = itertools.count(1)
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
-                event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
-            )
-            if changes and str(out) in str(arguments[0]):
-                one(event)
+            if any(str(out) in path for path in changed_by(event, arguments)):
+                do(next(calls), event)
 
-        real = os.fsync
-
-        def fsync(handle: int) -> None:
-            one("os.fsync")
+        def fsync(handle: int, real: Callable[[int], None] = os.fsync) -> None:
+            do(next(calls), "os.fsync")
             real(handle)
 
         os.fsync = fsync
@@ -201,8 +190,10 @@ def after_seconds(seconds: float) -> Callable[[], None]:
     return arm
 
 
-def file_limit(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def clean_end(status: int, said: str, allowed: tuple[int, ...] = (0, 1, 2)) -> bool:
+    """Done, or one line that says why not."""
+    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
+    return status in allowed and len(errors) == (status != 0) and "Traceback" not in said
 
 
 def partial_files(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
@@ -210,52 +201,48 @@ def partial_files(found: dict[str, bytes], expected: dict[str, bytes]) -> list[s
     return [name for name in found if found[name] != expected.get(name)]
 
 
-def crashed(made: World, stage: str, arm: Callable[[], None], *, dies: bool) -> str | None:
-    """What went wrong in a stage that was disturbed and then run again; None if nothing."""
-    from click.testing import CliRunner
-    from transformers import AutoModelForCausalLM
+def crashed(made: World, stage: str, arm: Callable[[], None], *, dies: bool) -> None:
+    """Disturb a stage, then run it again.
 
-    from fusechat_distill.cli import commands
-
+    Raises:
+        Wrong: it leaves what looks whole and is not, or the second run makes something else.
+    """
     made.restore(stage)
     status, said = made.run(stage, before=arm)
-    if dies and status not in (0, -signal.SIGKILL, -signal.SIGALRM):
-        return f"status {status}: {said[-300:]}"
-    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
-    if not dies and (status not in (0, 1) or len(errors) != (status == 1) or "Traceback" in said):
-        return f"status {status}: {said[-600:]}"
-    shown = CliRunner().invoke(commands, ["status", str(made.recipe), "--json"])
-    if shown.exit_code != 0:
-        return f"then `status` says: {shown.output}"
+    fine = status in (0, -signal.SIGKILL, -signal.SIGALRM)
+    if not (fine if dies else clean_end(status, said, (0, 1))):
+        raise Wrong(f"status {status}: {said[-600:]}")
+    made.done("status", "--json")
     expected = made.after(stage)
     if torn := partial_files(files(made.out), expected):
-        return f"partial under its final name: {torn}"
+        raise Wrong(f"partial under its final name: {torn}")
     target = made.out / "targets" / "neox"
     if target.exists():
         AutoModelForCausalLM.from_pretrained(target)
-    status, said = made.run(stage)
-    if status != 0:
-        return f"again: status {status}: {said[-300:]}"
+    made.done(stage)
     found = files(made.out)
     if found != expected:
         names = sorted(found.keys() ^ expected.keys()) or partial_files(found, expected)
-        return f"another result: {names}"
+        raise Wrong(f"another result: {names}")
     # Of shards and targets nothing stays; of small files a killed process's hidden part may.
     folders = [f"{kind}/{name}/" for kind in ("scores", "aligned", "fused") for name in NAMES]
     left = [str(path.relative_to(made.out)) for path in made.out.rglob("*.part")]
     left = [name for name in left if name.startswith((*folders, "targets/"))]
     left += [str(path) for path in (made.out / "training").glob("*")] if stage == "train" else []
-    return f"left behind: {left}" if left else None
+    if left:
+        raise Wrong(f"left behind: {left}")
 
 
-def undisturbed(made: World, stage: str) -> tuple[int, float]:
+@cache
+def undisturbed(stage: str) -> tuple[int, float]:
     """How many calls that change the disk a stage makes, and how many seconds it takes."""
+    made = world()
+    made.after(stage)
     made.restore(stage)
     began = time.monotonic()
     with tempfile.TemporaryFile(dir=made.folder) as counter:
-        one = at_disk_calls(made.out, lambda call, kind: os.write(counter.fileno(), b"."))
-        status, said = made.run(stage, before=one)
-        assert status == 0, said
+        count = at_disk_calls(made.out, lambda call, kind: os.write(counter.fileno(), b"."))
+        made.done(stage, before=count)
         return os.fstat(counter.fileno()).st_size, time.monotonic() - began
 
 
@@ -265,12 +252,14 @@ CASES = {"score": 10, "align": 10, "train": 8, "evaluate": 4}
 
 def disturbances(out: Path, calls: int, seconds: float, chance: random.Random) -> dict[str, Any]:
     """What is done to a stage of so many calls and seconds, by name; applied in its process."""
-    call = chance.randint(1, calls)
+    call, size = chance.randint(1, calls), chance.randrange(1, 70_000)
     return {
         "kill -9 at a call that changes the disk": at_disk_calls(out, kill_at(call)),
         "kill at any moment": after_seconds(chance.uniform(0.01, seconds)),
         "no space left from a call on": at_disk_calls(out, full_from(call)),
-        "no file larger than a limit": file_limit(chance.randrange(1, 70_000)),
+        "no file larger than a limit": partial(
+            resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)
+        ),
     }
 
 
@@ -279,15 +268,18 @@ KINDS = list(disturbances(Path(), 1, 1.0, random.Random()))
 
 def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
-    measured = functools.cache(functools.partial(undisturbed, made))
     for stage, kind in some(itertools.product(STAGES, KINDS), scale):
-        figure = Figure(CRASHES, f"`{stage}`: {kind}")
-        for case in range(scaled(CASES[stage], scale)):
-            chance = random.Random(f"{seed}/{stage}/{kind}/{case}")
-            arm = disturbances(made.out, *measured(stage), chance)[kind]
-            problem = crashed(made, stage, arm, dies="kill" in kind)
-            figure.count(problem is None, f"seed {seed}, case {case}: {problem}")
-        yield figure.noted("nothing partial looks whole; the same command again: the same bytes")
+        calls, seconds = undisturbed(stage)
+
+        def case(number: int, _: random.Random) -> str:
+            chance = random.Random(f"{seed}/{stage}/{kind}/{number}")
+            arm = disturbances(made.out, calls, seconds, chance)[kind]
+            crashed(made, stage, arm, dies="kill" in kind)
+            return ""
+
+        note = "nothing partial looks whole; the same command again: the same bytes"
+        figure = Figure(CRASHES, f"`{stage}`: {kind}", note)
+        yield figure.try_all(case, scaled(CASES[stage], scale), seed, 600, 600.0, workers=1)
 
 
 PAIRS = [
@@ -298,61 +290,51 @@ PAIRS = [
 """Two commands, and the stage that the output is at when both start."""
 
 
-def clean_end(status: int, said: str) -> bool:
-    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
-    return status in (0, 1, 2) and len(errors) == (status != 0) and "Traceback" not in said
-
-
-def raced(made: World, pair: tuple[str, str], stage: str, apart: float) -> tuple[int, str | None]:
-    """How many of the two ended with an error, and what went wrong."""
+def raced(made: World, pair: list[str], stage: str, apart: float) -> str:
+    """How many of the two end with an error; their result has to be the undisturbed one."""
     made.restore(stage)
-    second = functools.partial(time.sleep, apart)
+    second = partial(time.sleep, apart)
     started = [made.start(pair[0]), made.start(pair[1], before=second)]
-    ended = [made.wait(*one) for one in started]
-    refused = sum(status != 0 for status, _ in ended)
+    ended = [cases.wait_for_child(*one) for one in started]
     for status, said in ended:
         if not clean_end(status, said):
-            return refused, f"status {status}: {said[-500:]}"
+            raise Wrong(f"status {status}: {said[-500:]}")
     # What evaluate says depends on which models were there.
     found = {n: c for n, c in files(made.out).items() if not n.startswith(("evaluation", "report"))}
     if torn := partial_files(found, made.after("evaluate")):
-        return refused, f"partial under its final name: {torn}"
-    for command in ("run", "evaluate"):
-        status, said = made.run(command)
-        if status != 0:
-            return refused, f"then {command}: status {status}: {said[-300:]}"
+        raise Wrong(f"partial under its final name: {torn}")
+    made.done("run")
+    made.done("evaluate")
     found = {n: c for n, c in files(made.out).items() if not n.startswith("evaluation/")}
     if torn := partial_files(found, made.after("evaluate")):
-        return refused, f"another result: {torn}"
-    return refused, None
+        raise Wrong(f"another result: {torn}")
+    refused = sum(status != 0 for status, _ in ended)
+    return ("with both done", "with one refused", "with both refused")[refused]
 
 
 def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
+    made.after(STAGES[-1])
     for *pair, stage in some(PAIRS, scale):
-        figure = Figure(RACES, f"`{pair[0]}` beside `{pair[1]}` in one output folder")
-        refused = 0
-        for case in range(scaled(3, scale)):
-            apart = random.Random(f"{seed}/{pair}/{case}").choice((0.0, 0.0, 0.2, 0.6))
-            errors, problem = raced(made, (pair[0], pair[1]), stage, apart)
-            refused += errors
-            figure.count(problem is None, f"seed {seed}, case {case}: {problem}")
-        yield figure.noted(f"{refused} refused by a line; the result is the undisturbed one's")
+
+        def case(number: int, _: random.Random) -> str:
+            chance = random.Random(f"{seed}/{pair}/{number}")
+            return raced(made, pair, stage, chance.choice((0.0, 0.0, 0.2, 0.6)))
+
+        what = f"`{pair[0]}` beside `{pair[1]}` in one output folder"
+        figure = Figure(RACES, what, "{kinds}; the result is the undisturbed one's")
+        yield figure.try_all(case, scaled(3, scale), seed, 600, 600.0, workers=1)
 
 
 def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    import torch
-    import yaml
-
     made = world()
     chance = random.Random(seed)
     figure = Figure(SAME, "`align`, `fuse` with 2 to 4 threads")
     for case in range(scaled(3, scale)):
         made.restore("align")
-        threads = functools.partial(torch.set_num_threads, chance.choice((2, 3, 4)))
-        status, said = made.run("align", before=threads)
-        assert status == 0, said
-        assert made.run("train", before=threads)[0] == 0
+        threads = partial(torch.set_num_threads, chance.choice((2, 3, 4)))
+        made.done("align", before=threads)
+        made.done("train", before=threads)
         found, expected = files(made.out), made.after("train")
         ours = [name for name in expected if name.startswith(("aligned/", "fused/"))]
         differing = [name for name in ours if found.get(name) != expected[name]]
@@ -362,18 +344,15 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     if not some([True, False], scale)[1:]:
         return
     figure = Figure(SAME, "`score` with other `batch_tokens`, 1 to 4 threads")
-    content = yaml.safe_load(made.recipe.read_text("utf-8"))
+    scoring = yaml.safe_load(made.recipe.read_text("utf-8"))["scoring"]
     identical, widest = 0, 0.0
     for case in range(scaled(10, scale)):
         made.restore("score")
-        content["scoring"]["batch_tokens"] = chance.choice((1, 50, 64, 200, 500, 1000, 4096))
-        recipe = made.folder / "batches.yaml"
-        recipe.write_text(yaml.safe_dump(content), "utf-8")
-        threads = functools.partial(torch.set_num_threads, chance.randint(1, 4))
-        status, said = made.run("score", before=threads, recipe=recipe)
-        assert status == 0, said
-        found, expected = files(made.out), made.after("score")
-        identical += found == expected
+        scoring["batch_tokens"] = chance.choice((1, 50, 64, 200, 500, 1000, 4096))
+        recipe = recipe_with(made, work, output=str(made.out), scoring=scoring)
+        threads = partial(torch.set_num_threads, chance.randint(1, 4))
+        made.done("score", before=threads, recipe=recipe)
+        identical += files(made.out) == made.after("score")
         far = max(distance(made, name) for name in NAMES)
         widest = max(widest, far)
         figure.count(far < 1e-3, f"seed {seed}, case {case}: {far} apart")
@@ -385,10 +364,6 @@ def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 def distance(made: World, name: str) -> float:
     """The largest difference of a log-probability, the k best as float16, from the undisturbed."""
-    import numpy as np
-
-    from fusechat_distill.storage.shards import ScoreStore
-
     stores = [ScoreStore(folder / "scores" / name) for folder in (made.out, made.before("align"))]
     assert list(stores[0]) == list(stores[1])
     far = 0.0
@@ -412,24 +387,7 @@ class EvilTokenizer(PreTrainedTokenizerFast): pass
 """
 
 
-class Harm:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
-def edit(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(content | changes), "utf-8")
-
-
 def recipe_with(made: World, work: Path, **changes: Any) -> Path:
-    import yaml
-
     content = yaml.safe_load(made.recipe.read_text("utf-8")) | {"output": str(work / "out")}
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(content | changes), "utf-8")
@@ -439,7 +397,6 @@ def recipe_with(made: World, work: Path, **changes: Any) -> Path:
 def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
     marker = work / "HARMED"
-    models = made.folder / "models"
     evil = HARM.format(marker=str(marker)) + MODELING.format(base="Llama")
     auto = {
         "AutoConfig": "evil.EvilConfig",
@@ -447,23 +404,20 @@ def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         "AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"],
     }
 
-    def model(name: str) -> Path:
-        shutil.copytree(models / "twin", work / name)
-        (work / name / "evil.py").write_text(evil)
-        return work / name
+    def model(name: str, file: str = "config.json", **changes: Any) -> Path:
+        folder = chain.copied(made.folder / "models" / "twin", work / name, {"evil.py": evil})
+        change_json(folder / file, auto_map=auto, **changes)
+        return folder
 
     figure = Figure(SECURITY, "code that a model's or dataset's folder brings along")
-    own = model("own-kind")
-    edit(own / "config.json", model_type="evil", architectures=["EvilModel"], auto_map=auto)
+    own = model("own-kind", model_type="evil", architectures=["EvilModel"])
     known = model("known-kind")
-    edit(known / "config.json", auto_map=auto)
-    tokenizer = model("tokenizer")
-    edit(tokenizer / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto)
+    tokenizer = model("tokenizer", "tokenizer_config.json", tokenizer_class="EvilTokenizer")
     script = work / "dataset"
     script.mkdir()
     (script / "dataset.py").write_text(evil)
-    (script / "data.jsonl").write_bytes((made.folder / "chats.jsonl").read_bytes())
-    cases = {
+    shutil.copy(made.folder / "chats.jsonl", script / "data.jsonl")
+    changed = {
         "a model of a kind of its own": {"sources": [str(own)]},
         "a model of a known kind": {"sources": [str(known)]},
         "a tokenizer": {"sources": [str(tokenizer)]},
@@ -471,7 +425,7 @@ def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         "a dataset's script": {"dataset": {"path": str(script)}},
         "a dataset that is a script": {"dataset": {"path": str(script / "dataset.py")}},
     }
-    for name, changes in some(cases.items(), scale):
+    for name, changes in some(changed.items(), scale):
         for command in some(("validate", "score"), scale):
             status, said = made.run(command, recipe=recipe_with(made, work, **changes))
             fine = clean_end(status, said) and not marker.exists()
@@ -484,21 +438,17 @@ def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 
 def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
-    import numpy as np
-    import torch
-
-    models = made.folder / "models"
     figure = Figure(SECURITY, "pickles that run code, where weights, states and caches are read")
 
     def count(what: str, status: int, said: str, expected: tuple[int, ...]) -> None:
-        fine = clean_end(status, said) and status in expected and not marker.exists()
+        fine = clean_end(status, said, expected) and not marker.exists()
         figure.count(fine, f"{what}: status {status}: {said[-400:]}")
-        marker.unlink(missing_ok=True)
+        shutil.rmtree(marker, ignore_errors=True)
 
     only, beside = work / "only-pickle", work / "beside"
     for folder in (only, beside):
-        shutil.copytree(models / "twin", folder)
-        torch.save({"lm_head.weight": Harm(marker)}, folder / "pytorch_model.bin")
+        shutil.copytree(made.folder / "models" / "twin", folder)
+        torch.save({"lm_head.weight": Trap(marker)}, folder / "pytorch_model.bin")
     (only / "model.safetensors").unlink()
     weights = [
         ("weights only as pickle", only, (2,)),
@@ -511,28 +461,28 @@ def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
 
     if scale < 0.1:
         return figure.noted("never unpickled")
+    checkpoint = made.out / "training/neox/checkpoint-2"
+
+    def at_the_second_checkpoint(call: int, kind: str) -> None:
+        if (checkpoint / "trainer_state.json").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         made.restore("train")
-
-        def at_the_second_checkpoint(call: int, kind: str) -> None:
-            if (made.out / "training/neox/checkpoint-2/trainer_state.json").exists():
-                os.kill(os.getpid(), signal.SIGKILL)
-
         status, _ = made.run("train", before=at_disk_calls(made.out, at_the_second_checkpoint))
-        checkpoint = made.out / "training/neox/checkpoint-2"
         assert status == -signal.SIGKILL
         assert (checkpoint / "optimizer.pt").exists()
-        torch.save(Harm(marker), checkpoint / name)
+        torch.save(Trap(marker), checkpoint / name)
         count(f"{name} of a checkpoint", *made.run("train"), (0, 1))
 
     made.restore("train")
     (vocabulary,) = (made.out / "aligned" / ".vocabularies").glob("*.npz")
-    harm = np.array([Harm(marker)], dtype=object)
+    harm = np.array([Trap(marker)], dtype=object)
     np.savez(vocabulary, ids=harm, kinds=harm, allow_pickle=True)
     for shard in (made.out / "aligned" / "neox").glob("*.parquet"):
         shard.unlink()
     count("a vocabulary map", *made.run("align"), (0, 1))
-    (work / "data.jsonl").write_bytes(pickle.dumps(Harm(marker)))
+    (work / "data.jsonl").write_bytes(pickle.dumps(Trap(marker)))
     ended = made.run("validate", recipe=recipe_with(made, work, dataset=str(work / "data.jsonl")))
     count("a dataset", *ended, (2,))
     return figure.noted("never unpickled: safetensors only, and torch.load with weights_only")
@@ -541,9 +491,8 @@ def pickles(made: World, work: Path, marker: Path, scale: float) -> Figure:
 def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """Where files are written, through which links, and who may read them."""
     made = world()
-    figure = Figure(
-        SECURITY, "links in a brought output folder, to a file and a folder of the user's"
-    )
+    what = "links in a brought output folder, to a file and a folder of the user's"
+    figure = Figure(SECURITY, what)
     victim, precious = work / "victim", work / "precious"
     links = [
         *("digests.json", "merge.yml", "evaluation.json", "report/evaluation.png"),
@@ -576,17 +525,11 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     with open(kept, "ab") as log:
 
         def note(event: str, arguments: tuple[Any, ...]) -> None:
-            writes = event in ("os.rename", "os.mkdir", "os.symlink", "os.link") or (
-                event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
-            )
-            if writes:
-                for path in arguments[: 2 if event == "os.rename" else 1]:
-                    if not isinstance(path, int):
-                        os.write(log.fileno(), os.fsencode(os.path.realpath(path)) + b"\0")
+            for path in changed_by(event, arguments) if event not in REMOVALS else []:
+                os.write(log.fileno(), os.fsencode(os.path.realpath(path)) + b"\0")
 
         for command in ("validate", "run", "evaluate", "report", "status"):
-            status, said = made.run(command, before=lambda: sys.addaudithook(note))
-            assert status == 0, said
+            made.done(command, before=lambda: sys.addaudithook(note))
     figure = Figure(SECURITY, "files written in a whole run, with evaluation and report")
     cached = 0
     for path in sorted({os.fsdecode(name) for name in kept.read_bytes().split(b"\0") if name}):
@@ -600,7 +543,7 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     figure = Figure(SECURITY, "files of a run under umask 077")
     made.restore("score")
     for command in ("run", "evaluate"):
-        assert made.run(command, before=lambda: os.umask(0o077))[0] == 0
+        made.done(command, before=lambda: os.umask(0o077))
     for path in made.out.rglob("*"):
         mode = path.stat().st_mode & 0o777
         figure.count(not mode & 0o077, f"{path.relative_to(made.out)} {mode:o}")
@@ -609,8 +552,7 @@ def places(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     figure = Figure(SECURITY, "`output` that is a model's folder, or lies in one")
     for output in ("twin", "twin/out", "twin/targets"):
         shutil.rmtree(work / "twin", ignore_errors=True)
-        shutil.copytree(made.folder / "models" / "twin", work / "twin")
-        before = files(work / "twin")
+        before = files(chain.copied(made.folder / "models" / "twin", work / "twin"))
         path = recipe_with(made, work, output=str(work / output), sources=[str(work / "twin")])
         status, said = made.run("run", recipe=path)
         after = files(work / "twin")

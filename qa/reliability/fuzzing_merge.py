@@ -10,15 +10,14 @@ from typing import Any
 
 import safetensors
 import yaml
-from click.testing import CliRunner
 
-from fusechat_merge.cli import main
 from fusechat_merge.inputs.checkpoint import CheckpointError
 from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
-from qa.reliability.models import BF16, adapter, configuration, with_tokenizer
+from qa.reliability.models import BF16, SMALL, adapter, with_tokenizer
 from tests.merge.inputs.test_fuzz_headers import built, check, locations
 from tests.support import damage
 from tests.support.checkpoints import llama_family as family
+from tests.support.merging import cli, configuration, piece, work_of
 
 INPUTS = "Bad inputs of a merge"
 ROOT = Path(__file__).parents[2]
@@ -37,7 +36,7 @@ def told(*arguments: str) -> str:
     Raises:
         Wrong: a traceback, an error that nobody foresaw, another exit status.
     """
-    result = CliRunner().invoke(main, list(arguments))
+    result = cli(*arguments)
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     fine = result.exception is None or isinstance(result.exception, SystemExit)
     foreseen = "shows where)" not in result.stderr and "Traceback" not in result.output
@@ -124,9 +123,6 @@ STRICTER = ("occurs twice",)
 """Where we refuse what safetensors reads: two tensors of one name, one of which it drops."""
 
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
-
-
 def damaged(text: str, chance: random.Random) -> bytes:
     """A JSON document damaged as a tree or, one time in five, byte by byte."""
     if chance.random() < 0.2:
@@ -143,7 +139,7 @@ def planned_and_run(yml: Path) -> str:
         if ended != "carried out" and out.exists():
             raise Wrong(f"{ended}, yet {out.name} is there")
     shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
+    shutil.rmtree(work_of(out), ignore_errors=True)
     return ended
 
 
@@ -251,15 +247,9 @@ def merge_yamls(paths: list[Path]) -> list[str]:
         for name, path in zip(dict.fromkeys(names), paths, strict=False):
             text = text.replace(name, str(path))
         found.append(text)
-    own = configuration([paths[0], paths[1], paths[0].parent / "adapter"])
-    sliced = {
-        "merge_method": "passthrough",
-        "slices": [
-            {"sources": [{"model": str(path), "layer_range": [0, 2]}]} for path in paths[:2]
-        ],
-    }
     settings = [
-        own, sliced,
+        configuration([paths[0], paths[1], paths[0].parent / "adapter"]),
+        {"merge_method": "passthrough", "slices": [piece([path], 0, 2) for path in paths[:2]]},
         configuration(paths[:3], "ties", parameters={"weight": 0.5, "density": [0.5, 1]}),
         {**configuration(paths[:3]), "tokenizer": {"source": "base"}, "chat_template": "chatml"},
     ]  # fmt: skip

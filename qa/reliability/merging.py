@@ -12,31 +12,24 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from click.testing import CliRunner
 
 from fusechat_merge.cli import main
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.passes import divide
 from fusechat_merge.planning.planner import plan
+from qa.reliability import cases
 from qa.reliability.cases import Figure, Section, Wrong, exit_status, forked, own_copy, scaled
-from qa.reliability.models import (
-    BF16,
-    F16,
-    F32,
-    adapter,
-    configuration,
-    content,
-    with_tokenizer,
-    work_of,
-)
+from qa.reliability.models import BF16, F16, F32, adapter, with_tokenizer
 from tests.support import crashing
 from tests.support.checkpoints import llama_family as family
+from tests.support.merging import cli, configuration, content, work_of
 
 CRASHES = "Crashes of a merge, injected and recovered"
 SHAPE = {"vocab_size": 700, "hidden_size": 32}
@@ -62,27 +55,30 @@ def settings_for(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-class Undisturbed:
-    """What every configuration makes when nothing happens, and how many calls and seconds it takes."""
+@dataclass
+class Calm:
+    """What a configuration makes when nothing happens, in how many calls and seconds."""
 
-    def __init__(self, work: Path, names: list[str] | None = None) -> None:
-        every = settings_for(work / "in")
-        self.settings = {name: every[name] for name in names or every}
-        self.names = list(self.settings)
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.calls: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        for name, config in self.settings.items():
-            out = work / "whole" / name
-            merge(config, out, **SAFE)  # here, so that the children have everything compiled
-            self.files[name] = content(out)
-            shutil.rmtree(out)
-            started = time.monotonic()
-            ended = attempt(config, out)
-            if ended["status"] or ended["error"] or content(out) != self.files[name]:
-                raise RuntimeError(f"{name} doesn't merge undisturbed: {ended}")
-            self.calls[name], self.seconds[name] = ended["calls"], time.monotonic() - started
-            shutil.rmtree(out)
+    name: str
+    config: dict[str, Any]
+    files: dict[str, bytes]
+    calls: int
+    seconds: float
+
+
+def undisturbed(work: Path, names: list[str] | None = None) -> list[Calm]:
+    every = settings_for(work / "in")
+    found = []
+    for name in names or every:
+        out = work / "whole" / name
+        merge(every[name], out, **SAFE)  # here, so that the children have everything compiled
+        files = content(out)
+        shutil.rmtree(out)
+        begun = time.monotonic()
+        calls = must_merge(every[name], out, files)["calls"]
+        found.append(Calm(name, every[name], files, calls, time.monotonic() - begun))
+        shutil.rmtree(out)
+    return found
 
 
 def attempt(config: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
@@ -97,100 +93,100 @@ def must_not_look_whole(out: Path, *whole: dict[str, bytes] | None) -> None:
         raise Wrong(f"OUT is there and not whole: {sorted(found)}")
 
 
-def must_resume(
-    config: Any, out: Path, files: dict[str, bytes], chance: random.Random, **options: Any
-) -> None:
-    options |= {"threads": chance.choice([1, 2, 3]), "memory": chance.choice([8_000_000, 64 << 20])}
+def must_merge(config: Any, out: Path, files: dict[str, bytes], **options: Any) -> dict[str, Any]:
+    """Carry a merge out, or resume it: it has to make these files."""
     ended = attempt(config, out, options=options)
     if ended["status"] or ended["error"]:
-        raise Wrong(f"the same command didn't go on: {ended}")
+        raise Wrong(f"the command isn't carried out: {ended}")
     if content(out) != files:
         differing = [name for name in files if files[name] != content(out).get(name)]
-        raise Wrong(f"after going on these differ: {differing}")
+        raise Wrong(f"these differ: {differing}")
     if work_of(out).exists():
         raise Wrong("the work folder was left behind")
+    return ended
+
+
+def must_resume(calm: Calm, out: Path, chance: random.Random, **options: Any) -> None:
+    options |= {"threads": chance.choice([1, 2, 3]), "memory": chance.choice([8_000_000, 64 << 20])}
+    must_merge(calm.config, out, calm.files, **options)
+    shutil.rmtree(out)
 
 
 def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """kill -9, a failing disk, sources that change: at every kind of call and at any time."""
-    calm = Undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
+    every = undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
     old = {"config.json": b"{}", "precious": b"x"}
 
-    def start(number: int) -> tuple[str, dict[str, Any], Path]:
-        name = calm.names[number % len(calm.names)]
-        return name, calm.settings[name], work / f"out-{os.getpid()}-{number}"
+    def start(number: int) -> tuple[Calm, Path]:
+        return every[number % len(every)], work / f"out-{os.getpid()}-{number}"
 
     def killed(number: int, chance: random.Random) -> str:
-        name, config, out = start(number)
+        calm, out = start(number)
         over = chance.random() < 0.25
         if over:
             out.mkdir()
             for file, raw in old.items():
                 (out / file).write_bytes(raw)
         for _ in range(chance.choice([1, 1, 2, 3])):
-            ended = attempt(config, out, options={"overwrite": over}, **moment(chance, name))
-            must_not_look_whole(out, calm.files[name], old if over else None)
+            ended = attempt(calm.config, out, options={"overwrite": over}, **moment(chance, calm))
+            must_not_look_whole(out, calm.files, old if over else None)
             if ended["status"] not in (0, signal.SIGKILL):
-                raise Wrong(f"{name}: {ended}")
-        must_resume(config, out, calm.files[name], chance, overwrite=over)
-        shutil.rmtree(out)
-        return "of " + name.split(",")[0]
+                raise Wrong(f"{calm.name}: {ended}")
+        must_resume(calm, out, chance, overwrite=over)
+        return "of " + calm.name.split(",")[0]
 
-    def moment(chance: random.Random, name: str) -> dict[str, Any]:
+    def moment(chance: random.Random, calm: Calm) -> dict[str, Any]:
         kind = chance.randrange(3)
         if kind == 0:
-            return {"kill_at": chance.randrange(1, calm.calls[name] + 1)}
+            return {"kill_at": chance.randrange(1, calm.calls + 1)}
         if kind == 1:
             _, call = chance.choice(crashing.CALLS)
             return {"kill_at": f"{chance.choice(['before', 'after'])} {call}"}
-        return {"kill_after_seconds": chance.random() * calm.seconds[name] * 1.1}
+        return {"kill_after_seconds": chance.random() * calm.seconds * 1.1}
 
     what = "kill -9 at a call that changes the disk or at any time, once to thrice"
     figure = Figure(CRASHES, what, "resumed to the same bytes: {kinds}")
     yield figure.try_all(killed, scaled(300, scale), seed)
 
     def failed(number: int, chance: random.Random) -> str:
-        name, config, out = start(number)
+        calm, out = start(number)
         code = chance.choice([errno.ENOSPC, errno.ENOSPC, errno.EDQUOT, errno.EIO])
         more: dict[str, Any] = {
-            "at": chance.randrange(1, calm.calls[name] + 1),
+            "at": chance.randrange(1, calm.calls + 1),
             "fail": {"errno": code, "lasting": chance.random() < 0.6},
         }
         if chance.random() < 0.2:
             more = {"file_limit": chance.randrange(1, 60_000)}
-        ended = attempt(config, out, **more)
-        must_not_look_whole(out, calm.files[name])
-        if ended["status"] or (ended["error"] and ended["error"][0] != 1):
-            raise Wrong(f"{name} {more}: {ended}")
-        if ended["error"] and "the same command resumes" not in ended["error"][1]:
-            raise Wrong(f"{name} {more}: {ended}")
-        if not ended["error"] and content(out) != calm.files[name]:
-            raise Wrong(f"{name} {more}: no error, and something is missing")
-        must_resume(config, out, calm.files[name], chance)
-        shutil.rmtree(out)
+        ended = attempt(calm.config, out, **more)
+        must_not_look_whole(out, calm.files)
+        what = f"{calm.name} {more}: {ended}"
+        if ended["status"]:
+            raise Wrong(what)
+        if not ended["error"] and content(out) != calm.files:
+            raise Wrong(f"{what}: no error, and something is missing")
+        status, message = ended["error"] or (1, "the same command resumes")
+        if status != 1 or "the same command resumes" not in message:
+            raise Wrong(what)
+        must_resume(calm, out, chance)
         return "told and resumed" if ended["error"] else "harmless (in tidying up, say)"
 
     figure = Figure(CRASHES, "a disk that is full or fails, at any call, once or from then on")
     yield figure.try_all(failed, scaled(150, scale), seed)
 
     def meddled(number: int, chance: random.Random) -> str:
-        name, config, out = start(number)
+        calm, out = start(number)
         here = own_copy(work / "in")
-        config = json.loads(json.dumps(config).replace(str(work / "in"), str(here)))
+        config = json.loads(json.dumps(calm.config).replace(str(work / "in"), str(here)))
         target = chance.choice([config["base_model"], *(m["model"] for m in config["models"])])
         file = chance.choice(sorted(Path(target).glob("*.safetensors")))
-        how = chance.choice(["vanish", "truncate", "rewrite"])
-        more = {
-            "at": chance.randrange(1, calm.calls[name]),
-            "meddle": {"how": how, "file": str(file)},
-        }
+        how, at = chance.choice(["vanish", "truncate", "rewrite"]), chance.randrange(1, calm.calls)
         original, times_of = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-        ended = attempt(config, out, **more)
+        ended = attempt(config, out, at=at, meddle={"how": how, "file": str(file)})
         there = out.exists()
         Path(f"{file}.gone").unlink(missing_ok=True)
         file.write_bytes(original)
         os.utime(file, ns=times_of)  # as it was, from a backup say
-        what = f"{name} {how} {file.name} at call {more['at']} of {calm.calls[name]}: {ended}"
+        what = f"{calm.name} {how} {file.name} at call {at} of {calm.calls}: {ended}"
         if ended["status"] or (ended["error"] and ended["error"][0] == 2):
             raise Wrong(what)
         if there and ended["error"] is not None:
@@ -198,9 +194,9 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         again = attempt(config, out)
         if again["status"] or again["error"]:
             raise Wrong(f"{what}; then {again}")
-        weights = {n: raw for n, raw in calm.files[name].items() if n.endswith(".safetensors")}
         found = content(out)
-        if any(found.get(n) != raw for n, raw in weights.items()):
+        weights = [name for name in calm.files if name.endswith(".safetensors")]
+        if any(found.get(name) != calm.files[name] for name in weights):
             raise Wrong(f"{what}; then other weights")
         shutil.rmtree(out)
         return "told and made right" if ended["error"] else "too late to matter"
@@ -212,47 +208,35 @@ def crashes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 RACES = "Races of merges"
 
 
-def together(
-    commands: list[list[str]], chance: random.Random, folder: Path
-) -> list[tuple[int, str]]:
-    """Run commands in children that all start at one moment; exit status and stderr of each."""
-    folder.mkdir(exist_ok=True)
-    gate, opening = os.pipe()
+def together(commands: list[list[str]], chance: random.Random) -> list[tuple[int, str]]:
+    """Run commands in children that start at about one moment: each one's exit status and output."""
+    moment = time.monotonic() + 0.1  # by then all are forked
 
-    def one(command: list[str], told: Path, delay: float) -> None:
-        os.close(opening)
-        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.read(gate, 1)
-        time.sleep(delay)
+    def one(command: list[str], delay: float) -> None:
+        time.sleep(max(0.0, moment + delay - time.monotonic()))
         main(command)
 
-    children = {}
-    for number, command in enumerate(commands):
-        told = folder / f"stderr-{number}"
-        delay = chance.choice([0, 0, 0.02, 0.1]) * chance.random()
-        children[told] = forked(partial(one, command, told, delay))
-    os.close(gate)
-    os.close(opening)
-    codes = [exit_status(pid) for pid in children.values()]
-    return list(zip(codes, [told.read_text() for told in children], strict=True))
+    delays = [chance.choice([0, 0, 0.02, 0.1]) * chance.random() for _ in commands]
+    started = [cases.start_child(partial(one, *c)) for c in zip(commands, delays, strict=True)]
+    return [cases.wait_for_child(*child) for child in started]
 
 
 def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """Several runs in one folder; readers and ``verify`` beside ``run --overwrite``."""
-    calm = Undisturbed(work, ["varm, matrix", "varm, layer"])
-    ymls = []
-    for number, name in enumerate(calm.names):
-        ymls.append(work / f"merge{number}.yml")
-        ymls[-1].write_text(json.dumps(calm.settings[name]))
+    every = settings_for(work / "in")
+    ymls = [work / "merge0.yml", work / "merge1.yml"]
+    for yml, name in zip(ymls, ("varm, matrix", "varm, layer"), strict=True):
+        yml.write_text(json.dumps(every[name]))
     options = ["--memory", "8MB", "--shard-size", "40KB", "--threads", "2"]
-    files = [merged_files(yml, work / f"whole{n}", options) for n, yml in enumerate(ymls)]
+    for number, yml in enumerate(ymls):
+        result = cli("run", yml, work / f"whole{number}", *options)
+        assert result.exit_code == 0, result.output
+    files = [content(work / f"whole{number}") for number in range(len(ymls))]
 
     def one_folder(number: int, chance: random.Random) -> str:
         out = work / f"out-{number}"
         which = chance.choice([[0, 0], [0, 0, 0], [0, 1], [0, 1]])
-        ends = together(
-            [["run", str(ymls[n]), str(out), *options] for n in which], chance, work / f"e{number}"
-        )
+        ends = together([["run", str(ymls[n]), str(out), *options] for n in which], chance)
         codes = [code for code, _ in ends]
         if 0 not in codes or set(codes) - {0, 2} or any("Traceback" in text for _, text in ends):
             raise Wrong(ends)
@@ -284,7 +268,7 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         reader = forked(read)
         commands = [["run", str(ymls[1]), str(out), *options, "--overwrite"]]
         commands += [["verify", str(ymls[chance.randrange(2)]), str(out)]]
-        (end, other) = together(commands, chance, work / f"e{number}")
+        end, other = together(commands, chance)
         (work / f"stop-{number}").touch()
         if code := exit_status(reader):
             raise Wrong("a reader saw a torn file" if code == 3 else "a reader found the file gone")
@@ -299,44 +283,29 @@ def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     yield figure.try_all(beside, scaled(30, scale), seed)
 
 
-def merged_files(yml: Path, out: Path, options: list[str]) -> dict[str, bytes]:
-    result = CliRunner().invoke(main, ["run", str(yml), str(out), *options])
-    if result.exit_code:
-        raise RuntimeError(result.output)
-    return content(out)
-
-
 def determinism(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """The same bytes whatever the threads, the memory, the shards and the interruptions."""
-    calm = Undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"])
     shard_sizes = {"one shard": 5_000_000_000, "many shards": 40_000}
-    reference = {}
-    for name, config in calm.settings.items():
+    every = {}
+    for calm in undisturbed(work, None if scale >= 0.1 else ["varm, layer", "ties"]):
         for shards, size in shard_sizes.items():
-            out = work / f"{name} {shards}"
-            merge(config, out, shard_size=size)
-            reference[name, shards] = content(out)
-    cases = list(
-        itertools.product(
-            calm.names, (1, 2, 3, 5), (8_000_000, 13_000_000, 40_000_000, 256 << 20),
-            shard_sizes, (0, 1, 2),
-        )
-    )  # fmt: skip
-    random.Random(seed).shuffle(cases)
+            out = work / f"{calm.name} {shards}"
+            merge(calm.config, out, shard_size=size)
+            every[calm.name, shards] = calm, size, content(out)
+    budgets = (8_000_000, 13_000_000, 40_000_000, 256 << 20)
+    choices = list(itertools.product(every, (1, 2, 3, 5), budgets, (0, 1, 2)))
+    random.Random(seed).shuffle(choices)
 
     def case(number: int, chance: random.Random) -> str:
-        name, threads, memory, shards, kills = cases[number % len(cases)]
-        config, out = calm.settings[name], work / f"out-{number}"
-        options = {"threads": threads, "memory": memory, "shard_size": shard_sizes[shards]}
+        which, threads, memory, kills = choices[number % len(choices)]
+        (calm, size, files), out = every[which], work / f"out-{number}"
+        options = {"threads": threads, "memory": memory, "shard_size": size}
         for _ in range(kills):
-            attempt(config, out, options=options, kill_at=chance.randrange(1, calm.calls[name]))
-        ended = attempt(config, out, options=options)
-        found = content(out) if out.exists() else {}
-        if found != reference[name, shards]:
-            raise Wrong(f"{cases[number % len(cases)]}: {ended}: other bytes")
+            attempt(calm.config, out, options=options, kill_at=chance.randrange(1, calm.calls))
+        must_merge(calm.config, out, files, **options)
         shutil.rmtree(out)
-        tensors_only = json.dumps(sorted((k, v.hex()) for k, v in tensors(found).items()))
-        return f"{name}: {sha256(tensors_only.encode()).hexdigest()}"
+        tensors_only = json.dumps(sorted((k, v.hex()) for k, v in tensors(files).items()))
+        return f"{calm.name}: {sha256(tensors_only.encode()).hexdigest()}"
 
     what = "threads 1, 2, 3, 5; four budgets; one shard or many; none, one or two kills"
     figure = Figure("Determinism of a merge", f"every file the same bytes: {what}")

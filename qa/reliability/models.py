@@ -1,14 +1,16 @@
-"""Tokenizers and adapters for the tests' pico checkpoints, configurations, contents of folders."""
+"""Tokenizers, adapters and pickles that do harm, for the tests' pico checkpoints."""
 
 import json
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from tests.support.checkpoints import write_adapter
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
 
 TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
@@ -39,27 +41,18 @@ def adapter(folder: Path, base: Path, seed: int = 0, rank: int = 2) -> Path:
             at = f"base_model.model.model.layers.{layer}.{module}"
             factors[f"{at}.lora_A.weight"] = torch.randn(rank, into, generator=generator)
             factors[f"{at}.lora_B.weight"] = torch.randn(hidden, rank, generator=generator) / 50
-    folder.mkdir(parents=True)
-    save_file(factors, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
-        "base_model_name_or_path": str(base), "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
-        "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
+    return write_adapter(
+        folder, factors, r=rank, target_modules=["q_proj", "down_proj"], bias="none",
+        base_model_name_or_path=str(base), rank_pattern={}, alpha_pattern={}, use_dora=False,
+        use_rslora=False, fan_in_fan_out=False, modules_to_save=None,
+    )  # fmt: skip
 
 
-def configuration(paths: Sequence[Path], method: str = "varm", **settings: Any) -> dict[str, Any]:
-    base, *targets = map(str, paths)
-    models = [{"model": target} for target in targets]
-    return {"merge_method": method, "base_model": base, "models": models, **settings}
+class Trap:
+    """Unpickled, it makes the folder `mark`."""
 
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
 
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its name there."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def work_of(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.mark), 0o777, True)

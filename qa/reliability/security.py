@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -14,47 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from click.testing import CliRunner
 
-from fusechat_merge.cli import main
 from qa.reliability.cases import Figure, Section
-from qa.reliability.models import (
-    BF16,
-    TOKENIZER_CONFIG,
-    adapter,
-    configuration,
-    content,
-    with_tokenizer,
-)
+from qa.reliability.models import BF16, SMALL, TOKENIZER_CONFIG, Trap, adapter, with_tokenizer
 from tests.support.checkpoints import llama_family as family
+from tests.support.merging import change_json, cli, configuration, content, run_program
 
 SECURITY = "Security of a merge"
 PROGRAM = [sys.executable, "-m", "fusechat_merge.cli"]
-SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+PICKLES = (".bin", ".pt", ".pkl", ".pth")
 
 
-class Trap:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
-def run(config: dict[str, Any] | str, work: Path, *options: str, **environment: str) -> Any:
+def run(config: dict[str, Any], work: Path, *options: str, **environment: str) -> Any:
     """The program itself, in a folder and with a home of its own."""
-    here, home, temporary = work / "cwd", work / "home", work / "tmp"
-    for folder in (here, home, temporary):
-        folder.mkdir(exist_ok=True)
+    for name in ("cwd", "home", "tmp"):
+        (work / name).mkdir(exist_ok=True)
+    command = [*PROGRAM, "run", written(work, config), str(work / "made" / "out"), *options]
+    environment |= {"HOME": str(work / "home"), "TMPDIR": str(work / "tmp"), "HF_HUB_OFFLINE": "1"}
+    return run_program(command, work / "cwd", **environment)
+
+
+def written(work: Path, config: dict[str, Any] | str) -> str:
+    """The path of a file with this configuration."""
     yml = work / "merge.yml"
     yml.write_text(config if isinstance(config, str) else json.dumps(config))
-    return subprocess.run(
-        [*PROGRAM, "run", str(yml), str(work / "made" / "out"), *options],
-        cwd=here, capture_output=True, text=True,
-        env={**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", **environment},
-    )  # fmt: skip
+    return str(yml)
 
 
 def hostile(work: Path) -> list[Path]:
@@ -74,9 +57,8 @@ def hostile(work: Path) -> list[Path]:
     code = f"import os\nos.makedirs({str(work / 'mark')!r}, exist_ok=True)\n"
     for path in paths[:3]:
         (path / "trap.py").write_text(f"{code}from transformers import LlamaConfig as Trap\n")
-        config = json.loads((path / "config.json").read_text())
-        config["auto_map"] = {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}
-        (path / "config.json").write_text(json.dumps(config))
+        auto_map = {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}
+        change_json(path / "config.json", auto_map=auto_map)
         settings = {**TOKENIZER_CONFIG, "auto_map": {"AutoTokenizer": ["trap.Trap", "trap.Trap"]}}
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return paths
@@ -101,7 +83,7 @@ def security(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         ended = run(config, work)
         figure.count(not ended.returncode and not mark.exists(), f"{name}: {ended.stderr[-500:]}")
         made = sorted(content(out)) if out.exists() else []
-        pickled = [n for n in made if n.endswith((".bin", ".pt", ".pkl", ".pth"))]
+        pickled = [n for n in made if n.endswith(PICKLES)]
         figure.count(not pickled, f"{name}: the merged model holds {pickled}")
         shutil.rmtree(work / "made", ignore_errors=True)
         shutil.rmtree(mark, ignore_errors=True)
@@ -130,12 +112,13 @@ def traced(work: Path, configs: dict[str, Any]) -> Iterator[Figure]:
     notes: set[str] = set()
     for name, config in configs.items():
         log = work / "trace"
-        calls = "trace=open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,chmod,fchmodat,truncate"
-        PROGRAM[:0] = ["strace", "-f", "-qq", "-y", "-s", "4096", "-e", calls, "-o", str(log)]
+        which = "trace=open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,chmod,fchmodat,truncate"
+        PROGRAM[:0] = ["strace", "-f", "-qq", "-y", "-s", "4096", "-e", which, "-o", str(log)]
         ended = run(config, work, PYTHONDONTWRITEBYTECODE="1")
         del PROGRAM[: PROGRAM.index(sys.executable)]
         changed.count(ended.returncode == 0, f"{name}: {ended.stderr[-300:]}")
-        for path in sorted(changes_in(log.read_text(errors="replace"))):
+        calls = log.read_text(errors="replace")
+        for path in sorted(changes_in(calls)):
             inside = path.is_relative_to(work / "made")
             device = str(path).startswith(("/dev/", "/proc/"))
             temporary = path.is_relative_to(work / "tmp") and not path.exists()
@@ -144,12 +127,8 @@ def traced(work: Path, configs: dict[str, Any]) -> Iterator[Figure]:
             elif temporary:
                 notes.add("files in a private folder of TMPDIR that mergekit removes again")
             changed.count(inside or device or temporary or numba_cache(path), f"{name}: {path}")
-        for path in set(
-            re.findall(rf'"({re.escape(str(work / "in"))}[^"]*)"', log.read_text(errors="replace"))
-        ):
-            bad = path.endswith((".bin", ".pt", ".pkl", ".pth", ".zip", ".py"))
-            copied = bad and path.endswith((".py", ".zip"))  # side files, byte for byte
-            opened.count(not bad or copied, f"{name}: {path}")
+        for path in set(re.findall(rf'"({re.escape(str(work / "in"))}[^"]*)"', calls)):
+            opened.count(not path.endswith(PICKLES), f"{name}: {path}")
         shutil.rmtree(work / "made", ignore_errors=True)
     outside = "; besides " + ", ".join(sorted(notes)) if notes else ""
     yield changed.noted(f"all in OUT or in .OUT.partial beside it{outside}")
@@ -185,13 +164,8 @@ def places(work: Path, config: dict[str, Any]) -> Figure:
     base, target = Path(config["base_model"]), Path(config["models"][0]["model"])
     made = work / "made" / "out"
 
-    def told(config: Any) -> Any:
-        yml = work / "merge.yml"
-        yml.write_text(config if isinstance(config, str) else json.dumps(config))
-        return CliRunner().invoke(main, ["run", str(yml), str(made)])
-
     def refused(what: str, config: Any, message: str) -> None:
-        ended = told(config)
+        ended = cli("run", written(work, config), made)
         fine = ended.exit_code == 2 and message in ended.stderr and not (work / "made").exists()
         figure.count(fine and "Traceback" not in ended.stderr, f"{what}: {ended.stderr[-400:]}")
         shutil.rmtree(work / "made", ignore_errors=True)
@@ -216,24 +190,19 @@ def places(work: Path, config: dict[str, Any]) -> Figure:
         text = tag.replace("%s", str(work / "mark"))
         refused(tag, f"merge_method: {text}", "could not determine a constructor")
     figure.count(not (work / "mark").exists(), "a YAML tag was obeyed")
-    large = json.loads((base / "config.json").read_text()) | {"x": "x" * 101_000_000}
     plain = (base / "config.json").read_text()
-    (base / "config.json").write_text(json.dumps(large))
+    change_json(base / "config.json", x="x" * 101_000_000)
     refused("a config.json of 101 MB", config, "is too long")
     (base / "config.json").write_text(plain)
 
     for mask in (0o077, 0o027, 0o022):
         before = os.umask(mask)
-        told(config)
+        cli("run", written(work, config), made)
         os.umask(before)
-        modes = (
-            {stat.S_IMODE(p.stat().st_mode) for p in [made, *made.rglob("*")]}
-            if made.exists()
-            else {0o777}
-        )
-        figure.count(
-            not any(mode & mask for mode in modes), f"umask {mask:o}: {sorted(map(oct, modes))}"
-        )
+        paths = [made, *made.rglob("*")] if made.exists() else []
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in paths} or {0o777}
+        wide = [f"{mode:o}" for mode in modes if mode & mask]
+        figure.count(not wide, f"umask {mask:o}: {wide}")
         shutil.rmtree(work / "made", ignore_errors=True)
     return figure.noted(
         "links in a model are followed to weights and JSON, which are parsed, and refused for files that are copied"

@@ -106,6 +106,16 @@ def rewrite(folder: Path, edit: Callable[[Tensors], object]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def work_of(out: Path) -> Path:
+    """Where the unfinished parts of a merge lie."""
+    return out.parent / f".{out.name}.partial"
+
+
 def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "fusechat_merge.json").read_text())
 

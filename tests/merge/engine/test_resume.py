@@ -26,18 +26,10 @@ from fusechat_merge.engine import execute, saving
 from fusechat_merge.engine.journal import Journal
 from fusechat_merge.engine.verify import verify
 from tests.support.checkpoints import llama_family, write_adapter
-from tests.support.merging import change_json, cli, configuration, write_yaml
+from tests.support.merging import change_json, cli, configuration, content, work_of, write_yaml
 
 BF16 = torch.bfloat16
 IN_USE = "in use by something other than this merge"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def work_of(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
 
 
 @pytest.fixture(scope="module")
