@@ -39,8 +39,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from markdown_it import MarkdownIt
+
+from fusechat_distill.cli import commands as distill_group
+from fusechat_merge.cli import main as merge_group
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/**/*.md")
@@ -127,11 +131,10 @@ def blocks(text: str) -> list[Block]:
         elif token.type in ("fence", "code_block"):
             fenced = token.type == "fence"
             language = token.info.strip() if fenced else "sh"
-            ending = _WRITTEN.get(language)
-            names = re.findall(rf"`([\w./-]+\.{ending})`", paragraph) if ending else []
+            ending = _WRITTEN.get(language, r"\n")  # a name has no line break
+            file = re.findall(rf"`([\w./-]+\.{ending})`", paragraph)[-1:] or [None]
             lines = token.content.splitlines()
-            file = names[-1] if names else None
-            block = Block(token.map[0] + 1 + fenced, language, lines, file, reason)
+            block = Block(token.map[0] + 1 + fenced, language, lines, file[0], reason)
             if adjacent and language in _OUTPUT and found[-1].language in ("sh", "python"):
                 found[-1].output = block
             else:
@@ -140,32 +143,20 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def prose(text: str) -> Iterator[tuple[int, str]]:
+def prose(text: str) -> list[tuple[int, str]]:
     """(number, text) of the lines outside of code blocks."""
     code = [t.map for t in MarkdownIt().parse(text) if t.type in ("fence", "code_block")]
-    inside = {number for first, end in code for number in range(first, end)}
-    for number, line in enumerate(text.splitlines()):
-        if number not in inside:
-            yield number + 1, line
+    inside = {number + 1 for first, end in code for number in range(first, end)}
+    lines = enumerate(text.splitlines(), 1)
+    return [(number, line) for number, line in lines if number not in inside]
 
 
 def commands(block: Block) -> Iterator[tuple[int, str]]:
     """(line, command) of a shell block, continued lines joined."""
-    whole, first = "", 0
-    for number, line in enumerate(block.lines):
-        first = first if whole else number
-        whole += line
-        if line.endswith("\\"):
-            whole = whole[:-1] + " "
-            continue
-        if whole.strip() and not whole.lstrip().startswith("#"):
-            yield block.line + first, whole.strip()
-        whole = ""
-
-
-def expected_status(command: str) -> int:
-    told = re.search(r"#.*exit status (\d+)", command)
-    return int(told[1]) if told else 0
+    for found in re.finditer(r"(.*\\\n)*.*\n", block.text):
+        command = found[0].replace("\\\n", " ").strip()
+        if command and not command.startswith("#"):
+            yield block.line + block.text.count("\n", 0, found.start()), command
 
 
 def missing_line(shown: Sequence[str], output: str) -> str | None:
@@ -202,37 +193,23 @@ def unknown_in(command: str) -> str | None:
     """The first make target, file or option in a command that doesn't exist."""
     with suppress(ValueError):
         words = shlex.split(command, comments=True)
-        while words and "=" in words[0]:
-            words.pop(0)
-        if words and words[0] == "make":
-            for target in (word for word in words[1:] if "=" not in word):
-                if not _is_target(target):
-                    return f"the Makefile has no target {target}"
+        program, *targets = [word for word in words if "=" not in word] or [""]
+        patterns = re.findall(r"^([\w%-]+):(?!=)", (ROOT / "Makefile").read_text("utf-8"), re.M)
+        for target in targets if program == "make" else []:
+            if not any(re.fullmatch(p.replace("%", ".+"), target) for p in patterns):
+                return f"the Makefile has no target {target}"
         for at, word in enumerate(words):
-            program = {"fusechat_distill": "fusechat-distill", "fusechat_merge": "fusechat-merge"}
-            name = program.get(word, word)
-            if name in program.values():
+            name = word.replace("_", "-")  # of a program, or of the module that is run as one
+            if name in ("fusechat-distill", "fusechat-merge"):
                 return unknown_option(name, words[at + 1 :])
             if word.endswith(".py") and not word.startswith("-") and not (ROOT / word).exists():
                 return f"there is no {word}"
     return None
 
 
-def _is_target(name: str) -> bool:
-    text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    patterns = re.findall(r"^([\w%-]+):(?!=)", text, re.MULTILINE)
-    return any(re.fullmatch(p.replace("%", ".+"), name) for p in patterns)
-
-
 def unknown_option(program: str, words: Sequence[str]) -> str | None:
     """The command or option that one of our programs doesn't know."""
-    if program == "fusechat-merge":
-        from fusechat_merge.cli import main as group
-    else:
-        from fusechat_distill.cli import commands as group
-    import click
-
-    known: click.Command = group
+    known: click.Command = merge_group if program == "fusechat-merge" else distill_group
     for word in words:
         if isinstance(known, click.Group) and re.fullmatch(r"[a-z]+", word):
             if word not in known.commands:
@@ -280,11 +257,6 @@ _NAMES: dict[str, Any] = {"__name__": "__main__"}
 """What a page's Python blocks have defined, in the process that runs them."""
 
 
-def python(folder: Path, environment: dict[str, str]) -> ProcessPoolExecutor:
-    """A process that runs a page's Python blocks, one after the other; see `run_python`."""
-    return ProcessPoolExecutor(1, get_context("spawn"), _enter, (folder, environment))
-
-
 def _enter(folder: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
@@ -295,8 +267,8 @@ def _enter(folder: Path, environment: dict[str, str]) -> None:
 def run_python(code: str, page: str) -> tuple[int, str]:
     """Run a block: its exit status and its output."""
     with tempfile.TemporaryFile() as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
         status = 0
         try:
             exec(compile(code, page, "exec"), _NAMES)
@@ -304,7 +276,6 @@ def run_python(code: str, page: str) -> tuple[int, str]:
             traceback.print_exc()
             status = 1
         sys.stdout.flush()
-        sys.stderr.flush()
         output.seek(0)
         return status, output.read().decode("utf-8", "replace")
 
@@ -314,7 +285,9 @@ class PageRun:
 
     def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
         self._path, self._folder, self._environment = path, folder, environment
-        self._python = python(folder, environment)
+        # A process that runs the Python blocks, one after the other.
+        enter = _enter, (folder, environment)
+        self._python = ProcessPoolExecutor(1, get_context("spawn"), *enter)
         page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         self.findings = Findings(str(page))
 
@@ -372,7 +345,8 @@ class PageRun:
             if re.match(r"(cd|export) ", command):
                 before += command + "\n"
             status, output = self._run(before + command)
-            if status != expected_status(command):
+            expected = re.search(r"#.*exit status (\d+)", command)
+            if status != (int(expected[1]) if expected else 0):
                 self.findings.add(line, f"{command}\n  exit status {status}\n{_tail(output)}")
             outputs.append(output)
         return "".join(outputs)
@@ -380,14 +354,9 @@ class PageRun:
     def _run(self, command: str) -> tuple[int, str]:
         try:
             done = subprocess.run(
-                ["bash", "-c", command],
-                cwd=self._folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=_LIMIT,
-            )
+                ["bash", "-c", command], cwd=self._folder, env=self._environment, timeout=_LIMIT,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return -1, f"not done after {_LIMIT} s"
         return done.returncode, done.stdout.decode("utf-8", "replace")
@@ -456,17 +425,15 @@ def look_like_a_clone(folder: Path, models: Path) -> None:
 def environment(scratch: Path, endpoint: str) -> dict[str, str]:
     (scratch / "home").mkdir()
     threads = str(max(1, (os.cpu_count() or 2) // 2))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(scratch / "hf"),
-        "HOME": str(scratch / "home"),
-        "COLUMNS": "120",
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+    kept |= {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(scratch / "home"), "COLUMNS": "120"}
+    kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(scratch / "hf")}
+    return kept | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def every_page() -> list[Path]:
+    return [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
 
 
 def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
@@ -474,12 +441,8 @@ def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
     hub = ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     env = environment(scratch, f"http://127.0.0.1:{hub.server_port}")
-    subprocess.run(
-        [sys.executable, "-m", "qa.docs_hub", scratch / "models"],
-        env=env,
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+    making = [sys.executable, "-m", "qa.docs_hub", scratch / "models"]
+    subprocess.run(making, env=env, check=True, stderr=subprocess.DEVNULL)
 
     def run(path: Path) -> Findings:
         begun = time.monotonic()
@@ -497,9 +460,7 @@ def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
 
 
 def main(names: Sequence[str]) -> int:
-    pages = [ROOT / name for name in names] or [
-        page for pattern in PAGES for page in sorted(ROOT.glob(pattern))
-    ]
+    pages = [ROOT / name for name in names] or every_page()
     with tempfile.TemporaryDirectory() as scratch:
         found = check(pages, Path(scratch))
     problems = [problem for findings in found for problem in findings.problems]
@@ -507,12 +468,8 @@ def main(names: Sequence[str]) -> int:
         checking = [sys.executable, script, "--check"]
         done = subprocess.run(checking, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            problems.append(
-                f"{script.relative_to(ROOT)} --check\n{_tail(done.stdout + done.stderr)}"
-            )
-    print("\nnot run:")
-    for line in (line for findings in found for line in findings.not_run):
-        print(f"  {line}")
+            problems.append(f"{script.name} --check\n{_tail(done.stdout + done.stderr)}")
+    print("\nnot run:", *(line for findings in found for line in findings.not_run), sep="\n  ")
     times = os.times()
     cost = f"{times.children_user + times.children_system:.0f} s of processor time"
     print("\n".join(["", *problems, f"{len(problems)} problems in {len(found)} pages, {cost}"]))

@@ -13,15 +13,11 @@ import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 
-from fusechat_distill.cli import commands
 from fusechat_distill.recipe.schema import load_recipe
-from fusechat_merge.cli import main
 from fusechat_merge.mergekit_bridge.parameters import parameter_problems
 from qa import docs_check
 
 ROOT = Path(__file__).parents[1]
-
-PAGES = [page for pattern in docs_check.PAGES for page in sorted(ROOT.glob(pattern))]
 
 PAGE = """\
 # A page
@@ -70,9 +66,7 @@ def test_blocks() -> None:
     config, shell, first, second = docs_check.blocks(PAGE)
     assert (config.language, config.file, config.line) == ("yaml", "one.yml", 6)
     assert (shell.language, len(shell.lines), shell.line) == ("sh", 2, 9)
-    assert shell.output is not None
-    assert shell.output.lines == ["a: …", "no"]
-    assert first.output is None
+    assert [shell.output and shell.output.lines, first.output] == [["a: …", "no"], None]
     assert first.file is None  # a file of another language
     assert second.output is not None
     assert PAGE.splitlines()[second.line - 1] == "print(x + 1)"
@@ -131,7 +125,9 @@ def test_json_that_is_shown() -> None:
     assert docs_check.lacks({"a": ["…", {"b": 1}, {"b": 1}]}, there)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", docs_check.every_page(), ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_pages_cheaply(page: Path, tmp_path: Path) -> None:
     """All of a page but running it: links, languages, what blocks parse as, options."""
     text = page.read_text(encoding="utf-8")
@@ -161,7 +157,8 @@ def _check_configurations(block: docs_check.Block, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "group"), [("fusechat-merge", main), ("fusechat-distill", commands)]
+    ("program", "group"),
+    [("fusechat-merge", docs_check.merge_group), ("fusechat-distill", docs_check.distill_group)],
 )
 def test_help(program: str, group: click.Group) -> None:
     """Nothing is cut short, everything has an example, --debug counts in both places."""

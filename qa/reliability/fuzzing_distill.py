@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -9,8 +10,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tokenizers
+import yaml
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fusechat_common.errors import FusechatError, RequestError
+from fusechat_distill.inputs.models import open_model
+from fusechat_distill.recipe.reference import commented_recipe
+from fusechat_distill.recipe.schema import Model
+from fusechat_distill.storage.shards import Manifest, Shards, scored_samples, scores_table
+from fusechat_distill.text.conversations import (
+    Conversation,
+    Message,
+    Renderer,
+    _key,
+    _layout,
+    _messages,
+    _turns,
+    _UnusableError,
+    open_conversations,
+)
+from fusechat_distill.text.tokens import byte_offsets, token_bytes, tokenize
 from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
-from tests.support import damage
+from tests.distill.storage.test_shards import sample
+from tests.support import chain, damage
 
 ROOT = Path(__file__).parents[2]
 TITLE = "Bad inputs of a distillation"
@@ -23,15 +51,6 @@ JUNK: list[Any] = [
     *("a/b/c", "~", "\0", "é\u0301", "\u202e", "a" * 5000, "{{ 1 }}", "${HOME}", b"\xff"),
     *([], {}, [[]], {"": ""}, {"a": {"b": []}}, [None], ["x", 1, {}], {1: 2}, {None: None}),
 ]
-
-
-def invoked(*arguments: str) -> Any:
-    """How a command ended: its exit code, stdout and stderr."""
-    from click.testing import CliRunner
-
-    from fusechat_distill.cli import commands
-
-    return CliRunner().invoke(commands, list(arguments))
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -76,8 +95,6 @@ HOSTILE = {
 
 
 def recipe_texts() -> list[str]:
-    from fusechat_distill.recipe.reference import commented_recipe
-
     readme = (ROOT / "README.md").read_text("utf-8")
     blocks = [b for b in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "pivot:" in b]
     files = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -91,7 +108,7 @@ def shown_or_refused(path: Path) -> str:
         Wrong: it neither shows it nor refuses it clearly.
     """
     with contextlib.chdir(path.parent):  # a relative output is looked for there
-        result = invoked("status", str(path))
+        result = chain.run("status", path)
     if result.exit_code == 0:
         return "shown by `status`"
     if result.exit_code != 2 or not result.stderr.startswith("Error: "):
@@ -100,8 +117,6 @@ def shown_or_refused(path: Path) -> str:
 
 
 def fuzz_recipes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    import yaml
-
     texts = recipe_texts()
     literals = [damage.Literal(text) for text in damage.YAML_LITERALS if len(text) < 10_000]
     path = work / "recipe.yaml"
@@ -151,99 +166,54 @@ def fuzz_recipes(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 def scored_store(folder: Path, chance: random.Random) -> Any:
     """A store of two shards with eight samples each, as a scorer could have made it."""
-    import numpy as np
-
-    from fusechat_distill.storage.shards import (
-        Manifest,
-        Shards,
-        scores_table,
-    )
-    from fusechat_distill.text.scored import ScoredResponse, ScoredSample
-
-    random_numbers = np.random.default_rng(chance.randrange(2**32))
-
-    def sample(row: int) -> ScoredSample:
-        responses = []
-        for turn in range(chance.randint(1, 3)):
-            n, k = chance.randint(1, 12), 4
-            arrays = {
-                "tokens": random_numbers.integers(0, 300, n, np.uint32),
-                "ends": np.arange(3, 3 * n + 1, 3, dtype=np.int32),
-                "ids": random_numbers.integers(0, 300, (n, k), np.uint32),
-                "logprobs": -random_numbers.random((n, k)).astype(np.float16),
-                "gold_logprobs": -random_numbers.random(n).astype(np.float32),
-            }
-            place = {"turn": turn, "begin": 0, "end": 3 * n, "first": turn + 1}
-            pending = b" " * (turn % 2)
-            responses.append(ScoredResponse(**place, pending=pending, stop="special", **arrays))
-        return ScoredSample(f"{chance.getrandbits(128):032x}", row, tuple(responses))
-
+    rng = np.random.default_rng(chance.randrange(2**32))
     shards = Shards.create(folder, Manifest("scores", 16, {"model": "m"}, 8))
     for samples in shards.manifest.ranges():
-        rows = [sample(row) for row in range(samples.start, samples.stop)]
+        lengths = [[chance.randint(1, 12) for _ in range(chance.randint(1, 3))] for _ in range(8)]
+        rows = [sample(rng, samples.start + i, turns, 4) for i, turns in enumerate(lengths)]
         summary = {"samples": len(rows), "input_tokens": 1234, "left_out": [[3, "too long"]]}
         shards.write(samples, scores_table(rows), summary)
     return shards
 
 
-REWRITES = [
-    *("rows out of order", "a row twice", "a row less", "no rows", "a column less"),
-    *("columns renamed", "another type", "numbers shifted", "footer edited", "no footer"),
-    "the other shard",
-]
-
-
 def rewritten(table: Any, other: bytes, chance: random.Random) -> bytes:
     """A shard that another program could have written over the one it read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    metadata = table.schema.metadata
-    names = table.column_names
-    kind = chance.choice(REWRITES)
-    if kind == "rows out of order":
-        table = table.take(chance.sample(range(8), 8)[::-1])
-    elif kind == "a row twice":
-        table = pa.concat_tables([table, table.slice(chance.randrange(8), 1)])
-    elif kind == "a row less":
-        table = table.slice(chance.randint(0, 1), 7)
-    elif kind == "no rows":
-        table = table.slice(0, 0)
-    elif kind == "a column less":
-        table = table.drop_columns([chance.choice(names)])
-    elif kind == "columns renamed":
-        i, j = chance.sample(range(3, 8), 2)
-        swapped = list(names)
-        swapped[i], swapped[j] = names[j], names[i]
-        table = table.rename_columns(swapped)
-    elif kind == "another type":
-        table = table.set_column(1, "row", table["row"].cast(pa.int64()))
-    elif kind == "numbers shifted":
-        table = table.set_column(5, "ids", pa.chunked_array([table["ids"].combine_chunks()[::-1]]))
-    elif kind == "footer edited":
-        key = next(iter(metadata))
-        metadata = {key: metadata[key].replace(b"1234", b"1%d34" % chance.randrange(10))}
-    elif kind == "no footer":
-        metadata = {}
-    else:
+    kept, names = table.schema.metadata, table.column_names
+    key = next(iter(kept))
+    edited = kept[key].replace(b"1234", b"1%d34" % chance.randrange(10))
+    i, j = chance.sample(range(3, 8), 2)
+    swapped = {names[i]: names[j], names[j]: names[i]}
+    reversed_ids = pa.chunked_array([table["ids"].combine_chunks()[::-1]])
+    found, metadata = chance.choice([
+        (table.take(chance.sample(range(8), 8)[::-1]), kept),
+        (pa.concat_tables([table, table.slice(chance.randrange(8), 1)]), kept),
+        (table.slice(chance.randint(0, 1), 7), kept),
+        (table.slice(0, 0), kept),
+        (table.drop_columns([chance.choice(names)]), kept),
+        (table.rename_columns([swapped.get(name, name) for name in names]), kept),
+        (table.set_column(1, "row", table["row"].cast(pa.int64())), kept),
+        (table.set_column(5, "ids", reversed_ids), kept),
+        (table, {key: edited}),
+        (table, {}),
+        (None, None),
+    ])  # fmt: skip
+    if found is None:
         return other
     sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata(metadata)
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    found = found.replace_schema_metadata(metadata)
+    pq.write_table(found, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from fusechat_common.errors import FusechatError
-    from fusechat_distill.storage.shards import Shards, scored_samples
-
     shards = scored_store(work / "scores", random.Random(seed))
     samples, others = shards.manifest.ranges()
     path = shards.path(samples)
     raw, table, summary = path.read_bytes(), shards.read(samples), shards.summary(samples)
     other = shards.path(others).read_bytes()
 
-    def outcome(here: Any, found: bytes) -> str:
+    def outcome(found: bytes) -> str:
+        here = Shards.open(own_copy(work / "scores"))
         here.path(samples).write_bytes(found)
         ended = "read the same values"
         for read, same in ((here.read, table.equals), (here.summary, summary.__eq__)):
@@ -263,7 +233,7 @@ def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         def one(number: int, chance: random.Random) -> str:
             while (found := make(chance)) == raw:
                 pass
-            return outcome(Shards.open(own_copy(work / "scores")), found)
+            return outcome(found)
 
         return one
 
@@ -272,21 +242,16 @@ def fuzz_shards(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
         return bytes(found)
 
-    def any_damage(chance: random.Random) -> bytes:
-        return damage.changed_bytes(
-            raw, chance, [b"PAR1", bytes(4), b"\xff\xff\xff\x7f", b"\x15\x02"]
-        )
-
-    def rewrite(chance: random.Random) -> bytes:
-        return rewritten(table, other, chance)
-
-    rewrites = "a shard rewritten: rows, columns, types, numbers, footer changed"
-    for what, make, count in (
+    tokens = [b"PAR1", bytes(4), b"\xff\xff\xff\x7f", b"\x15\x02"]
+    made: list[tuple[str, Callable[[random.Random], bytes], int]] = [
         ("a bit of a shard's flipped", one_bit, 20_000),
         ("a shard cut short", lambda chance: raw[: chance.randrange(len(raw))], 1000),
-        ("bytes of a shard changed, removed, put in, moved", any_damage, 10_000),
-        (rewrites, rewrite, 500),
-    ):
+        ("bytes of a shard changed, removed, put in, moved",
+         lambda chance: damage.changed_bytes(raw, chance, tokens), 10_000),
+        ("a shard rewritten: rows, columns, types, numbers, footer changed",
+         lambda chance: rewritten(table, other, chance), 500),
+    ]  # fmt: skip
+    for what, make, count in made:
         yield Figure(TITLE, what).try_all(case(make), scaled(count, scale), seed)
 
 
@@ -352,20 +317,16 @@ def spaceless(text: bytes) -> bytes:
 
 def lost(tokenizer: Any, text: bytes) -> bool:
     """Whether the tokenizer drops one of the text's characters without a trace."""
-    from fusechat_distill.text.tokens import token_bytes
-
     for c in set(text.decode()) - set(" \n\r\t"):
         ids = tokenizer(c, add_special_tokens=False)["input_ids"]
-        kept = tokenizer.unk_token_id in ids or c.encode() in b"".join(token_bytes(tokenizer, ids))
-        if not kept:
+        unknown = tokenizer.unk_token_id in ids
+        if not unknown and c.encode() not in b"".join(token_bytes(tokenizer, ids)):
             return True
     return False
 
 
 def check_renderings(renderer: Any, conversations: list[Any]) -> None:
     """Compare how conversations are rendered with the texts and the tokens' bytes."""
-    from fusechat_distill.text.tokens import token_bytes
-
     for conversation, rendering in zip(conversations, renderer(conversations), strict=True):
         for response in rendering.responses:
             message = conversation.messages[response.turn]
@@ -390,17 +351,6 @@ def check_renderings(renderer: Any, conversations: list[Any]) -> None:
 
 
 def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from fusechat_distill.text.conversations import (
-        Conversation,
-        Renderer,
-        _key,
-        _layout,
-        _messages,
-        _turns,
-        _UnusableError,
-    )
-    from tests.support import chain
-
     renderers = [
         Renderer(chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], chain.CHATML)),
         Renderer(chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)),
@@ -428,9 +378,6 @@ def fuzz_rows(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 
 def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [{**chance.choice(CHATS[:2]), "domain": "x"} for _ in range(6)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
@@ -448,13 +395,6 @@ def dataset_files(work: Path, chance: random.Random) -> dict[str, bytes]:
 
 
 def fuzz_datasets(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    import logging
-
-    import datasets
-
-    from fusechat_common.errors import RequestError
-    from fusechat_distill.text.conversations import open_conversations
-
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = work / "cache"
     files = dataset_files(work, random.Random(seed))
@@ -533,27 +473,21 @@ CHATS_TO_RENDER = [
 ]  # fmt: skip
 
 
-def conversations_to_render() -> list[Any]:
-    from fusechat_distill.text.conversations import Conversation, Message
-
-    return [
-        Conversation(f"{i:032x}", i, tuple(Message(*turn) for turn in chat))
-        for i, chat in enumerate(CHATS_TO_RENDER)
-    ]
+CONVERSATIONS = [
+    Conversation(f"{i:032x}", i, tuple(Message(*turn) for turn in chat))
+    for i, chat in enumerate(CHATS_TO_RENDER)
+]
+RENDERED = [text for chat in CHATS_TO_RENDER for _, text in chat]
+SHORT_TEXTS = [text for text in TEXTS if len(text) < 400]
 
 
 def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from fusechat_common.errors import RequestError
-    from fusechat_distill.text.conversations import Renderer
-    from tests.support import chain
-
     tokenizer = chain.tokenizer(340, ["</s>", "<s>"], chain.PLAIN)
-    conversations = conversations_to_render()
 
     def tried(template: str) -> str:
         try:
             with contextlib.chdir(work):
-                check_renderings(Renderer(tokenizer, template), conversations)
+                check_renderings(Renderer(tokenizer, template), CONVERSATIONS)
         except RequestError:
             ended = "refused with a reason"
         else:
@@ -587,9 +521,6 @@ def fuzz_templates(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 def random_tokenizer(chance: random.Random) -> Any:
     """A tokenizer put together from parts that may or may not fit."""
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
-
     specials = [AddedToken(t, special=True) for t in ("</s>", "<s>", "<unk>")]
     both = (False, True)
     plain_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -620,15 +551,15 @@ def random_tokenizer(chance: random.Random) -> Any:
     alphabet = []
     if "ByteLevel" in repr(pre) + repr(normalizer):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
+    shared: dict[str, Any] = {"special_tokens": specials, "show_progress": False}
+    merging = {"byte_fallback": chance.random() < 0.3, "fuse_unk": chance.random() < 0.5}
+    unknown = chance.choice([None, "<unk>"])
     model, trainer = {
-        "BPE": lambda: (
-            models.BPE(unk_token=chance.choice([None, "<unk>"]), byte_fallback=chance.random() < 0.3, fuse_unk=chance.random() < 0.5),
-            trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
-        ),
-        "Unigram": lambda: (models.Unigram(), trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False)),
-        "WordPiece": lambda: (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)),
-        "WordLevel": lambda: (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(vocab_size=300, special_tokens=specials, show_progress=False)),
-    }[kind]()  # fmt: skip
+        "BPE": (models.BPE(unk_token=unknown, **merging), trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, **shared)),
+        "Unigram": (models.Unigram(), trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", initial_alphabet=alphabet, **shared)),
+        "WordPiece": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=300, **shared)),
+        "WordLevel": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(vocab_size=300, **shared)),
+    }[kind]  # fmt: skip
     backend = tokenizers.Tokenizer(model)
     if normalizer is not None:
         backend.normalizer = normalizer
@@ -636,11 +567,8 @@ def random_tokenizer(chance: random.Random) -> Any:
         backend.pre_tokenizer = pre
     if decoder is not None:
         backend.decoder = decoder
-    corpus = [text for text in TEXTS if len(text) < 400]
-    backend.train_from_iterator(
-        [*(t for c in CHATS_TO_RENDER for _, t in c), *corpus, "the cat the mat"] * 2, trainer
-    )
-    texts = [*("  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2"), *("<0x41>", "cat sat", "[user]", "🙂")]  # fmt: skip
+    backend.train_from_iterator([*RENDERED, *SHORT_TEXTS, "the cat the mat"] * 2, trainer)
+    texts = ["  ", "\n\n", "Hello", " the", "<|x|>", "▁▁", "2+2", "<0x41>", "cat sat", "[user]", "🙂"]  # fmt: skip
     for _ in range(chance.randint(0, 4)):
         names = ("lstrip", "rstrip", "single_word", "normalized")
         flags = {name: chance.random() < 0.3 for name in names}
@@ -651,8 +579,6 @@ def random_tokenizer(chance: random.Random) -> Any:
 
 def check_tokens(tokenizer: Any, texts: list[str]) -> None:
     """Compare the tokens' bytes and ends with the text and the library's own offsets."""
-    from fusechat_distill.text.tokens import byte_offsets, token_bytes, tokenize
-
     unchanged = tokenizer.backend_tokenizer.normalizer is None
     for text, found in zip(texts, tokenize(tokenizer, texts), strict=True):
         raw, at = text.encode(), byte_offsets(text)
@@ -680,20 +606,7 @@ def check_tokens(tokenizer: Any, texts: list[str]) -> None:
 
 
 def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
-    from transformers import PreTrainedTokenizerFast
-
-    from fusechat_common.errors import RequestError
-    from fusechat_distill.inputs.models import open_model
-    from fusechat_distill.recipe.schema import Model
-    from fusechat_distill.text.conversations import Renderer
-    from tests.support import chain
-
-    conversations = conversations_to_render()
-    texts = [t for t in TEXTS if 0 < len(t) < 400]
-    texts += [t for chat in CHATS_TO_RENDER for _, t in chat] + [
-        "the cat </s> the  mat<s>",
-        "<0x41>",
-    ]
+    texts = [*filter(None, SHORT_TEXTS), *RENDERED, "the cat </s> the  mat<s>", "<0x41>"]
 
     def put_together(number: int, chance: random.Random) -> str:
         try:
@@ -706,7 +619,7 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
             )
             renderer = Renderer(tokenizer, chain.PLAIN)
             check_tokens(tokenizer, texts)
-            check_renderings(renderer, conversations)
+            check_renderings(renderer, CONVERSATIONS)
         except RequestError:
             return "refused"
         return "read, bytes and ends of all tokens checked"
@@ -732,7 +645,7 @@ def fuzz_tokenizers(work: Path, scale: float, seed: int) -> Iterator[Figure]:
         (folder / "tokenizer.json").write_bytes(raw)
         try:
             files = open_model(Model(model=str(folder)))
-            Renderer(files.tokenizer)(conversations)
+            Renderer(files.tokenizer)(CONVERSATIONS)
             check_tokens(files.tokenizer, texts)
         except RequestError:
             return "refused"
