@@ -56,13 +56,13 @@ def main() -> None:
         constraints = shlex.quote(str(ROOT / "constraints.txt"))
         here.run(f"python -m pip install --quiet -c {constraints} {wheel}[report]")
         here.run(f"python -c {shlex.quote(MAKE_MODELS)}", PYTHONPATH=str(ROOT))
-        used = run_all(here)
-        for program, module in (
-            ("fusechat-distill", "fusechat_distill.cli:commands"),
-            ("fusechat-merge", "fusechat_merge.cli:main"),
+        run_all(here)
+        for program, lines, module, group in (
+            ("fusechat-distill", DISTILL, "fusechat_distill.cli", "commands"),
+            ("fusechat-merge", MERGE, "fusechat_merge.cli", "main"),
         ):
-            known = here.names(*module.split(":"))
-            assert used[program] == known, used[program] ^ known
+            used, known = {line.split()[0] for line in lines}, here.names(module, group)
+            assert used == known, used ^ known
             for name in sorted(known):
                 here.run(f"{program} {name} --help")
         print(f"{here.count} commands, all with exit status 0")
@@ -81,9 +81,8 @@ def build(folder: Path) -> str:
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-        assert tracked | {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= packed, (
-            tracked - packed
-        )
+        missing = (tracked | {"pyproject.toml", "setup.py", "README.md", "LICENSE"}) - packed
+        assert not missing, missing
     print(f"built {sdist.name} and {wheel.name}, {len(tracked)} files of the packages")
     return str(wheel)
 
@@ -94,21 +93,16 @@ class Here:
     def __init__(self, folder: Path, programs: Path) -> None:
         self.count = 0
         self._folder = folder
-        self._environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            "PATH": f"{programs}:/usr/bin:/bin",
-            "HF_HUB_OFFLINE": "1",
-        }
+        own = {"PATH": f"{programs}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        self._environment = {**os.environ, **own}
+        self._environment.pop("PYTHONPATH", None)
 
     def run(self, line: str, **more: str) -> str:
         self.count += 1
         done = subprocess.run(
-            shlex.split(line),
-            cwd=self._folder,
-            env=self._environment | more,
-            capture_output=True,
-            text=True,
-        )
+            shlex.split(line), cwd=self._folder, env=self._environment | more,
+            capture_output=True, text=True,
+        )  # fmt: skip
         if done.returncode:
             sys.exit(f"{line}\n{done.stdout}{done.stderr}exit status {done.returncode}")
         print(line if len(line) < 90 else f"{line[:80]} …".replace("\n", " "))
@@ -119,8 +113,7 @@ class Here:
         return set(json.loads(self.run(f"python -c {shlex.quote(program)}")))
 
 
-def run_all(here: Here) -> dict[str, set[str]]:
-    """Which commands of each program were run."""
+def run_all(here: Here) -> None:
     for program in ("fusechat-distill", "fusechat-merge", "python -m fusechat_distill"):
         here.run(f"{program} --version")
         here.run(f"{program} --help")
@@ -131,10 +124,6 @@ def run_all(here: Here) -> dict[str, set[str]]:
     here.run(f"fusechat-distill {DISTILL[-1]}")
     here.run("mergekit-yaml out/merge.yml with_mergekit")
     here.run(f"python -c {shlex.quote(SAME_TENSORS)} merged with_mergekit")
-    return {
-        "fusechat-distill": {line.split()[0] for line in DISTILL},
-        "fusechat-merge": {line.split()[0] for line in MERGE},
-    }
 
 
 if __name__ == "__main__":

@@ -47,14 +47,13 @@ def _model(family: str, size: int) -> Model:
     shape |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     if family == "neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
-    shape |= {"num_key_value_heads": 1, "tie_word_embeddings": False}
-    return LlamaForCausalLM(LlamaConfig(**shape))
+    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=False))
 
 
 def _tokenizer(family: str) -> Tokenizer:
-    if family == "llama":
-        return chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], CHATML)
-    return chain.tokenizer(340, ["</s>", "<s>"], PLAIN)
+    if family == "neox":
+        return chain.tokenizer(340, ["</s>", "<s>"], PLAIN)
+    return chain.tokenizer(300, ["<|im_end|>", "<|im_start|>"], CHATML)
 
 
 def prepare(folder: Path) -> None:
@@ -62,15 +61,14 @@ def prepare(folder: Path) -> None:
 
     mergekit, transformers and datasets prefer a folder of that name to the hub's repository.
     """
-    pivots: dict[str, Model] = {}
+    models: dict[str, Model] = {}
     for number, (name, family) in enumerate(MODELS.items()):
         torch.manual_seed(number)
-        tuned = pivots.get(family)
-        if tuned is None:
-            tokenizer = _tokenizer(family)
-            model = pivots[name] = _model(family, len(tokenizer))
+        tokenizer = _tokenizer(family)
+        if pivot := models.get(family):
+            model = _moved(pivot, 0.002 * number)
         else:
-            tokenizer, model = _tokenizer("llama"), _moved(tuned, 0.002 * number)
+            model = models[name] = _model(family, len(tokenizer))
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / DATASET).mkdir(parents=True)

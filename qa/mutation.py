@@ -16,7 +16,6 @@ import argparse
 import ast
 import gc
 import os
-import pickle
 import random
 import re
 import resource
@@ -29,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from types import FunctionType
 
@@ -51,8 +51,10 @@ MEMORY = 12 << 30
 CASES = 32
 """Of a parametrised test so many cases are run, at most."""
 
-Reached = dict[int, set[str]]
-"""The tests that reach each line."""
+FORK = get_context("fork")
+
+Measured = tuple[dict[int, set[str]], dict[str, float]]
+"""The tests that reach each line, and the processor seconds of each test."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +203,11 @@ class Runner:
             items = [item for item in session.items if item.path in files]
             # Torch's threads would not outlive a fork; the tokenizers' caches are worth keeping.
             here = path.startswith("fusechat_distill")
-            reached, seconds = (self.measure if here else self.measure_apart)(path, items)
-            self.run([m for m in self.wanted if m.path == path], items, reached, seconds)
+            measured = (self.measure if here else self.measure_apart)(path, items)
+            self.run([m for m in self.wanted if m.path == path], items, measured)
         return True
 
-    def measure(self, path: str, items: list[pytest.Item]) -> tuple[Reached, dict[str, float]]:
-        """Which items reach each line of the module, and the processor seconds of each."""
+    def measure(self, path: str, items: list[pytest.Item]) -> Measured:
         from coverage import Coverage
 
         # Without pyproject.toml's settings, which would have every fork measured.
@@ -224,33 +225,24 @@ class Runner:
         lines = coverage.get_data().contexts_by_lineno(str(ROOT / path))
         return {line: set(contexts) for line, contexts in lines.items()}, seconds
 
-    def measure_apart(
-        self, path: str, items: list[pytest.Item]
-    ) -> tuple[Reached, dict[str, float]]:
+    def measure_apart(self, path: str, items: list[pytest.Item]) -> Measured:
         """The same in a process of its own."""
-        with tempfile.TemporaryFile() as answer:
-            pid = os.fork()
-            if not pid:
-                pickle.dump(self.measure(path, items), answer)
-                answer.flush()
-                os._exit(0)
-            os.waitpid(pid, 0)
-            answer.seek(0)
-            return pickle.load(answer)
+        answer, telling = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=lambda: telling.send(self.measure(path, items)))
+        process.start()
+        telling.close()
+        measured = answer.recv()
+        process.join()
+        return measured
 
     def one(self, item: pytest.Item, following: pytest.Item | None) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
-    def run(
-        self,
-        wanted: list[Mutant],
-        items: list[pytest.Item],
-        reached: Reached,
-        seconds: dict[str, float],
-    ) -> None:
+    def run(self, wanted: list[Mutant], items: list[pytest.Item], measured: Measured) -> None:
         """Try the mutants of one module."""
+        reached, seconds = measured
         running: dict[int, tuple[Mutant, Path]] = {}
-        killed = 0
+        survived = len(self.survivors)
         anything = set().union(*reached.values())
         waiting = wanted[::-1]
         while waiting or running:
@@ -267,11 +259,10 @@ class Runner:
             pid, status = os.waitpid(-1, 0)
             mutant, scratch = running.pop(pid)
             shutil.rmtree(scratch)
-            if status:
-                killed += 1
-            else:
+            if not status:
                 self.survivors.append(mutant)
                 print(f"\n{mutant.name}: {mutant.change}", flush=True)
+        killed = len(wanted) - len(self.survivors) + survived
         print(f"\n{wanted[0].path}: {len(wanted)} mutants, {killed} killed", flush=True)
 
     def attempt(
@@ -317,12 +308,11 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     wanted = {path: list(mutants(path, arguments.pattern or [""])) for path in TESTS}
     runners = []
-    for package in dict.fromkeys(path.split("/")[0] for path in TESTS):
-        runner = Runner(
-            [m for path in TESTS if path.startswith(package) for m in wanted[path]], arguments.jobs
-        )
-        if runner.wanted:
-            files = dict.fromkeys(file for m in runner.wanted for file in TESTS[m.path])
+    for package in ("fusechat_merge", "fusechat_distill"):
+        ours = [m for path in TESTS if path.startswith(package) for m in wanted[path]]
+        runner = Runner(ours, arguments.jobs)
+        if ours:
+            files = dict.fromkeys(file for m in ours for file in TESTS[m.path])
             options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
             pytest.main([*options, *(f"tests/{file}" for file in files)], plugins=[runner])
         runners.append(runner)
@@ -344,12 +334,10 @@ def more_survive(page: str, counts: dict[str, tuple[int, int]]) -> list[str]:
     Args:
         counts: {module's path: (mutants, survivors)}.
     """
-    known = {path: int(survived) for path, _, _, survived in _ROW.findall(page)}
-    return [
-        f"{path}: {survived} survive, {known.get(path, 0)} in {PAGE.relative_to(ROOT)}"
-        for path, (_, survived) in counts.items()
-        if survived > known.get(path, 0)
-    ]
+    known = Counter({path: int(survived) for path, _, _, survived in _ROW.findall(page)})
+    more = {path: survived for path, (_, survived) in counts.items() if survived > known[path]}
+    where = PAGE.relative_to(ROOT)
+    return [f"{path}: {n} survive, {known[path]} in {where}" for path, n in more.items()]
 
 
 def with_table(page: str, counts: dict[str, tuple[int, int]]) -> str:
