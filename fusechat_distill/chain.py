@@ -80,10 +80,7 @@ def run_stages(inputs: Inputs, *, trust_remote_code: bool = False) -> list[Stage
     """Every stage of the recipe, in order; the baseline without sources needs no scores."""
     before: list[Stage] = []
     if inputs.recipe.fusion.strategy != "sft":
-        before = [
-            *score_stages(inputs, trust_remote_code=trust_remote_code),
-            *align_stages(inputs),
-        ]
+        before = [*score_stages(inputs, trust_remote_code=trust_remote_code), *align_stages(inputs)]
     return [*before, *target_stages(inputs, trust_remote_code=trust_remote_code)]
 
 

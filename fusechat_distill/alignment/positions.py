@@ -268,10 +268,7 @@ class Aligned:
 
 
 def align(
-    pivot: Responses,
-    source: Responses,
-    vocabulary: VocabularyMap,
-    positions: Positions = "bytes",
+    pivot: Responses, source: Responses, vocabulary: VocabularyMap, positions: Positions = "bytes"
 ) -> Aligned:
     """The source's distribution, in pivot tokens, at every matched state of the pivot.
 
@@ -349,10 +346,7 @@ def _mapped(
 
 
 def _gold_path(
-    pivot: Responses,
-    source: Responses,
-    rows: NDArray[np.int64],
-    states: NDArray[np.int64],
+    pivot: Responses, source: Responses, rows: NDArray[np.int64], states: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """[M], the source's probability of the text of the pivot's gold token.
 

@@ -119,11 +119,7 @@ class VocabularyMap:
 
     @classmethod
     def _build(
-        cls,
-        pivot: Vocabulary,
-        source: Vocabulary,
-        specials: Mapping[int, int] | None,
-        mode: str,
+        cls, pivot: Vocabulary, source: Vocabulary, specials: Mapping[int, int] | None, mode: str
     ) -> VocabularyMap:
         """Exact matches and roles, or the identity if the vocabularies are the same."""
         ids = np.full(len(source), -1, dtype=np.int64)

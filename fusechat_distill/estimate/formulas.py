@@ -160,12 +160,7 @@ def _width(recipe: Recipe, sources: int) -> int:
 
 
 def _train(
-    recipe: Recipe,
-    target: str,
-    shape: Shape | None,
-    text: Text,
-    width: int,
-    adapter: int | None,
+    recipe: Recipe, target: str, shape: Shape | None, text: Text, width: int, adapter: int | None
 ) -> Cost:
     settings = recipe.training.sft
     lora = recipe.training.lora is not None

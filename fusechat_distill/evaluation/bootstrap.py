@@ -154,9 +154,7 @@ class _SeedPart:
         variance = sum(part.variance for part in parts)
         freedom = sum(part.variance**2 / part.freedom for part in parts)
         return _SeedPart(
-            variance,
-            self.interaction + other.interaction,
-            variance**2 / freedom if parts else 1.0,
+            variance, self.interaction + other.interaction, variance**2 / freedom if parts else 1.0
         )
 
 
@@ -207,9 +205,7 @@ class _Spread:
             return ConfidenceInterval(value=self.value, low=None, high=None)
         below, above = self._distances(np.array([1 - level]))
         return ConfidenceInterval(
-            value=self.value,
-            low=float(self.value - below[0]),
-            high=float(self.value + above[0]),
+            value=self.value, low=float(self.value - below[0]), high=float(self.value + above[0])
         )
 
     def p_value(self) -> float | None:

@@ -102,7 +102,7 @@ class EvaluationPlanner:
             problems.append(
                 f"dataset.eval_fraction: {inputs.recipe.dataset.eval_fraction:g} holds out none of "
                 f"the {len(inputs.conversations)} conversations, so that there is nothing to "
-                "evaluate on; raise it, and train again",
+                "evaluate on; raise it, and train again"
             )
         problems += [*self._targets(inputs), *self._named_models(inputs)]
         return [*problems, *self._questions_problems()]

@@ -15,19 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusechat_common.errors import FusechatError
-from fusechat_distill.evaluation.bootstrap import (
-    RESAMPLES,
-    Difference,
-    Losses,
-    bootstrap,
-    holm,
-)
+from fusechat_distill.evaluation.bootstrap import RESAMPLES, Difference, Losses, bootstrap, holm
 from fusechat_distill.evaluation.candidates import Candidate, EvaluationPlan
-from fusechat_distill.evaluation.measure import (
-    CheckpointBits,
-    CheckpointEvaluation,
-    answer_turns,
-)
+from fusechat_distill.evaluation.measure import CheckpointBits, CheckpointEvaluation, answer_turns
 from fusechat_distill.evaluation.schema import (
     ALL,
     BitsPerByte,

@@ -16,12 +16,7 @@ from fusechat_distill.alignment.stage import AlignedSample, AlignStage, aligned_
 from fusechat_distill.fusion.decisions import NAME, Decisions, FuseSummary
 from fusechat_distill.fusion.fuse import AlignedScores, Fused, fuse, segment_sums, target_models
 from fusechat_distill.recipe.schema import PIVOT
-from fusechat_distill.storage.shards import (
-    Manifest,
-    SampleRange,
-    ScoreStore,
-    Shards,
-)
+from fusechat_distill.storage.shards import Manifest, SampleRange, ScoreStore, Shards
 from fusechat_distill.storage.stage import ShardedStage, StageStatus, require_complete
 from fusechat_distill.text.scored import ScoredSample
 

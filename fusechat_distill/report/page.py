@@ -119,11 +119,7 @@ def _share(source: AlignedSource, section: str, name: str) -> float | None:
 
 
 def _stacked(
-    axes: Axes,
-    title: str,
-    sources: Mapping[str, AlignedSource],
-    section: str,
-    parts: Sequence[str],
+    axes: Axes, title: str, sources: Mapping[str, AlignedSource], section: str, parts: Sequence[str]
 ) -> None:
     """A bar for each source, cut into shares of 1; shares with room for it are written in."""
     left = [0.0] * len(sources)

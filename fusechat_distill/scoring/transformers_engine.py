@@ -167,10 +167,7 @@ class TransformersScorer:
         parts = [np.split(tensor.cpu().numpy(), begins[1:]) for tensor in tensors]
         parts.append(np.split(of_sets.cpu().numpy(), set_begins[1:]))
         return [
-            Scores(
-                token_ids.astype(np.uint32),
-                *(values.astype(np.float32) for values in logprobs),
-            )
+            Scores(token_ids.astype(np.uint32), *(values.astype(np.float32) for values in logprobs))
             for token_ids, *logprobs in zip(*parts, strict=True)
         ]
 

@@ -368,10 +368,7 @@ def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
         for sample in samples
     ]
     return sample_table(
-        SCORES,
-        samples,
-        attrgetter("responses"),
-        responses=pa.array(responses, pa.list_(RESPONSE)),
+        SCORES, samples, attrgetter("responses"), responses=pa.array(responses, pa.list_(RESPONSE))
     )
 
 

@@ -49,10 +49,7 @@ class Squares(ShardedStage[Counted, list[str]]):
 
     def prepare(self, missing: Sequence[SampleRange]) -> None:
         self.events.append(f"prepare {len(missing)}")
-        with (
-            pytest.raises(RequestError, match="another run"),
-            Shards.open(self.folder).exclusive(),
-        ):
+        with pytest.raises(RequestError, match="another run"), Shards.open(self.folder).exclusive():
             pass
 
     @contextlib.contextmanager
@@ -152,7 +149,7 @@ def test_times_are_kept_where_a_stage_wants_them(tmp_path):
     status = stage.run(Process(), Bar())
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(e["samples"], e["input_tokens"], e["process"]) for e in entries] == [
-        *(([0, 4], 40, 0), ([4, 8], 40, 0), ([8, 10], 20, 0)),
+        *(([0, 4], 40, 0), ([4, 8], 40, 0), ([8, 10], 20, 0))
     ]
     (tmp_path / "log.jsonl").write_text('{"input_tokens": 30, "seconds": 2.0}\n{"torn\n')
     assert stage.status() == status.model_copy(update={"tokens_per_second": 15.0})
