@@ -25,20 +25,21 @@ class RequestError(FusechatError, ValueError):
     The message is `where: problem` for one problem, otherwise a heading and a line for each.
 
     Args:
-        problems: all problems, each naming its remedy.
+        problems: the problem, or all of them, each naming its remedy.
         where: what has these problems, such as a file.
     """
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[str], where: object = None) -> None:
+    def __init__(self, problems: str | Sequence[str], where: object = None) -> None:
         self.where = where
+        several = [problems] if isinstance(problems, str) else problems
         # A name may contain a line break; a problem is one line all the same.
-        self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)
+        self.problems = tuple(" ".join(problem.splitlines()) for problem in several)
         if len(self.problems) == 1:
             message = self.problems[0] if where is None else f"{where}: {self.problems[0]}"
         else:
-            heading = f"{len(problems)} problems:"
+            heading = f"{len(several)} problems:"
             heading = heading if where is None else f"{where} has {heading}"
             message = "\n  ".join([heading, *self.problems])
         super().__init__(message)

@@ -63,7 +63,7 @@ class MergeStage:
         folders = [self.recipe.targets_folder / name for name in target_names(self.recipe)]
         if all((folder / "manifest.json").exists() for folder in folders):
             if problem := next(iter(self.problems()), None):
-                raise RequestError([problem], self.path)
+                raise RequestError(problem, self.path)
             if not self.status().complete:
                 write_text(self.path, self._text())
         return self.status()

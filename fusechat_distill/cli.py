@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fusechat_distill.scoring.stage import ScoreSummary
     from fusechat_distill.storage.processes import Processes
     from fusechat_distill.storage.stage import Stage, StageStatus
-    from fusechat_distill.training.stage import Losses
 
 LISTED_ROWS = 20
 """Rows that are left out of the dataset and shown; `--json` lists all."""
@@ -78,8 +77,7 @@ def init(folder: str) -> None:
         with open(path, "x", encoding="utf-8") as file:
             file.write(commented_recipe())
     except FileExistsError:
-        problem = "exists already; name another folder, or move it away"
-        raise RequestError([problem], path) from None
+        raise RequestError("exists already; name another folder, or move it away", path) from None
     click.echo(str(path))
 
 
@@ -238,19 +236,17 @@ def status(recipe: str, as_json: bool) -> None:
     from fusechat_distill.recipe.schema import load_recipe
 
     states = run_status(load_recipe(recipe))
-    if as_json:
-        _echo_json(
-            [
-                {
-                    **state.model_dump(exclude={"details", "unit"}),
-                    "seconds_left": _seconds_left(state),
-                    **state.details.model_dump(exclude_none=True),
-                }
-                for state in states
-            ]
-        )
-    else:
+    if not as_json:
         click.echo("\n".join(map(_line, states)))
+        return
+    _echo_json(
+        [
+            state.model_dump(exclude={"details", "unit"})
+            | {"seconds_left": _seconds_left(state)}
+            | state.details.model_dump(exclude_none=True)
+            for state in states
+        ]
+    )
 
 
 @commands.command(short_help="Show how well the sources' distributions arrive.")
@@ -341,14 +337,13 @@ def evaluate(
     _quieten()
     require_matplotlib("evaluate")
     planner = EvaluationPlanner(models, generate, questions, trust_remote_code)
-    inputs = open_inputs(
-        recipe, trust_remote_code=trust_remote_code, more_problems=planner.problems
-    )
+    problems = planner.problems
+    inputs = open_inputs(recipe, trust_remote_code=trust_remote_code, more_problems=problems)
     plan = planner.plan(inputs)
     processes = Processes(inputs.recipe.scoring.device)
     if processes.count > 1:
         problem = "runs in one process, on all devices of the machine; start it without a launcher"
-        raise RequestError([problem], "evaluate")
+        raise RequestError(problem, "evaluate")
     evaluation, answers = measure(plan, processes, Bar(processes))
     output = inputs.recipe.output_folder
     report = output / "report"
@@ -509,14 +504,11 @@ def _line(state: StageStatus[Any]) -> str:
         "score": _score_facts,
         "align": _align_facts,
         "fuse": _fuse_facts,
-        "train": _train_facts,
+        "train": lambda losses: [f"{name} {x:.4g}" for name, x in losses if x is not None],
         "merge": lambda details: [],
     }
-    parts = [
-        f"{state.done:,} of {state.total:,} {state.unit}",
-        *facts[state.stage](state.details),
-        readable_size(state.bytes),
-    ]
+    parts = [f"{state.done:,} of {state.total:,} {state.unit}", *facts[state.stage](state.details)]
+    parts.append(readable_size(state.bytes))
     if state.tokens_per_second:
         parts.append(f"{state.tokens_per_second:,.0f} tokens/s a process")
     if left := _seconds_left(state):
@@ -555,10 +547,6 @@ def _fuse_facts(summary: FuseSummary) -> list[str]:
         share = (summary.positions_with_target or 0) / summary.positions
         facts.append(f"{share:.1%} of the positions have a distribution")
     return facts
-
-
-def _train_facts(losses: Losses) -> list[str]:
-    return [f"{name} {value:.4g}" for name, value in losses if value is not None]
 
 
 def _seconds_left(state: StageStatus[Any]) -> float | None:

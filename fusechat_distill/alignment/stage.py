@@ -205,14 +205,9 @@ def align_samples(
         matches[i][start : start + len(own)] = np.where(own >= 0, own + shift, -1)
     # Responses are in the samples' order, and so are the rows of the positions that match.
     rows = np.cumsum([0, *(int((m >= 0).sum()) for m in matches)])
+    ids, logprobs = np.split(aligned.ids, rows[1:-1]), np.split(aligned.logprobs, rows[1:-1])
     samples = [
-        AlignedSample(
-            matches[i],
-            aligned.ids[rows[i] : rows[i + 1]],
-            aligned.logprobs[rows[i] : rows[i + 1]],
-            pivot.key,
-            pivot.row,
-        )
+        AlignedSample(matches[i], ids[i], logprobs[i], pivot.key, pivot.row)
         for i, (pivot, _) in enumerate(joined.samples)
     ]
     return samples, _summary(joined, vocabulary, samples, aligned.matches >= 0)
@@ -270,11 +265,8 @@ def _summary(
         worst.append((aligned.row, round(share, 4), round(mass_kept, 4)))
     # A response runs over its end where no token ends there and its last token ends nowhere known.
     for name, side in (("pivot", pivot), ("source", source)):
-        reached = np.bincount(
-            side.response,
-            weights=side.ends == side.limits[side.response],
-            minlength=len(side.begins),
-        )
+        at_end = side.ends == side.limits[side.response]
+        reached = np.bincount(side.response, weights=at_end, minlength=len(side.begins))
         last = side.ends[side.offsets[1:] - 1]
         sums[f"{name}_run_over"] += int(((reached == 0) & (last < 0)).sum())
     return AlignSummary(
@@ -317,17 +309,13 @@ class AlignStage(ShardedStage[AlignSummary, AlignContext]):
     def manifest(self) -> Manifest:
         """What determines the distributions: both models' scores, and how they are aligned."""
         pivot = self.inputs.scores_manifest(self.inputs.pivot)
-        return Manifest(
-            kind="aligned",
-            samples=pivot.samples,
-            fingerprint={
-                "pivot_scores": pivot.digest,
-                "source_scores": self.inputs.scores_manifest(self.source).digest,
-                "positions": self.positions,
-                "vocabulary": self.mode,
-            },
-            shard_samples=pivot.shard_samples,
-        )
+        fingerprint = {
+            "pivot_scores": pivot.digest,
+            "source_scores": self.inputs.scores_manifest(self.source).digest,
+            "positions": self.positions,
+            "vocabulary": self.mode,
+        }
+        return Manifest("aligned", pivot.samples, fingerprint, pivot.shard_samples)
 
     def require(self) -> None:
         for model in (self.inputs.pivot, self.source):
@@ -343,7 +331,7 @@ class AlignStage(ShardedStage[AlignSummary, AlignContext]):
     def open(self, processes: Processes) -> Iterator[AlignContext]:
         vocabulary_map = self._read_vocabulary()
         assert vocabulary_map is not None
-        yield AlignContext(*self._stores(), vocabulary_map)
+        yield AlignContext(*self.stores(), vocabulary_map)
 
     def make(self, context: AlignContext, samples: SampleRange) -> tuple[pa.Table, AlignSummary]:
         joined = join(context.pivot.shard(samples), context.source)
@@ -352,12 +340,12 @@ class AlignStage(ShardedStage[AlignSummary, AlignContext]):
         aligned, summary = align_samples(joined, context.vocabulary, self.positions)
         return aligned_table(aligned), summary
 
-    def _stores(self) -> tuple[ScoreStore, ScoreStore]:
+    def stores(self) -> tuple[ScoreStore, ScoreStore]:
         """The pivot's and the source's scores."""
         folder = self.inputs.scores_folder
         return ScoreStore(folder(self.inputs.pivot)), ScoreStore(folder(self.source))
 
-    def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         """The pivot's and the source's."""
         renderers = self.inputs.pivot.renderer, self.source.renderer
         return vocabulary(renderers[0].tokenizer), vocabulary(renderers[1].tokenizer)
@@ -380,7 +368,7 @@ class AlignStage(ShardedStage[AlignSummary, AlignContext]):
         return folder / f"{self.mode}-{digest[:16]}.npz"
 
     def _make_vocabulary(self) -> None:
-        pivot, source = self._vocabularies()
+        pivot, source = self.vocabularies()
         log.info("align %s: mapping %d tokens to %d", self.name, len(source), len(pivot))
         roles = self._roles()
         if self.mode == "ms":
@@ -402,12 +390,12 @@ class AlignStage(ShardedStage[AlignSummary, AlignContext]):
                 maps = arrays["ids"], arrays["kinds"]
         except (OSError, ValueError, KeyError):  # missing or damaged: it is made again
             return None
-        return VocabularyMap(*self._vocabularies(), self.mode, *maps)
+        return VocabularyMap(*self.vocabularies(), self.mode, *maps)
 
     def _counts(self) -> PairCounts:
         """Pairs of tokens over the whole corpus, one shard in memory at a time."""
-        pivot, source = self._stores()
-        vocabularies = self._vocabularies()
+        pivot, source = self.stores()
+        vocabularies = self.vocabularies()
         counts = PairCounts.empty()
         for samples in pivot.shards.present():
             if joined := join(pivot.shard(samples), source):

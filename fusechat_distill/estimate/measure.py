@@ -198,13 +198,7 @@ def _text(recipe: Recipe, missing: list[str], trust_remote_code: bool) -> tuple[
     data = recipe.dataset
     if Path(data.path).exists():
         try:
-            conversations = open_conversations(
-                data.path,
-                name=data.name,
-                split=data.split,
-                column=data.column,
-                max_samples=data.max_samples,
-            )
+            conversations = open_conversations(**data.model_dump(exclude={"eval_fraction"}))
         except RequestError as error:
             missing += [f"{error.where}: {problem}" for problem in error.problems]
         else:

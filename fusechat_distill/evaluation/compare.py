@@ -124,10 +124,8 @@ def summary(plan: EvaluationPlan, bits: Mapping[str, Sequence[CheckpointBits]]) 
             column=held_out.column,
         ),
         groups={
-            group: GroupSize(
-                conversations=int(samples.sum()), bytes=int(pivot_bytes[samples].sum())
-            )
-            for group, samples in groups.items()
+            group: GroupSize(conversations=int(part.sum()), bytes=int(pivot_bytes[part].sum()))
+            for group, part in groups.items()
         },
         models={
             candidate.name: EvaluatedModel(
@@ -200,19 +198,13 @@ def _pairs(
     entries = []
     for pair in pairs:
         of_all = differences[ALL][pair]
-        entries.append(
-            Pair(
-                a=pair[0],
-                b=pair[1],
-                scope=_scope(pair, of_all.seeds),
-                seeds=of_all.seeds,
-                paired=of_all.paired,
-                groups={
-                    group: _group_difference(of_group[pair], adjusted.get((group, pair)))
-                    for group, of_group in differences.items()
-                },
-            )
-        )
+        seeds, paired, scope = of_all.seeds, of_all.paired, _scope(pair, of_all.seeds)
+        groups = {
+            group: _group_difference(of_group[pair], adjusted.get((group, pair)))
+            for group, of_group in differences.items()
+        }
+        a, b = pair
+        entries.append(Pair(a=a, b=b, scope=scope, seeds=seeds, paired=paired, groups=groups))
     return entries
 
 

@@ -87,18 +87,16 @@ def export(
         lines = _jsonl(_mt_bench(question, turns, model) for question, turns in answered)
         write_text(folder / "model_answer" / f"{model}.jsonl", lines)
         if single:
-            write_json(
-                folder / "alpaca_eval" / f"{model}.json",
-                [
-                    {
-                        "dataset": question.category,
-                        "instruction": question.turns[0],
-                        "output": turns[0],
-                        "generator": model,
-                    }
-                    for question, turns in answered
-                ],
-            )
+            outputs = [
+                {
+                    "dataset": question.category,
+                    "instruction": question.turns[0],
+                    "output": turns[0],
+                    "generator": model,
+                }
+                for question, turns in answered
+            ]
+            write_json(folder / "alpaca_eval" / f"{model}.json", outputs)
 
 
 def _mt_bench(question: Question, turns: Sequence[str], model: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fusechat_distill.evaluation.bits import AnswerBits, answer_request
 from fusechat_distill.evaluation.candidates import EvaluationPlan
 from fusechat_distill.inputs.models import PLACEMENT
 from fusechat_distill.inputs.open import OpenModel
-from fusechat_distill.scoring.stage import NON_FINITE_SHARE, placement
+from fusechat_distill.scoring.stage import NON_FINITE_SHARE, listed_rows, placement
 from fusechat_distill.storage.shards import Manifest
 from fusechat_distill.storage.stage import Progress
 from fusechat_distill.text.tokens import vocabulary
@@ -99,20 +99,17 @@ class CheckpointEvaluation:
         """What determines the bits or answers; `texts` is the checkpoint's input."""
         inputs, model = self.plan.inputs, self.model
         load = {k: v for k, v in load_options(self.plan, model).items() if k not in PLACEMENT}
-        return Manifest(
-            kind,
-            len(self.plan.held_out.conversations),
-            {
-                "version": version,
-                "model": model.files.identity(inputs.digests),
-                "load": load,
-                "dtype": model.spec.dtype or inputs.recipe.scoring.dtype,
-                "renderer": model.renderer.fingerprint,
-                "pivot_renderer": inputs.pivot.renderer.fingerprint,
-                "max_length": inputs.recipe.max_length,
-                "texts": hashlib.sha256(texts.encode()).hexdigest(),
-            },
-        )
+        fingerprint = {
+            "version": version,
+            "model": model.files.identity(inputs.digests),
+            "load": load,
+            "dtype": model.spec.dtype or inputs.recipe.scoring.dtype,
+            "renderer": model.renderer.fingerprint,
+            "pivot_renderer": inputs.pivot.renderer.fingerprint,
+            "max_length": inputs.recipe.max_length,
+            "texts": hashlib.sha256(texts.encode()).hexdigest(),
+        }
+        return Manifest(kind, len(self.plan.held_out.conversations), fingerprint)
 
     @cached_property
     def _scorer(self) -> TransformersScorer:
@@ -144,11 +141,10 @@ class CheckpointEvaluation:
         finally:
             progress.stop()
         if len(non_finite) > NON_FINITE_SHARE * len(conversations):
-            shown = ", ".join(map(str, non_finite[:20])) + ", ..." * (len(non_finite) > 20)
             raise FusechatError(
                 f"{title} ({model.spec.model}): NaN or Inf in its output for {len(non_finite)} of "
-                f"{len(conversations)} conversations (rows {shown}); evaluate it in another dtype "
-                "(`scoring.dtype: float32`), or check its weights"
+                f"{len(conversations)} conversations ({listed_rows(non_finite)}); evaluate it in "
+                "another dtype (`scoring.dtype: float32`), or check its weights"
             )
         turns = [(c.key, turn) for c in conversations for turn in answer_turns(c)]
         return {

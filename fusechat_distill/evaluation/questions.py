@@ -79,37 +79,28 @@ def read_questions(path: Path, count: int | None = None) -> Questions:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         questions = [_question(row, i) for i, row in enumerate(rows)]
     except OSError as error:
-        raise RequestError([f"can't be read ({error.strerror})"], path) from error
+        raise RequestError(f"can't be read ({error.strerror})", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
-            [
-                "is neither MT-Bench's question.jsonl (a line each with question_id and turns) nor "
-                f"AlpacaEval's JSON list with instruction ({type(error).__name__}: {error})"
-            ],
+            "is neither MT-Bench's question.jsonl (a line each with question_id and turns) nor "
+            f"AlpacaEval's JSON list with instruction ({type(error).__name__}: {error})",
             path,
         ) from error
     if not questions:
-        raise RequestError(["holds no question"], path)
+        raise RequestError("holds no question", path)
     if path.stem.lower() == HELD_OUT:
         problem = f"its answers would replace those in answers/{HELD_OUT}; give it another name"
-        raise RequestError([problem], path)
+        raise RequestError(problem, path)
     return Questions(path.stem, tuple(questions[:count]), TOKENS)
 
 
 def _question(row: Mapping[str, Any], index: int) -> Question:
     if "instruction" in row:
-        return Question(
-            index + 1,
-            (Message("user", _text(row["instruction"])),),
-            category=_text(row.get("dataset", "alpaca_eval")),
-        )
+        category = _text(row.get("dataset", "alpaca_eval"))
+        return Question(index + 1, (Message("user", _text(row["instruction"])),), (), category)
     first, *later_turns = map(_text, row["turns"])
-    return Question(
-        int(row["question_id"]),
-        (Message("user", first),),
-        tuple(later_turns),
-        _text(row.get("category", "general")),
-    )
+    number, category = int(row["question_id"]), _text(row.get("category", "general"))
+    return Question(number, (Message("user", first),), tuple(later_turns), category)
 
 
 def _text(value: Any) -> str:

@@ -202,11 +202,9 @@ class FuseStage(ShardedStage[FuseSummary, FuseContext]):
 
     @contextlib.contextmanager
     def open(self, processes: Processes) -> Iterator[FuseContext]:
-        folders = {
-            name: self.inputs.scores_folder(self.inputs.models[name]) for name in self.models
-        }
+        models = [self.inputs.models[name] for name in self.models]
         yield FuseContext(
-            {name: ScoreStore(folder) for name, folder in folders.items()},
+            {model.name: ScoreStore(self.inputs.scores_folder(model)) for model in models},
             {stage.name: Shards.open(stage.folder) for stage in self._aligned},
         )
 
@@ -273,12 +271,8 @@ class FuseStage(ShardedStage[FuseSummary, FuseContext]):
             [AlignedScores.joined(of_model) for of_model in scores],
             np.cumsum([0, *(len(sample.num_bytes) for sample in block)]),
             np.concatenate([sample.num_bytes for sample in block]),
-            function=fusion.function,
-            level=fusion.level,
-            cross_entropy=fusion.cross_entropy,
-            tail=fusion.tail,
-            temperature=fusion.temperature,
             unmatched=self.inputs.recipe.alignment.unmatched,
+            **fusion.model_dump(exclude={"strategy"}),
         )
         # A block in which no source has a sample is narrower.
         narrow = ((0, 0), (0, self.width - fused.ids.shape[1]))
@@ -327,13 +321,11 @@ def target_table(
         "input_ids": pa.ListArray.from_arrays(offsets, tokens),
         "labels": pa.ListArray.from_arrays(offsets, np.where(in_answer, tokens, np.int32(IGNORED))),
     }
+    targets = {"fusion_ids": ids.astype(np.int32), "fusion_probs": probs.astype(np.float32)}
     if width:
-        for name, rows, dtype in (
-            ("fusion_ids", ids, np.int32),
-            ("fusion_probs", probs, np.float32),
-        ):
+        for name, rows in targets.items():
             # Tokens that are no part of an answer have rows of zeros.
-            full = np.zeros((len(tokens), width), dtype)
+            full = np.zeros((len(tokens), width), rows.dtype)
             full[in_answer] = rows
             nested = pa.FixedSizeListArray.from_arrays(full.reshape(-1), width)
             columns[name] = pa.ListArray.from_arrays(offsets, nested)

@@ -75,8 +75,6 @@ def open_model(
     """Read everything of a model except its weights.
 
     Args:
-        spec: the model as the recipe names it.
-        trust_remote_code: whether the model's own code may run.
         need_weights: whether missing weights are a problem.
 
     Raises:
@@ -88,12 +86,12 @@ def open_model(
     if not folder.is_dir() and (
         spec.model.startswith((".", "/", "~")) or spec.model.count("/") > 1
     ):
-        raise RequestError(["there is no such folder"], spec.model)
+        raise RequestError("there is no such folder", spec.model)
     source = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(spec.model, **source)
     except Exception as error:  # transformers and huggingface_hub raise many unrelated classes
-        raise RequestError([_config_problem(spec, error)], spec.model) from error
+        raise RequestError(_config_problem(spec, error), spec.model) from error
     weight_problems = list(_weight_problems(spec, config))
     problems = weight_problems if need_weights else []
     tokenizer = None
@@ -114,10 +112,7 @@ def open_model(
 def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
     """The model that a configuration describes, without memory for its weights.
 
-    Args:
-        config: transformers' configuration.
-        trust_remote_code: whether the model's own code may run.
-        load: arguments of `from_pretrained` that apply without weights.
+    `load`: arguments of `from_pretrained` that apply without weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -137,7 +132,7 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
     folder = Path(spec.model)
     problems = []
     if not folder.is_dir():
-        raise RequestError(["there is no such folder"], spec.model)
+        raise RequestError("there is no such folder", spec.model)
     adapter = folder / ADAPTER_CONFIG
     if not adapter.is_file() or (folder / "config.json").is_file():
         return open_model(spec, trust_remote_code=trust_remote_code)
@@ -168,10 +163,8 @@ def _config_problem(spec: Model, error: Exception) -> str:
     from transformers.utils.hub import has_file
 
     if "trust_remote_code" in str(error):
-        return (
-            "needs code from its own repository to run; read that code, then pass "
-            "--trust-remote-code"
-        )
+        code = "needs code from its own repository to run"
+        return f"{code}; read that code, then pass --trust-remote-code"
     try:
         adapter = has_file(spec.model, "adapter_config.json", spec.revision)
     except Exception:  # pragma: no cover (the hub)
@@ -196,11 +189,10 @@ def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             yield f"{index.name} can't be read: {one_line(error)}"
         else:
-            outside = sorted(str(s) for s in shards if Path(str(s)).name != s)
+            outside = ", ".join(sorted(str(s) for s in shards if Path(str(s)).name != s))
             absent = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
             if outside:
-                listed = ", ".join(outside)
-                yield f"{index.name} lists {listed}, which are not file names in the same folder"
+                yield f"{index.name} lists {outside}, which are not file names in the same folder"
             elif absent:
                 yield f"lacks {', '.join(absent)}, which {index.name} names; copy them again"
             else:
@@ -230,10 +222,8 @@ def _damaged(paths: Iterable[Path]) -> Iterable[str]:
             with safe_open(path, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            yield (
-                f"{path.name} is truncated or not a safetensors file ({one_line(error)}); copy it "
-                "again"
-            )
+            problem = f"is truncated or not a safetensors file ({one_line(error)})"
+            yield f"{path.name} {problem}; copy it again"
 
 
 class Digests:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,6 @@ def open_inputs(
     """Open everything that the recipe at `path` names, except weights.
 
     Args:
-        path: the recipe.
         only: names of the models to open; the pivot is always opened, for its tokenizer. None: all
             models.
         trust_remote_code: whether the models' own code may run.
@@ -136,9 +136,8 @@ def open_inputs(
     problems += _output_problems(recipe) + _device_problems(recipe)
     problems += _section_problems(recipe, models.get(PIVOT), trust_remote_code)
     if conversations is not None and PIVOT in models:
-        inputs = Inputs(
-            recipe, conversations, models, Digests(recipe.output_folder / "digests.json")
-        )
+        digests = Digests(recipe.output_folder / "digests.json")
+        inputs = Inputs(recipe, conversations, models, digests)
         problems += rendering_problems(inputs)
         if len(models) == len({PIVOT, *asked} & set(recipe.models)):
             problems += _store_problems(inputs, asked) + more_problems(inputs)
@@ -167,37 +166,28 @@ def _open_models(
     from fusechat_distill.text.conversations import Renderer
 
     models: dict[str, OpenModel] = {}
-    pivot_template: str | None = None
     for name, spec in recipe.models.items():
         if name != PIVOT and name not in asked:
             continue
         # A source with complete scores needs no weights; the pivot does, for training.
         scored = None if name == PIVOT else _shards_here(recipe.scores_folder / name)
+        needed = name in asked and not (scored and scored[0] == scored[1])
+        own: list[str] = []
+        files = None
         try:
-            files = open_model(
-                spec,
-                trust_remote_code=trust_remote_code,
-                need_weights=name in asked and not (scored and scored[0] == scored[1]),
-            )
+            files = open_model(spec, trust_remote_code=trust_remote_code, need_weights=needed)
+            if limited:
+                own += limits(recipe, files)
+            borrows = spec.template == "pivot" and name != PIVOT
+            if not borrows or PIVOT in models:  # else the pivot's problem is in the list already
+                template = models[PIVOT].renderer.template if borrows else None
+                renderer = Renderer(files.tokenizer, template, name=spec.model)
+                models[name] = OpenModel(name, files, renderer)
         except RequestError as error:
-            problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
-            if scored:
-                problems.append(f"{name} ({spec.model}): {_without_weights(*scored)}")
-            continue
-        if limited:
-            problems += [f"{name} ({spec.model}): {p}" for p in limits(recipe, files)]
-        borrows = spec.template == "pivot" and name != PIVOT
-        if borrows and pivot_template is None:
-            continue  # the pivot's problem is in the list already
-        try:
-            template = pivot_template if borrows else None
-            renderer = Renderer(files.tokenizer, template, name=spec.model)
-        except RequestError as error:
-            problems += [f"{name} ({spec.model}): {problem}" for problem in error.problems]
-            continue
-        if name == PIVOT:
-            pivot_template = renderer.template
-        models[name] = OpenModel(name, files, renderer)
+            own += error.problems
+            if scored and files is None:
+                own.append(_without_weights(*scored))
+        problems += [f"{name} ({spec.model}): {problem}" for problem in own]
     return models
 
 
@@ -237,14 +227,12 @@ def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
 
 def _device_problems(recipe: Recipe) -> list[str]:
     if recipe.scoring.engine == "vllm":
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            return [
-                "scoring.engine: vllm is not installed; install it with `pip install "
-                "'fusechat[vllm]'`, or set scoring.engine: transformers"
-            ]
-        return []  # pragma: no cover (vLLM)
+        if find_spec("vllm"):
+            return []  # pragma: no cover (vLLM)
+        return [
+            "scoring.engine: vllm is not installed; install it with `pip install "
+            "'fusechat[vllm]'`, or set scoring.engine: transformers"
+        ]
     device = recipe.scoring.device
     if device in ("auto", "cpu"):
         return []
@@ -302,12 +290,8 @@ def rendering_problems(inputs: Inputs) -> list[str]:
         model.probed = [rendering for rendering, _ in inputs.rendered(model, part)]
         where = f"{name} ({model.spec.model})"
         if not any(rendering.responses for rendering in model.probed):
-            first = model.probed[0]
-            reasons = [first.problem, *(skipped.reason for skipped in first.skipped)]
-            why = next(
-                (r for r in reasons if r),
-                f"nothing is left within {inputs.recipe.max_length} tokens",
-            )
+            nothing = f"nothing is left within {inputs.recipe.max_length} tokens"
+            why = model.probed[0].why_nothing or nothing
             problems.append(
                 f"{where}: of the first {len(part)} conversations none can be scored ({why}); "
                 "check its template, or max_length"
@@ -339,18 +323,24 @@ def _store_problems(inputs: Inputs, asked: Collection[str]) -> list[str]:
         there = sum(path.stat().st_size for path in folder.glob("*.parquet"))
         needed += max(0, expected_bytes(inputs, model) - there)
         # The manifest hashes a local model's weights: only if there is one to compare with.
-        if (folder / "manifest.json").exists():
-            problem = stale(folder, inputs.scores_manifest(model))
-            if problem:
-                problems.append(f"scores of {name}: {folder} {problem}")
-    free = shutil.disk_usage(existing(inputs.recipe.output_folder)).free
-    if needed > free:
-        problems.append(
-            f"output: the scores will take about {readable_size(needed)}, but only "
-            f"{readable_size(free)} are free; free some, lower scoring.top_k, or set `output` to "
-            "another disk"
-        )
-    return problems
+        found = (folder / "manifest.json").exists()
+        if found and (problem := stale(folder, inputs.scores_manifest(model))):
+            problems.append(f"scores of {name}: {folder} {problem}")
+    remedy = "lower scoring.top_k"
+    return problems + disk_problems(inputs.recipe, "output: the scores", needed, remedy)
+
+
+def disk_problems(
+    recipe: Recipe, what: str, size: int, remedy: str, *, there: int = 0
+) -> list[str]:
+    """The problem with a disk that has no room for `size` bytes, of which some are there."""
+    free = shutil.disk_usage(existing(recipe.output_folder)).free
+    if size - there <= free:
+        return []
+    return [
+        f"{what} will take about {readable_size(size)}, but only {readable_size(free)} are free; "
+        f"free some, {remedy}, or set `output` to another disk"
+    ]
 
 
 def readable_size(count: float) -> str:

@@ -17,28 +17,15 @@ if TYPE_CHECKING:
     from fusechat_distill.trainer.trainer import FusionConfig
 
 WITHOUT_EFFECT = (
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "disable_tqdm",
-    "eval_",
-    "log_",
-    "logging_",
-    "per_device_eval_",
-    "project",
-    "report_to",
-    "run_name",
-    "save_",
-    "trackio_",
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory"),
+    *("dataloader_prefetch_factor", "disable_tqdm", "eval_", "log_", "logging_"),
+    *("per_device_eval_", "project", "report_to", "run_name", "save_", "trackio_"),
 )
 """Prefixes of the SFTConfig fields that do not change the trained weights."""
 
 ABOVE_ZERO = (
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
+    *("gradient_accumulation_steps", "num_train_epochs"),
+    *("per_device_eval_batch_size", "per_device_train_batch_size"),
 )
 """SFTConfig fields that have to be greater than 0."""
 
@@ -66,17 +53,14 @@ def fusion_config(recipe: Recipe, folder: Path, *, trust_remote_code: bool = Fal
     load = {"dtype": "float32", "use_safetensors": True, "revision": recipe.pivot.revision}
     # Rows are already cut to the pivot's `max_length`; TRL can't cut padding-free rows.
     uncut = sft.get("padding_free") and not sft.get("packing")
-    return FusionConfig(
-        **fields
-        | sft
-        | {
-            "output_dir": str(folder),
-            "clm_weight": clm_weight(recipe),
-            "max_length": None if uncut else recipe.max_length,
-            "trust_remote_code": trust_remote_code,
-            "model_init_kwargs": load | (sft.get("model_init_kwargs") or {}),
-        }
-    )
+    own = {
+        "output_dir": str(folder),
+        "clm_weight": clm_weight(recipe),
+        "max_length": None if uncut else recipe.max_length,
+        "trust_remote_code": trust_remote_code,
+        "model_init_kwargs": load | (sft.get("model_init_kwargs") or {}),
+    }
+    return FusionConfig(**fields | sft | own)
 
 
 def lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -131,18 +115,14 @@ def settings_problems(
 ) -> list[str]:
     """What TRL, PEFT and `FusionTrainer` would refuse, as far as it is known without weights.
 
-    Args:
-        recipe: the recipe with the settings.
-        config: the pivot's configuration; with it LoRA is tried on a model without memory.
-        trust_remote_code: whether the model's own code may run.
+    With the pivot's configuration, LoRA is tried on a model without memory.
     """
     problems = [f"training.{problem}" for problem in _value_problems(recipe.training.sft)]
     arguments = lora = None
     try:
         if not problems:
-            arguments = fusion_config(
-                recipe, recipe.output_folder, trust_remote_code=trust_remote_code
-            )
+            folder = recipe.output_folder
+            arguments = fusion_config(recipe, folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # TRL, transformers and accelerate each raise their own
         problems.append(f"training: {_reason(error)}")
     try:
@@ -201,9 +181,8 @@ def _trainer_problems(
         return
     load = arguments.model_init_kwargs or {}
     tried = {key: load[key] for key in ("dtype", "attn_implementation") if key in load}
+    own = copy.deepcopy(config)  # `from_config` changes the configuration that it is given
     try:
-        # `from_config` changes the configuration that it is given.
-        own = copy.deepcopy(config)
         model = empty_model(own, trust_remote_code=trust_remote_code, **tried)
     except Exception as error:
         yield f"model_init_kwargs: {_reason(error)}"
@@ -239,9 +218,8 @@ def _unmatched_names(model: Any, lora: LoraConfig) -> Iterator[str]:
         names = getattr(lora, key)
         if not isinstance(names, (list, set, tuple)):
             continue
-        unmatched = sorted(
-            str(name) for name in names if not any(m.endswith(f".{name}") for m in modules)
-        )
+        known = [name for name in names if any(m.endswith(f".{name}") for m in modules)]
+        unmatched = sorted(str(name) for name in names if name not in known)
         # If no target module matches at all, PEFT itself reports it.
         if unmatched and (key == "modules_to_save" or len(unmatched) < len(names)):
             yield f"{key}: no module of the model is called {', '.join(unmatched)}"

@@ -51,10 +51,8 @@ def _load_keys(value: dict[str, Any]) -> dict[str, Any]:
     for key in value:
         if key in OWN_LOAD_KEYS:
             instead = OWN_LOAD_KEYS[key]
-            raise ValueError(
-                f"`{key}` can't be set here; "
-                + (f"use {instead}" if instead else "weights are read from safetensors only")
-            )
+            remedy = f"use {instead}" if instead else "weights are read from safetensors only"
+            raise ValueError(f"`{key}` can't be set here; {remedy}")
     return value
 
 
@@ -209,13 +207,7 @@ class Training(BaseModel):
     The defaults are TRL's, with two exceptions: weights are float32, under autocast to bfloat16
     where the hardware supports it (`pivot.dtype` is for scoring), and one checkpoint is kept."""
 
-    model_config = ConfigDict(
-        extra="allow",
-        frozen=True,
-        strict=True,
-        validate_by_name=False,
-        use_attribute_docstrings=True,
-    )
+    model_config = Section.model_config | ConfigDict(extra="allow")
 
     clm_weight: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.9
     """Weight of the language-modelling loss; 1 - lambda is the weight of the fusion loss.
@@ -297,10 +289,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read the recipe at `path`.
-
-    Args:
-        path: a YAML file.
+    """Read the recipe at `path`, a YAML file.
 
     Raises:
         RequestError: the recipe can't be used; it lists every problem.
@@ -356,26 +345,22 @@ def _training_problems(training: Training) -> dict[tuple[str, ...], str]:
             problems[(key,)] = f"training.{key}: remove it, {why}"
         else:
             others.append(key)
+
+    def check(keys: Iterable[str], known: set[str], what: str, *path: str) -> None:
+        for key in keys:
+            if key not in known:
+                where = ".".join(("training", *path, key))
+                problems[(*path, key)] = f"{where}: {unknown_key(key, known, what)}"
+
     if others:
         from trl import SFTConfig
 
-        fields = [f for f in SFTConfig.__dataclass_fields__ if f not in OWN_TRAINING_KEYS]
-        known = {*fields, "lambda", "lora"}
-        problems |= {
-            (key,): f"training.{key}: {unknown_key(key, known, 'a field of SFTConfig')}"
-            for key in others
-            if key not in known
-        }
+        fields = set(SFTConfig.__dataclass_fields__) - OWN_TRAINING_KEYS.keys()
+        check(others, fields | {"lambda", "lora"}, "a field of SFTConfig")
     if training.lora:
         from peft import LoraConfig
 
-        known = set(LoraConfig.__dataclass_fields__)
-        what = "a field of LoraConfig"
-        problems |= {
-            ("lora", key): f"training.lora.{key}: {unknown_key(key, known, what)}"
-            for key in training.lora
-            if key not in known
-        }
+        check(training.lora, set(LoraConfig.__dataclass_fields__), "a field of LoraConfig", "lora")
     return problems
 
 
@@ -395,18 +380,11 @@ def _contradictions(recipe: Recipe, no_list: bool) -> list[str]:
         )
     seen: dict[str, str] = {PIVOT: "the pivot's"}
     for index, source in enumerate(recipe.sources):
+        where, owner = f"sources[{index}].name: {source.title!r}", f"sources[{index}]'s"
         if not FOLDER_NAME.fullmatch(source.title):
-            problems.append(
-                f"sources[{index}].name: {source.title!r} can't name a folder; give this source "
-                "a `name`"
-            )
-        elif source.title.lower() in seen:
-            problems.append(
-                f"sources[{index}].name: {source.title!r} is already {seen[source.title.lower()]} "
-                "name; give this source another `name`"
-            )
-        else:
-            seen[source.title.lower()] = f"sources[{index}]'s"
+            problems.append(f"{where} can't name a folder; give this source a `name`")
+        elif (other := seen.setdefault(source.title.lower(), owner)) != owner:
+            problems.append(f"{where} is already {other} name; give this source another `name`")
     return problems
 
 
@@ -508,6 +486,10 @@ NODES = 100_000
 """Limit of the values in a recipe, each counted as often as an alias repeats it."""
 
 
+def _invalid(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that `5e-6` is a number, and that duplicate keys are errors.
 
@@ -529,9 +511,7 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None and _expanded(node, {}) > NODES:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"its aliases expand to more than {NODES:,} values", node.start_mark
-            )
+            raise _invalid(f"its aliases expand to more than {NODES:,} values", node)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -539,11 +519,10 @@ class _Loader(yaml.SafeLoader):
             # Deep, so that an alias inside the value that it stands for is an error.
             return super().construct_object(node, deep=True)
         except (ValueError, TypeError) as error:  # no such day; a list as a mapping's key
-            message = " ".join(str(error).split())
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
+            raise _invalid(" ".join(str(error).split()), node) from error
         except (LookupError, AttributeError) as error:  # `!!bool x`, `!!int ''`, `!!timestamp x`
-            message = f"{node.value!r} is not a valid {node.tag.rpartition(':')[2]}"
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
+            kind = node.tag.rpartition(":")[2]
+            raise _invalid(f"{node.value!r} is not a valid {kind}", node) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -552,9 +531,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key `{key}`", key_node.start_mark
-                )
+                raise _invalid(f"duplicate key `{key}`", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

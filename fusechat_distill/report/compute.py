@@ -43,9 +43,9 @@ from fusechat_distill.report.schema import (
     UnalignedSource,
     WorstSample,
 )
-from fusechat_distill.storage.shards import ScoreStore, Shards
+from fusechat_distill.storage.shards import Shards
 from fusechat_distill.text.scored import ScoredSample
-from fusechat_distill.text.tokens import Vocabulary, vocabulary
+from fusechat_distill.text.tokens import Vocabulary
 
 if TYPE_CHECKING:
     from fusechat_distill.inputs.open import Inputs
@@ -71,7 +71,7 @@ def report(inputs: Inputs) -> Report:
     stages = [stage for stage in align_stages(inputs) if isinstance(stage, AlignStage)]
     if not stages:
         nothing = "sources: is empty, so there is nothing to report on; name at least one model"
-        raise RequestError([nothing], "the recipe")
+        raise RequestError(nothing, "the recipe")
     missing = {stage.name: _missing(inputs, stage) for stage in stages}
     if not any(done for done, _ in missing.values()):
         problems = [problem for _, problem in missing.values() if problem]
@@ -126,13 +126,8 @@ def _decisions(stage: FuseStage) -> dict[str, Any] | None:
 def _aligned_source(inputs: Inputs, stage: AlignStage, source: UnalignedSource) -> AlignedSource:
     """What is known of the source, and what its shards say."""
     shares: dict[str, Any] = dict(alignment_shares(stage.status().details))
-    vocabularies = (
-        vocabulary(inputs.pivot.renderer.tokenizer),
-        vocabulary(stage.source.renderer.tokenizer),
-    )
-    sums = Sums(inputs.recipe.fusion.cross_entropy, stage.positions, vocabularies)
-    scores = ScoreStore(inputs.scores_folder(inputs.pivot))
-    source_scores = ScoreStore(inputs.scores_folder(stage.source))
+    sums = Sums(inputs.recipe.fusion.cross_entropy, stage.positions, stage.vocabularies())
+    scores, source_scores = stage.stores()
     shards = Shards.open(stage.folder)
     for samples in shards.present():
         scored = scores.shard(samples)
@@ -196,12 +191,9 @@ class Sums:
         self.positions["no_sample"] += total - of_both
         self.positions["no_answer"] += of_both - len(joined.pivot.tokens)
         lengths = np.diff(joined.pivot.offsets).tolist()
-        matches = np.concatenate(
-            [
-                aligned[i].matches[start : start + length]
-                for (i, start, _), length in zip(joined.where, lengths, strict=True)
-            ]
-        )
+        places = zip(joined.where, lengths, strict=True)
+        parts = [aligned[i].matches[start : start + length] for (i, start, _), length in places]
+        matches = np.concatenate(parts)
         self.positions["matched"] += int((matches >= 0).sum())
         if self.mode == "dtw":
             self.positions["several"] += int((matches < 0).sum())

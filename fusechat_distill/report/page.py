@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import RequestError
 from fusechat_common.files import replacing, write_json
@@ -55,11 +56,9 @@ def require_matplotlib(command: str) -> None:
     """Raises:
     RequestError: matplotlib is not installed.
     """
-    from importlib.util import find_spec
-
     if find_spec("matplotlib") is None:
         problem = "draws with matplotlib, which is missing: pip install 'fusechat[report]'"
-        raise RequestError([problem], command)
+        raise RequestError(problem, command)
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -96,9 +95,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def _aligned(report: Report) -> dict[str, AlignedSource]:
-    return {
-        name: source for name, source in report.sources.items() if isinstance(source, AlignedSource)
-    }
+    return {n: source for n, source in report.sources.items() if isinstance(source, AlignedSource)}
 
 
 def _problems(report: Report) -> list[str]:
@@ -107,10 +104,8 @@ def _problems(report: Report) -> list[str]:
 
 def _reasons(sources: Mapping[str, AlignedSource]) -> list[str]:
     """`matched`, and why positions of at least one source have no match."""
-    return [
-        "matched",
-        *(r for r in REASONS if any(_share(s, "positions", r) for s in sources.values())),
-    ]
+    found = [r for r in REASONS if any(_share(s, "positions", r) for s in sources.values())]
+    return ["matched", *found]
 
 
 def _share(source: AlignedSource, section: str, name: str) -> float | None:
@@ -127,17 +122,11 @@ def _stacked(
         label, colour = BARS[part]
         shares = [_share(source, section, part) or 0.0 for source in sources.values()]
         axes.barh(range(len(sources)), shares, left=left, color=colour, label=label, height=0.6)
+        written = "white" if colour in DARK else "black"
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": written}
         for i, share in enumerate(shares):
             if share >= 0.06:
-                axes.text(
-                    left[i] + share / 2,
-                    i,
-                    _percent(share),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if colour in DARK else "black",
-                )
+                axes.text(left[i] + share / 2, i, _percent(share), **centred)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_xlim(0, 1)
     _dress(axes, title, list(sources), len(parts))

@@ -124,7 +124,8 @@ class ScoreStage(ShardedStage[ScoreSummary, ScoreContext]):
             if rendering.responses:
                 scorable.append((conversation, rendering))
             else:
-                left_out.append((conversation.row, _why_nothing(rendering)))
+                why = rendering.why_nothing or "no answer within max_length"
+                left_out.append((conversation.row, why))
         requests = [Request(r.input_ids, r.positions()) for _, r in scorable]
         scored: list[ScoredSample] = []
         non_finite: list[int] = []
@@ -155,12 +156,11 @@ class ScoreStage(ShardedStage[ScoreSummary, ScoreContext]):
         # The sum over all processes; each stops early by its own shards.
         if self.hopeless(status.details):
             rows = status.details.non_finite
-            shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
             raise FusechatError(
                 f"{self.name} ({self.model.spec.model}): NaN or Inf in its output for "
-                f"{len(rows)} of {status.total} samples, more than {NON_FINITE_SHARE:.0%} (rows "
-                f"{shown}); score it in another dtype (`dtype: float32`) after deleting "
-                f"{self.folder}, or check its weights"
+                f"{len(rows)} of {status.total} samples, more than {NON_FINITE_SHARE:.0%} "
+                f"({listed_rows(rows)}); score it in another dtype (`dtype: float32`) after "
+                f"deleting {self.folder}, or check its weights"
             )
         return status
 
@@ -225,14 +225,14 @@ def placement(device: str, processes: Processes) -> str:
     return processes.device
 
 
+def listed_rows(rows: Sequence[int]) -> str:
+    """`rows ...`, the first twenty of them."""
+    return f"rows {', '.join(map(str, rows[:20]))}" + ", ..." * (len(rows) > 20)
+
+
 def _listed(ranges: Sequence[SampleRange]) -> str:
     names = ", ".join(samples.file_name for samples in ranges[:3])
     return names + (f" and {len(ranges) - 3} more" if len(ranges) > 3 else "")
-
-
-def _why_nothing(rendering: Rendering) -> str:
-    reasons = [rendering.problem, *(turn.reason for turn in rendering.skipped)]
-    return next(filter(None, reasons), "no answer within max_length")
 
 
 def _scored_sample(
@@ -243,13 +243,11 @@ def _scored_sample(
     for response in rendering.responses:
         part = slice(at, at + len(response.ends))
         at = part.stop
-        responses.append(
-            ScoredResponse(
-                **vars(response),
-                tokens=rendering.input_ids[response.token_slice()].astype(np.uint32),
-                ids=scores.ids[part],
-                logprobs=scores.logprobs[part].astype(np.float16),
-                gold_logprobs=scores.gold_logprobs[part],
-            )
-        )
+        arrays: dict[str, Any] = {
+            "tokens": rendering.input_ids[response.token_slice()].astype(np.uint32),
+            "ids": scores.ids[part],
+            "logprobs": scores.logprobs[part].astype(np.float16),
+            "gold_logprobs": scores.gold_logprobs[part],
+        }
+        responses.append(ScoredResponse(**vars(response), **arrays))
     return ScoredSample(conversation.key, conversation.row, tuple(responses))

@@ -131,7 +131,7 @@ class Shards:
         """
         folder = Path(folder)
         if problem := stale(folder, manifest):
-            raise RequestError([problem], folder)
+            raise RequestError(problem, folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards = cls(folder, manifest)
         path = folder / "manifest.json"
@@ -153,7 +153,7 @@ class Shards:
         with open(self.folder / ".lock", "w", opener=no_link) as lock:
             if not lock_descriptor(lock.fileno(), blocking=False):
                 problem = "another run is writing it; wait for that run to end, or end it"
-                raise RequestError([problem], self.folder)
+                raise RequestError(problem, self.folder)
             yield
 
     def path(self, samples: SampleRange) -> Path:
@@ -191,11 +191,7 @@ class Shards:
 
     def write(self, samples: SampleRange, table: pa.Table, summary: Mapping[str, Any]) -> Path:
         """Write one shard atomically; `summary` (JSON) goes into its footer."""
-        footer = {
-            "range": [samples.start, samples.stop],
-            "manifest": self.manifest.digest,
-            "summary": dict(summary),
-        }
+        footer = {"range": [*samples], "manifest": self.manifest.digest, "summary": dict(summary)}
         footer |= {"footer_sha256": _footer_digest(footer), "sha256": UNKNOWN}
         table = table.replace_schema_metadata({METADATA: json.dumps(footer, sort_keys=True)})
         # Ids and half floats compress best with their bytes in streams of their own: 42 bytes a
@@ -267,9 +263,8 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
     try:
         existing = _read_manifest(Path(folder))
     except FormatError as error:
-        return (
-            f"was written by another version of fusechat ({error}); use that version, or {remedy}"
-        )
+        why = "was written by another version of fusechat"
+        return f"{why} ({error}); use that version, or {remedy}"
     except ValueError:
         return None
     if existing is None or existing.digest == manifest.digest:
@@ -286,13 +281,8 @@ def stale(folder: str | Path, manifest: Manifest) -> str | None:
 
 RESPONSE = pa.struct(
     [
-        ("turn", pa.uint32()),
-        ("begin", pa.uint32()),
-        ("end", pa.uint32()),
-        ("first", pa.uint32()),
-        ("pending", pa.binary()),
-        ("stop", pa.string()),
-        ("tokens", pa.uint32()),
+        *((name, pa.uint32()) for name in ("turn", "begin", "end", "first")),
+        *(("pending", pa.binary()), ("stop", pa.string()), ("tokens", pa.uint32())),
     ]
 )
 """`tokens` says how many of the row's tokens are this response's."""
@@ -360,13 +350,11 @@ def number_lists(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, ND
 def scores_table(samples: Sequence[ScoredSample]) -> pa.Table:
     """The samples as rows of `SCORES`."""
     spans = [field.name for field in RESPONSE if field.name != "tokens"]
-    responses = [
-        [
-            {name: getattr(response, name) for name in spans} | {"tokens": len(response.tokens)}
-            for response in sample.responses
-        ]
-        for sample in samples
-    ]
+
+    def row(response: ScoredResponse) -> dict[str, Any]:
+        return {name: getattr(response, name) for name in spans} | {"tokens": len(response.tokens)}
+
+    responses = [[row(response) for response in sample.responses] for sample in samples]
     return sample_table(
         SCORES, samples, attrgetter("responses"), responses=pa.array(responses, pa.list_(RESPONSE))
     )

@@ -129,7 +129,6 @@ def open_conversations(
     Args:
         path: hub name, file, folder of files, or folder of `save_to_disk`.
         name: configuration of a hub dataset.
-        split: the split to read.
         column: the column with the messages; None: `messages`, ShareGPT's `conversations`, or
             `prompt` and `completion`, whichever there is.
         max_samples: the maximum number of usable rows.
@@ -142,26 +141,21 @@ def open_conversations(
     try:
         dataset = _load(path, name, split)
     except Exception as error:  # `datasets` raises some twenty unrelated classes
-        raise RequestError([f"can't be opened: {_reason(Path(path), error)}"], where) from error
+        raise RequestError(f"can't be opened: {_reason(Path(path), error)}", where) from error
     try:
         conversations = Conversations(dataset, column, max_samples)
     except UnicodeError as error:  # pyarrow does not check all text for valid UTF-8
-        raise RequestError([f"can't be read: {_reason(Path(path), error)}"], where) from error
+        raise RequestError(f"can't be read: {_reason(Path(path), error)}", where) from error
     except ValueError as error:
-        raise RequestError([str(error)], where) from error
+        raise RequestError(str(error), where) from error
     if not conversations:
         reasons = "; ".join(f"row {row}: {reason}" for row, reason in conversations.rejected[:3])
-        raise RequestError([f"no row can be used: {reasons or 'it has no rows'}"], where)
+        raise RequestError(f"no row can be used: {reasons or 'it has no rows'}", where)
     return conversations
 
 
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+_BUILDERS |= {".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSED = (".gz", ".bz2", ".xz")
 
 
@@ -175,10 +169,8 @@ def _builder(path: Path) -> str | None:
 
 def _reason(path: Path, error: BaseException) -> str:
     """Why a dataset can't be opened: the invalid line of the file, or the first cause."""
-    if path.is_file() and _builder(path) == "json":
-        problem = _json_problem(path)
-        if problem:
-            return problem
+    if path.is_file() and _builder(path) == "json" and (problem := _json_problem(path)):
+        return problem
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)
@@ -244,11 +236,8 @@ def _load(path: str, name: str | None, split: str) -> Any:
     if local.is_file():
         kind = _builder(local)
         if kind is None:
-            known = ", ".join(_BUILDERS)
-            raise ValueError(
-                f"unknown file type {local.suffix!r}; known are {known}, also compressed "
-                f"({', '.join(_COMPRESSED)})"
-            )
+            known = f"{', '.join(_BUILDERS)}, also compressed ({', '.join(_COMPRESSED)})"
+            raise ValueError(f"unknown file type {local.suffix!r}; known are {known}")
         _check_json(local)
         return datasets.load_dataset(kind, data_files=path, split=split)
     if not local.exists() and (_builder(local) or path.startswith(("/", ".", "~"))):
@@ -266,14 +255,8 @@ class _UnusableError(Exception):
     """The reason why a row or an answer is skipped."""
 
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant"}
 
 
 def _layout(columns: list[str], column: str | None) -> tuple[str, list[str]]:
@@ -318,9 +301,8 @@ def _messages(turns: list[Any]) -> tuple[Message, ...]:
         if turn.get("tool_calls"):
             raise _UnusableError(f"message {i} has tool calls")
         if not isinstance(content, str):
-            raise _UnusableError(
-                f"message {i} has content of type {type(content).__name__}, not text"
-            )
+            kind = type(content).__name__
+            raise _UnusableError(f"message {i} has content of type {kind}, not text")
         if _ROLES[role] == "assistant" and not content.strip():
             raise _UnusableError(f"message {i} is an empty answer")
         messages.append(Message(_ROLES[role], content))
@@ -408,6 +390,12 @@ class Rendering:
     problem: str | None = None
     """Why the whole conversation is skipped for this model (the template rejects it)."""
 
+    @property
+    def why_nothing(self) -> str | None:
+        """The first reason why something is skipped."""
+        reasons = [self.problem, *(skipped.reason for skipped in self.skipped)]
+        return next(filter(None, reasons), None)
+
     def positions(self) -> NDArray[np.int64]:
         """Of all responses' states in `input_ids`; there is at least one response."""
         states = (response.state_slice() for response in self.responses)
@@ -445,7 +433,6 @@ class Renderer:
     `fingerprint` is a hash of everything that a rendering depends on: tokenizer, template, date.
 
     Args:
-        tokenizer: the model's tokenizer.
         template: the text of a chat template, None for the tokenizer's own.
         name: the model's name in error messages.
 
@@ -464,27 +451,20 @@ class Renderer:
                 template = tokenizer.get_chat_template()
             except ValueError as error:
                 raise RequestError(
-                    [
-                        "it has no chat template; put its chat_template.jinja beside its "
-                        "tokenizer, or name its chat model (a source can borrow the pivot's with "
-                        "`template: pivot`)"
-                    ],
+                    "it has no chat template; put its chat_template.jinja beside its tokenizer, or "
+                    "name its chat model (a source can borrow the pivot's with `template: pivot`)",
                     where,
                 ) from error
         try:
             self._compiled = _compile_jinja_template(template)
         except Exception as error:  # Jinja's, or Python's in the compiled template
-            message = " ".join(str(error).split())
-            raise RequestError(
-                [f"its chat template is not valid Jinja: {message}"], where
-            ) from error
+            problem = f"its chat template is not valid Jinja: {' '.join(str(error).split())}"
+            raise RequestError(problem, where) from error
         vocabulary(tokenizer)
         self.tokenizer = tokenizer
         self.template = template
-        date = TEMPLATE_DATE.isoformat()
-        self.fingerprint = hashlib.sha256(
-            "\n".join((fingerprint(tokenizer), template, date)).encode()
-        ).hexdigest()
+        inputs = fingerprint(tokenizer), template, TEMPLATE_DATE.isoformat()
+        self.fingerprint = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Rendering]:
         """One rendering for each conversation, in order."""
@@ -532,10 +512,8 @@ class Renderer:
     def _render(self, messages: Sequence[Message]) -> str:
         values = {
             **self.tokenizer.special_tokens_map,
+            **{"tools": None, "documents": None, "add_generation_prompt": False},
             "messages": [message._asdict() for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": False,
             "strftime_now": TEMPLATE_DATE.strftime,
         }
         try:
@@ -575,10 +553,9 @@ class Renderer:
     def _span(self, messages: tuple[Message, ...], i: int, text: str) -> tuple[int, int] | None:
         """The characters that come from message i: those that change if only it is replaced."""
         mark = _mark(text, *(message.content for message in messages))
+        marked = messages[i]._replace(content=mark)
         try:
-            probe = self._render(
-                [*messages[:i], messages[i]._replace(content=mark), *messages[i + 1 :]]
-            )
+            probe = self._render([*messages[:i], marked, *messages[i + 1 :]])
         except _UnusableError:
             return None
         before, *rest = probe.split(mark)

@@ -241,7 +241,7 @@ class _Reading:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if backend is None or not hasattr(backend, "decoder"):
             raise RequestError(
-                ["it is not backed by the `tokenizers` library; use a model with a tokenizer.json"],
+                "it is not backed by the `tokenizers` library; use a model with a tokenizer.json",
                 f"tokenizer {name}",
             )
         self.normalizer = backend.normalizer
@@ -274,10 +274,8 @@ class _Reading:
             problem = "it has a pre-tokenizer but no decoder"
         if problem:
             raise RequestError(
-                [
-                    f"the bytes of its tokens can't be determined: {problem}; supported are "
-                    "byte-level BPE and SentencePiece-style BPE and Unigram"
-                ],
+                f"the bytes of its tokens can't be determined: {problem}; supported are "
+                "byte-level BPE and SentencePiece-style BPE and Unigram",
                 f"tokenizer {name}",
             )
         self.fingerprint: str | None = None
@@ -300,11 +298,8 @@ class _Reading:
             own = i in added and not any(marker in piece for marker, _ in self.markers)
             tokens[i] = piece.encode() if own else self.piece_bytes(piece)
             text[i] = bool(tokens[i])
-        fallback = frozenset(
-            i
-            for piece, i in pieces.items()
-            if self.byte_fallback and text[i] and _BYTE_PIECE.fullmatch(piece)
-        )
+        single = (i for piece, i in pieces.items() if text[i] and _BYTE_PIECE.fullmatch(piece))
+        fallback = frozenset(single if self.byte_fallback else ())
         text.setflags(write=False)
         self.vocabulary = Vocabulary(tuple(tokens), text, fallback)
         self.holes = frozenset(np.flatnonzero(~known).tolist())
@@ -358,11 +353,9 @@ class _Reading:
         """
         n = len(ids)
         token_ids = np.asarray(ids, dtype=np.int64)
-        special = self.special[token_ids]
+        special, dummy = self.special[token_ids], np.zeros(n, dtype=np.bool_)
         unknown = np.full(n, -1, dtype=np.int64)
-        result = Tokenization(
-            token_ids, unknown, np.zeros(n, dtype=np.bool_), special, unknown.copy()
-        )
+        result = Tokenization(token_ids, unknown, dummy, special, unknown.copy())
         at = byte_offsets(text)
         first, begin = 0, 0  # token and character at which the segment begins
         for border in [*np.flatnonzero(special).tolist(), n]:
@@ -452,12 +445,8 @@ def _removes(pre_tokenizer: Mapping[str, Any]) -> bool:
     """Whether a pre-tokenizer removes text between its pieces."""
     if pre_tokenizer.get("behavior") == "Removed":
         return not pre_tokenizer.get("invert")  # inverted, the pattern matches what is kept
-    return pre_tokenizer["type"] in (
-        "Whitespace",
-        "WhitespaceSplit",
-        "BertPreTokenizer",
-        "CharDelimiterSplit",
-    )
+    removing = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
+    return pre_tokenizer["type"] in removing
 
 
 def _space_mark(part: Mapping[str, Any]) -> str:

@@ -33,9 +33,7 @@ def prepare_dataset(
 
     Args:
         dataset: rows with `input_ids`, `labels`, `fusion_ids` and `fusion_probs`.
-        args: TRL's settings.
-        packing: whether to pack rows.
-        vocab_size: size of the model's vocabulary.
+        vocab_size: of the model.
         name: the dataset's name in error messages.
 
     Raises:
@@ -142,20 +140,16 @@ def _prepare_rows(
 
     check((~np.isfinite(probs) | (probs < 0)).any(-1), "a probability is negative or not finite")
     check(probs.sum(-1) > 1 + _MASS_TOLERANCE, "the probabilities add up to more than 1")
-    check(
-        ((probs > 0) & ((ids < 0) | (ids >= vocab_size))).any(-1),
-        f"a token lies outside the model's vocabulary of {vocab_size}",
-    )
+    outside = ((probs > 0) & ((ids < 0) | (ids >= vocab_size))).any(-1)
+    check(outside, f"a token lies outside the model's vocabulary of {vocab_size}")
     # An entry of probability 0 may have any id, even an invalid one.
     ids = np.where(probs > 0, ids, 0).astype(np.int32)
 
     # Cut every row to its first, or last, `max_length` tokens.
     if max_length is not None:
         position = np.arange(len(row_of)) - np.repeat(starts, lengths)
-        if keep_end:
-            kept = position >= np.repeat(lengths - max_length, lengths)
-        else:
-            kept = position < max_length
+        begin = np.repeat(lengths - max_length, lengths)
+        kept = position >= begin if keep_end else position < max_length
         # As in TRL, a row without a label after the cut is dropped.
         labelled = np.bincount(row_of[kept & (tokens["labels"] != -100)], minlength=len(lengths))
         kept &= np.repeat(labelled > 0, lengths)

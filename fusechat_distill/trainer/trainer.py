@@ -72,23 +72,11 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
     Examples:
     >>> from fusechat_distill import DataCollatorForFusion
 
-    >>> collator = DataCollatorForFusion(pad_token_id=0)
-    >>> batch = collator(
-    ...     [
-    ...         {
-    ...             "input_ids": [1, 2],
-    ...             "labels": [-100, 2],
-    ...             "fusion_ids": [[0, 0], [2, 3]],
-    ...             "fusion_probs": [[0.0, 0.0], [0.75, 0.25]],
-    ...         },
-    ...         {
-    ...             "input_ids": [5],
-    ...             "labels": [-100],
-    ...             "fusion_ids": [[0, 0]],
-    ...             "fusion_probs": [[0.0, 0.0]],
-    ...         },
-    ...     ]
-    ... )
+    >>> long = {"input_ids": [1, 2], "labels": [-100, 2]}
+    >>> long |= {"fusion_ids": [[0, 0], [2, 3]], "fusion_probs": [[0.0, 0.0], [0.75, 0.25]]}
+    >>> short = {"input_ids": [5], "labels": [-100]}
+    >>> short |= {"fusion_ids": [[0, 0]], "fusion_probs": [[0.0, 0.0]]}
+    >>> batch = DataCollatorForFusion(pad_token_id=0)([long, short])
     >>> batch["fusion_ids"].shape, batch["fusion_probs"][0, 1]
     (torch.Size([2, 2, 2]), tensor([0.7500, 0.2500]))
     """
@@ -98,12 +86,8 @@ class DataCollatorForFusion(DataCollatorForLanguageModeling):
         for name, dtype in zip(TARGETS, (np.int32, np.float32), strict=True):
             if name not in examples[0]:
                 continue
-            rows = [
-                torch.from_numpy(
-                    np.array(example[name], dtype).reshape(len(example["input_ids"]), -1)
-                )
-                for example in examples
-            ]
+            arrays = [(np.array(e[name], dtype), len(e["input_ids"])) for e in examples]
+            rows = [torch.from_numpy(array.reshape(length, -1)) for array, length in arrays]
             if self.padding_free:
                 rows = [torch.cat(rows)]
             batch[name] = pad(rows, padding_value=0, pad_to_multiple_of=self.pad_to_multiple_of)
@@ -143,16 +127,14 @@ class _FusionHead:
             if not kwargs.get("fused_lm_head"):
                 return fused_forward(*args, **kwargs)
             if isinstance(model.get_output_embeddings(), FSDPModule):
-                raise RequestError([_HEAD_SHARDED_SEPARATELY], "FusionTrainer")
+                raise RequestError(_HEAD_SHARDED_SEPARATELY, "FusionTrainer")
             if fusion_ids is None or fusion_probs is None:
                 outputs = fused_forward(*args, **kwargs)
                 nll = -outputs.log_probs.detach().sum()
                 self.sums = torch.stack([nll, outputs.label_mask.sum()])
                 return outputs
-            labels = kwargs["labels"][:, 1:]
-            kernel = _FusionKernel(
-                labels, fusion_ids[:, 1:], _floats(fusion_probs[:, 1:]), self.clm_weight
-            )
+            labels, probs = kwargs["labels"][:, 1:], _floats(fusion_probs[:, 1:])
+            kernel = _FusionKernel(labels, fusion_ids[:, 1:], probs, self.clm_weight)
             with _trl_kernel(kernel):
                 outputs = fused_forward(*args, **kwargs)
             self.sums = kernel.sums
@@ -450,10 +432,8 @@ class FusionTrainer(SFTTrainer):
             **kwargs,
         )
         # Problems that depend on the loaded model and the launcher's settings.
-        problems = [
-            *adapter_problems(self.model, None),
-            *_parallelism_problems(self.accelerator.parallelism_config),
-        ]
+        parallelism = self.accelerator.parallelism_config
+        problems = [*adapter_problems(self.model, None), *_parallelism_problems(parallelism)]
         if problems:
             raise RequestError(problems, "FusionTrainer")
         # TRL refuses a custom collator in its padding-free modes, so it is replaced afterwards.

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_common.errors import FusechatError, RequestError
-from fusechat_common.files import existing, sync_path, write_json
+from fusechat_common.files import sync_path, write_json
 from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
 from fusechat_distill.inputs.models import ModelFiles
-from fusechat_distill.inputs.open import readable_size
+from fusechat_distill.inputs.open import disk_problems
 from fusechat_distill.inputs.trl_settings import (
     checkpoint_bytes,
     determining,
@@ -37,15 +37,8 @@ if TYPE_CHECKING:
     from fusechat_distill.trainer.trainer import FusionTrainer
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 """Files that a tokenizer and its chat template are read from, beside those of its own class."""
 
@@ -93,15 +86,12 @@ class TrainStage:
     def manifest(self) -> Manifest:
         """What determines the weights."""
         fused = self.fused.manifest()
-        return Manifest(
-            "target",
-            fused.samples,
-            {
-                "pivot": self.inputs.pivot.files.identity(self.inputs.digests),
-                "fused": fused.digest,
-                "training": determining(self.inputs.recipe),
-            },
-        )
+        fingerprint = {
+            "pivot": self.inputs.pivot.files.identity(self.inputs.digests),
+            "fused": fused.digest,
+            "training": determining(self.inputs.recipe),
+        }
+        return Manifest("target", fused.samples, fingerprint)
 
     def problems(self) -> list[str]:
         manifest = self.manifest() if self.folder.exists() or self.work.exists() else None
@@ -127,18 +117,11 @@ class TrainStage:
         recipe = self.inputs.recipe
         if self.status().complete:
             return []
-        needed = checkpoint_bytes(
-            recipe, self.inputs.pivot.files.config, trust_remote_code=self._trust_remote_code
-        )
-        there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
-        free = shutil.disk_usage(existing(recipe.output_folder)).free
-        if needed - there <= free:
-            return []
-        return [
-            f"target {self.name}: its weights and checkpoints will take about "
-            f"{readable_size(needed)}, but only {readable_size(free)} are free; free some, set "
-            "training.lora, or set `output` to another disk"
-        ]
+        config = self.inputs.pivot.files.config
+        size = checkpoint_bytes(recipe, config, trust_remote_code=self._trust_remote_code)
+        what = f"target {self.name}: its weights and checkpoints"
+        there = _size(self.work)
+        return disk_problems(recipe, what, size, "set training.lora", there=there)
 
     def status(self) -> StageStatus[Losses]:
         return train_status(self.name, self.folder, self.work)
@@ -155,7 +138,7 @@ class TrainStage:
             def prepare() -> tuple[bool, str | None]:
                 """Whether there is something to do, and the checkpoint to resume from."""
                 if problem := stale(self.folder, self.manifest()) or incomplete(self.folder):
-                    raise RequestError([problem], self.folder)
+                    raise RequestError(problem, self.folder)
                 if (self.folder / "manifest.json").exists():
                     shutil.rmtree(self.work, ignore_errors=True)
                     return False, None
@@ -297,11 +280,7 @@ class TrainStage:
             "target": self.name,
             "strategy": recipe.fusion.strategy,
             "pivot": recipe.pivot.model,
-            "sources": {
-                source.title: source.model
-                for source in recipe.sources
-                if source.title in self.fused.sources
-            },
+            "sources": {s.title: s.model for s in recipe.sources if s.title in self.fused.sources},
             "dataset": recipe.dataset.model_dump(exclude_none=True),
             "max_length": recipe.max_length,
             "alignment": recipe.alignment.model_dump(),
@@ -325,15 +304,11 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
     from transformers.utils import cached_file
 
     own = getattr(files.tokenizer, "vocab_files_names", None) or {}
+    absent_is_none = {"_raise_exceptions_for_missing_entries": False}
     for name in sorted({*TOKENIZER_FILES, *own.values()}):
         (folder / name).unlink(missing_ok=True)
-        path = cached_file(
-            files.spec.model,
-            name,
-            revision=files.spec.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if path:
+        model, revision = files.spec.model, files.spec.revision
+        if path := cached_file(model, name, revision=revision, **absent_is_none):
             shutil.copyfile(path, folder / name)
 
 
@@ -378,7 +353,7 @@ def train_status(name: str, target: Path, work: Path) -> StageStatus[Losses]:
                 done=state["global_step"],
                 # Training may end before the last step (`max_steps` of a callback, early stopping).
                 total=state["global_step" if folder is target else "max_steps"],
-                bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+                bytes=_size(folder),
                 details=Losses.last_of(state),
                 unit="steps",
             )
@@ -399,6 +374,10 @@ def _checkpoints(work: Path) -> list[Path]:
 def _step(folder: Path) -> int:
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _empty(folder: Path) -> None:
