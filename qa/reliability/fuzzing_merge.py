@@ -172,7 +172,6 @@ def documents(
 
 def model_files(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """Index, config.json, adapter_config.json and tokenizer files of otherwise whole models."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     paths = family(work / "in", (BF16,) * 3, shards=3, changes=SMALL)
     for path in paths:
         with_tokenizer(path)
@@ -205,7 +204,6 @@ def model_files(work: Path, scale: float, seed: int) -> Iterator[Figure]:
 
 def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     """The README's and the examples' configurations, damaged."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     paths = family(work / "in", (BF16,) * 6, changes=SMALL)
     with_tokenizer(paths[0])
     adapter(work / "in" / "adapter", paths[0])

@@ -8,7 +8,8 @@ The exit status is 1 if any case ended in another way than expected.
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; sections fork
+# Read at import. Sections fork, which neither torch's threads nor a hub's look-ups survive.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import sys
 import tempfile

@@ -29,7 +29,7 @@ def run(config: dict[str, Any], work: Path, *options: str, **environment: str) -
     for name in ("cwd", "home", "tmp"):
         (work / name).mkdir(exist_ok=True)
     command = [*PROGRAM, "run", written(work, config), str(work / "made" / "out"), *options]
-    environment |= {"HOME": str(work / "home"), "TMPDIR": str(work / "tmp"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HOME": str(work / "home"), "TMPDIR": str(work / "tmp")}
     return run_program(command, work / "cwd", **environment)
 
 
