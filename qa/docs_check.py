@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
@@ -99,19 +99,6 @@ class Block:
     @property
     def text(self) -> str:
         return "".join(f"{line}\n" for line in self.lines)
-
-
-@dataclass
-class Findings:
-    """What a page's check found."""
-
-    page: str
-    problems: list[str] = field(default_factory=list)
-    not_run: list[str] = field(default_factory=list)
-    run: int = 0
-
-    def add(self, line: int, problem: str) -> None:
-        self.problems.append(f"{self.page}:{line}: {problem}")
 
 
 def blocks(text: str) -> list[Block]:
@@ -223,15 +210,15 @@ def unknown_option(program: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def check_prose(findings: Findings, path: Path, text: str) -> None:
+def prose_problems(path: Path, text: str) -> Iterator[tuple[int, str]]:
     """Links lead somewhere, and what is named in passing exists."""
     for number, line in prose(text):
         for target in re.findall(r"\]\(([^)\s]+)\)", line):
             if problem := _link_problem(path, target):
-                findings.add(number, problem)
+                yield number, problem
         for program, rest in re.findall(r"`(fusechat-merge|fusechat-distill) ([^`]+)`", line):
             if problem := unknown_option(program, rest.split()):
-                findings.add(number, problem)
+                yield number, problem
 
 
 def _link_problem(path: Path, target: str) -> str | None:
@@ -276,78 +263,86 @@ def run_python(code: str, page: str) -> tuple[int, str]:
             traceback.print_exc()
             status = 1
         sys.stdout.flush()
+        sys.stderr.flush()
         output.seek(0)
         return status, output.read().decode("utf-8", "replace")
 
 
 class PageRun:
-    """Runs one page's blocks in a folder of its own."""
+    """Runs one page's blocks in a folder of its own, and notes what it finds."""
 
     def __init__(self, path: Path, folder: Path, environment: dict[str, str]) -> None:
         self._path, self._folder, self._environment = path, folder, environment
         # A process that runs the Python blocks, one after the other.
         enter = _enter, (folder, environment)
         self._python = ProcessPoolExecutor(1, get_context("spawn"), *enter)
-        page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-        self.findings = Findings(str(page))
+        self.page = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+        self.problems: list[str] = []
+        self.not_run: list[str] = []
+        self.count = 0
 
-    def run(self) -> Findings:
+    def run(self) -> PageRun:
         text = self._path.read_text(encoding="utf-8")
-        check_prose(self.findings, self._path, text)
+        for line, problem in prose_problems(self._path, text):
+            self._add(line, problem)
         try:
             for block in blocks(text):
                 self._block(block)
         finally:
             self._python.shutdown()
-        return self.findings
+        return self
+
+    def _add(self, line: int, problem: str) -> None:
+        self.problems.append(f"{self.page}:{line}: {problem}")
 
     def _block(self, block: Block) -> None:
-        add = self.findings.add
         if block.language not in _LANGUAGES | {"hidden"}:
-            add(block.line, f"a block in {block.language or 'no language'!r} can't be checked")
+            self._add(
+                block.line, f"a block in {block.language or 'no language'!r} can't be checked"
+            )
             return
         if block.reason is not None:
-            self.findings.not_run.append(f"{self.findings.page}:{block.line}: {block.reason}")
+            self.not_run.append(f"{self.page}:{block.line}: {block.reason}")
             return
         output = ""
         if block.language in _WRITTEN:
             if problem := unparsable(block):
-                add(block.line, problem)
+                self._add(block.line, problem)
             if block.file:
                 path = self._folder / block.file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.text, encoding="utf-8")
             elif block.language == "python":
-                self.findings.run += 1
+                self.count += 1
                 code = "\n" * (block.line - 1) + block.text
                 try:
-                    running = self._python.submit(run_python, code, self.findings.page)
+                    running = self._python.submit(run_python, code, self.page)
                     status, output = running.result(_LIMIT)
                 except (BrokenExecutor, TimeoutError) as error:
                     status, output = 1, repr(error)
                 if status:
-                    add(block.line, f"Python fails\n{_tail(output)}")
+                    self._add(block.line, f"Python fails\n{_tail(output)}")
         elif block.language in ("sh", "hidden"):
             output = self._shell(block)
         if block.output is not None and (problem := differs(block.output, output)):
-            add(block.output.line, f"{problem}; the output was\n{_tail(output)}")
+            self._add(block.output.line, f"{problem}; the output was\n{_tail(output)}")
 
     def _shell(self, block: Block) -> str:
         outputs, before = [], ""
         for line, command in commands(block):
             reason = not_run(command)
             if reason is not None:
-                self.findings.not_run.append(f"{self.findings.page}:{line}: {command} ({reason})")
+                self.not_run.append(f"{self.page}:{line}: {command} ({reason})")
                 if problem := unknown_in(command):
-                    self.findings.add(line, problem)
+                    self._add(line, problem)
                 continue
-            self.findings.run += 1
+            self.count += 1
             if re.match(r"(cd|export) ", command):
                 before += command + "\n"
             status, output = self._run(before + command)
             expected = re.search(r"#.*exit status (\d+)", command)
             if status != (int(expected[1]) if expected else 0):
-                self.findings.add(line, f"{command}\n  exit status {status}\n{_tail(output)}")
+                self._add(line, f"{command}\n  exit status {status}\n{_tail(output)}")
             outputs.append(output)
         return "".join(outputs)
 
@@ -436,7 +431,7 @@ def every_page() -> list[Path]:
     return [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
 
 
-def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
+def check(pages: Sequence[Path], scratch: Path) -> list[PageRun]:
     """Check the pages, two at a time."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
@@ -444,12 +439,12 @@ def check(pages: Sequence[Path], scratch: Path) -> list[Findings]:
     making = [sys.executable, "-m", "qa.docs_hub", scratch / "models"]
     subprocess.run(making, env=env, check=True, stderr=subprocess.DEVNULL)
 
-    def run(path: Path) -> Findings:
+    def run(path: Path) -> PageRun:
         begun = time.monotonic()
         folder = scratch / str(path.relative_to(ROOT)).replace("/", "-").removesuffix(".md")
         look_like_a_clone(folder, scratch / "models")
         found = PageRun(path, folder, env).run()
-        print(f"{found.page}: {found.run} run, {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"{found.page}: {found.count} run, {time.monotonic() - begun:.0f} s", flush=True)
         return found
 
     try:
@@ -463,13 +458,13 @@ def main(names: Sequence[str]) -> int:
     pages = [ROOT / name for name in names] or every_page()
     with tempfile.TemporaryDirectory() as scratch:
         found = check(pages, Path(scratch))
-    problems = [problem for findings in found for problem in findings.problems]
+    problems = [problem for page in found for problem in page.problems]
     for script in [] if names else sorted(ROOT.glob(GENERATED)):
         checking = [sys.executable, script, "--check"]
         done = subprocess.run(checking, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             problems.append(f"{script.name} --check\n{_tail(done.stdout + done.stderr)}")
-    print("\nnot run:", *(line for findings in found for line in findings.not_run), sep="\n  ")
+    print("\nnot run:", *(line for page in found for line in page.not_run), sep="\n  ")
     times = os.times()
     cost = f"{times.children_user + times.children_system:.0f} s of processor time"
     print("\n".join(["", *problems, f"{len(problems)} problems in {len(found)} pages, {cost}"]))

@@ -54,7 +54,7 @@ print(x + 1)
 """
 
 
-def checked(text: str, folder: Path) -> docs_check.Findings:
+def checked(text: str, folder: Path) -> docs_check.PageRun:
     path = folder / "page.md"
     path.write_text(text, encoding="utf-8")
     (folder / "home").mkdir()
@@ -75,7 +75,7 @@ def test_blocks() -> None:
 def test_a_page_that_is_right(tmp_path: Path) -> None:
     found = checked(PAGE, tmp_path)
     assert found.problems == []
-    assert found.run == 4
+    assert found.count == 4
     assert (tmp_path / "home" / "one.yml").read_text() == "a: 1\n"
 
 
@@ -131,8 +131,7 @@ def test_json_that_is_shown() -> None:
 def test_pages_cheaply(page: Path, tmp_path: Path) -> None:
     """All of a page but running it: links, languages, what blocks parse as, options."""
     text = page.read_text(encoding="utf-8")
-    found = docs_check.Findings(page.name)
-    docs_check.check_prose(found, page, text)
+    assert list(docs_check.prose_problems(page, text)) == []
     for block in docs_check.blocks(text):
         assert block.language in docs_check._LANGUAGES | {"hidden"}, (page, block.line)
         if block.language in docs_check._WRITTEN:
@@ -143,7 +142,6 @@ def test_pages_cheaply(page: Path, tmp_path: Path) -> None:
             for line, command in docs_check.commands(block):
                 problem = docs_check.unknown_in(command)
                 assert problem is None, f"{page}:{line}: {problem}"
-    assert found.problems == []
 
 
 def _check_configurations(block: docs_check.Block, folder: Path) -> None:
