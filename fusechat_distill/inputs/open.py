@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,7 +227,7 @@ def limits(recipe: Recipe, files: ModelFiles) -> list[str]:
 
 def _device_problems(recipe: Recipe) -> list[str]:
     if recipe.scoring.engine == "vllm":
-        if find_spec("vllm"):
+        if importlib.util.find_spec("vllm"):
             return []  # pragma: no cover (vLLM)
         return [
             "scoring.engine: vllm is not installed; install it with `pip install "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def require_matplotlib(command: str) -> None:
     """Raises:
     RequestError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         problem = "draws with matplotlib, which is missing: pip install 'fusechat[report]'"
         raise RequestError(problem, command)
 
