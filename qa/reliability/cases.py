@@ -6,16 +6,16 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO
+
+from tests.support.killing import forked
 
 MEMORY = 12 << 30
 
@@ -130,51 +130,6 @@ def _answer_all(
         if problem is None and took > limits[1]:
             problem = f"took {took:.1f} s of CPU time"
         answers.write(json.dumps([kind, problem]).encode() + b"\n")
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Does `work` in a forked process, whose id is returned; see `exit_status`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        work()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def exit_status(pid: int) -> int:
-    """Waits for a child: its exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def start_child(work: Callable[[], object]) -> tuple[int, IO[bytes]]:
-    """Does `work` in a forked process; see `wait_for_child`."""
-    said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the child ends)
-
-    def telling() -> None:
-        for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-        work()
-
-    return forked(telling), said
-
-
-def wait_for_child(pid: int, said: IO[bytes]) -> tuple[int, str]:
-    """Waits for what `start_child` started: its exit status, and what it said."""
-    status = exit_status(pid)
-    said.seek(0)
-    return status, said.read().decode("utf-8", "replace")
 
 
 def own_copy(folder: Path) -> Path:

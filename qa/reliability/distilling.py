@@ -27,10 +27,10 @@ from transformers.utils import logging
 
 from fusechat_distill.cli import commands
 from fusechat_distill.storage.shards import ScoreStore
-from qa.reliability import cases
 from qa.reliability.cases import Figure, Section, Wrong, scaled
 from qa.reliability.models import Trap
 from tests.support import chain
+from tests.support.killing import start_child, wait_for_child
 from tests.support.merging import change_json, content
 
 CRASHES = "Crashes of a distillation"
@@ -87,11 +87,11 @@ class World:
             before()
             commands.main([*arguments, str(recipe or self.recipe)])
 
-        return cases.start_child(work)
+        return start_child(work)
 
     def run(self, *arguments: str, **more: Any) -> tuple[int, str]:
         """The same to its end: its status (or minus the signal), and what it said."""
-        return cases.wait_for_child(*self.start(*arguments, **more))
+        return wait_for_child(*self.start(*arguments, **more))
 
     def done(self, *arguments: str, **more: Any) -> None:
         """The same, which has to succeed."""
@@ -295,7 +295,7 @@ def raced(made: World, pair: list[str], stage: str, apart: float) -> str:
     made.restore(stage)
     second = partial(time.sleep, apart)
     started = [made.start(pair[0]), made.start(pair[1], before=second)]
-    ended = [cases.wait_for_child(*one) for one in started]
+    ended = [wait_for_child(*one) for one in started]
     for status, said in ended:
         if not clean_end(status, said):
             raise Wrong(f"status {status}: {said[-500:]}")

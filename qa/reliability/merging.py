@@ -24,11 +24,11 @@ from fusechat_merge.cli import main
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.passes import divide
 from fusechat_merge.planning.planner import plan
-from qa.reliability import cases
-from qa.reliability.cases import Figure, Section, Wrong, exit_status, forked, own_copy, scaled
+from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
 from qa.reliability.models import BF16, F16, F32, adapter, with_tokenizer
 from tests.support import crashing
 from tests.support.checkpoints import llama_family as family
+from tests.support.killing import exit_status, forked, start_child, wait_for_child
 from tests.support.merging import cli, configuration, content, work_of
 
 CRASHES = "Crashes of a merge, injected and recovered"
@@ -217,8 +217,8 @@ def together(commands: list[list[str]], chance: random.Random) -> list[tuple[int
         main(command)
 
     delays = [chance.choice([0, 0, 0.02, 0.1]) * chance.random() for _ in commands]
-    started = [cases.start_child(partial(one, *c)) for c in zip(commands, delays, strict=True)]
-    return [cases.wait_for_child(*child) for child in started]
+    started = [start_child(partial(one, *case)) for case in zip(commands, delays, strict=True)]
+    return [wait_for_child(*child) for child in started]
 
 
 def races(work: Path, scale: float, seed: int) -> Iterator[Figure]:
