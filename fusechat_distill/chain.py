@@ -33,14 +33,11 @@ class MergeStage:
         self.path = recipe.output_folder / self.name
 
     def problems(self) -> list[str]:
-        if self.path.exists():
-            text = self.path.read_text("utf-8")
-            if text != self._text() and edited(text):
-                return [
-                    f"{self.path}: was changed by hand and would be overwritten; move it away, "
-                    "or set another `output`"
-                ]
-        return []
+        text = self.path.read_text("utf-8") if self.path.exists() else self._text()
+        if text == self._text() or not edited(text):
+            return []
+        problem = "was changed by hand and would be overwritten"
+        return [f"{self.path}: {problem}; move it away, or set another `output`"]
 
     def status(self) -> StageStatus[Details]:
         done = self.path.exists() and self.path.read_text("utf-8") == self._text()

@@ -241,10 +241,9 @@ def _renderer(recipe: Recipe, trust_remote_code: bool) -> Renderer | None:
     from fusechat_distill.text.conversations import Renderer
 
     pivot = recipe.pivot
+    options = {"revision": pivot.revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            pivot.model, revision=pivot.revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(pivot.model, **options)
         return Renderer(tokenizer, None, name=pivot.model)
     except Exception:  # no template; transformers and huggingface_hub raise what they like
         return None

@@ -142,20 +142,16 @@ def write_picture(evaluation: Evaluation, path: Path) -> None:
     heights = [len(models), len(pairs)] if pairs else [len(models)]
     figure = Figure(figsize=(3 + 2.4 * len(groups), 2 + 0.32 * sum(heights)))
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.1)
-    level = f"{evaluation.method.level:.0%}"
-    figure.suptitle(
-        f"Held-out answers, {level} intervals (left is better)", x=0.01, ha="left", fontsize=11
-    )
+    heading = f"Held-out answers, {evaluation.method.level:.0%} intervals (left is better)"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
     axes = figure.subplots(
         len(heights), len(groups), sharex="row", sharey="row", squeeze=False, height_ratios=heights
     )
     for column, group in enumerate(groups):
         rows = [(model.groups[group], model.role) for model in models.values()]
         _forest(axes[0, column], rows)
-        conversations = evaluation.groups[group].conversations
-        axes[0, column].set_title(
-            f"{group}\n{conversations:,} conversations", loc="left", fontsize=9
-        )
+        size = f"{evaluation.groups[group].conversations:,} conversations"
+        axes[0, column].set_title(f"{group}\n{size}", loc="left", fontsize=9)
         axes[0, column].set_xlabel("bits per byte", fontsize=8)
         if pairs:
             differences = [pair.groups[group] for pair in pairs]

@@ -82,16 +82,14 @@ class Decisions(Counts):
                 return None
             return won[model] / compared if compared else 0.0
 
-        return cls(
-            **summary.model_dump(include=set(Counts.model_fields)),
-            won={
-                model: Share(
-                    positions=share(summary.positions_won, summary.positions_compared, i),
-                    samples=share(summary.samples_won, summary.samples_compared, i),
-                )
-                for i, model in enumerate(models)
-            },
-        )
+        won = {
+            model: Share(
+                positions=share(summary.positions_won, summary.positions_compared, i),
+                samples=share(summary.samples_won, summary.samples_compared, i),
+            )
+            for i, model in enumerate(models)
+        }
+        return cls(**summary.model_dump(include=set(Counts.model_fields)), won=won)
 
     @classmethod
     def read(cls, folder: Path) -> Decisions:

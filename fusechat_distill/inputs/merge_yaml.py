@@ -31,11 +31,9 @@ def merge_configuration(recipe: Recipe, targets: Sequence[str]) -> dict[str, Any
     base = _reference(recipe.pivot.model, recipe.pivot.revision)
     models = []
     for target in targets:
-        folder = str((recipe.targets_folder / target).resolve())
-        if recipe.training.lora is None:
-            models.append({"model": _joined(_reference(folder))})
-        else:
-            models.append({"model": _joined(base, _reference(folder))})
+        made = _reference(str((recipe.targets_folder / target).resolve()))
+        lora = recipe.training.lora is not None
+        models.append({"model": _joined(base, made) if lora else _joined(made)})
     section = recipe.merge
     return {
         "merge_method": section.merge_method,
@@ -97,16 +95,13 @@ def merge_problems(recipe: Recipe) -> list[str]:
     try:
         dtype_from_name(section.dtype)
     except RuntimeError:
-        problems.append(
-            f"merge.dtype: {section.dtype!r} is not one of bfloat16, float16, float32, float64"
-        )
+        known_dtypes = "bfloat16, float16, float32, float64"
+        problems.append(f"merge.dtype: {section.dtype!r} is not one of {known_dtypes}")
     methods = {method.spec.name: method.spec for method in registry.registered_methods()}
     method = methods.get(section.merge_method)
     if method is None:
-        problems.append(
-            f"merge.merge_method: {unknown_key(section.merge_method, methods, 'a merge method')}"
-        )
-        return problems
+        unknown = unknown_key(section.merge_method, methods, "a merge method")
+        return [*problems, f"merge.merge_method: {unknown}"]
     try:
         MergeConfiguration.model_validate(merge_configuration(recipe, ["target"]))
     except Exception as error:  # pydantic's, and what mergekit's own validators raise

@@ -53,10 +53,8 @@ class TransformersScorer:
         rows = weight.shape[0]
         ids = np.unique(np.fromiter((i for i in token_ids if i < rows), dtype=np.int64))
         if len(ids) < top_k:
-            raise FusechatError(
-                f"{model.config.name_or_path}: has {len(ids)} tokens; set scoring.top_k to at most "
-                "that"
-            )
+            name = model.config.name_or_path
+            raise FusechatError(f"{name}: has {len(ids)} tokens; set scoring.top_k to at most that")
         self.vocabulary_size = int(ids[-1]) + 1
         absent = np.setdiff1d(np.arange(self.vocabulary_size), ids)
         self.absent = torch.from_numpy(absent) if len(absent) else None
@@ -188,11 +186,9 @@ class TransformersScorer:
 
     def _run(self, ids: Tensor, mask: Tensor, before_head: Any) -> Any:
         hook = self.head_module.register_forward_pre_hook(before_head)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         try:
-            device = self.model.device
-            return self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            )
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             hook.remove()
 

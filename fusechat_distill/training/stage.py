@@ -107,10 +107,8 @@ class TrainStage:
         problems += self._disk_problems()
         evaluates = self.inputs.recipe.training.sft.get("eval_strategy", "no") != "no"
         if evaluates and not self.fused.held_out():
-            problems.append(
-                "training.eval_strategy: no conversation is held out to evaluate on; raise "
-                "dataset.eval_fraction"
-            )
+            none = "training.eval_strategy: no conversation is held out to evaluate on"
+            problems.append(f"{none}; raise dataset.eval_fraction")
         return problems
 
     def _disk_problems(self) -> list[str]:

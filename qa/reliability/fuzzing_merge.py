@@ -4,7 +4,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import safetensors
 import yaml
 
 from fusechat_merge.inputs.checkpoint import CheckpointError
-from qa.reliability.cases import Figure, Section, Wrong, own_copy, scaled
+from qa.reliability.cases import Case, Figure, Section, Wrong, own_copy, scaled
 from qa.reliability.models import BF16, SMALL, adapter, with_tokenizer
 from tests.merge.inputs.test_fuzz_headers import built, check, locations
 from tests.support import damage
@@ -144,18 +144,14 @@ def planned_and_run(yml: Path) -> str:
 
 
 def documents(
-    work: Path, settings: Callable[[Path], dict[str, Any]], files: list[tuple[str, str]]
-) -> Callable[[int, random.Random], str]:
-    """Cases in each of which one of a few JSON documents of the models is damaged.
-
-    Args:
-        settings: the folder of the models -> a configuration.
-        files: (model, name) of each document.
-    """
+    work: Path, models: list[str], settings: dict[str, Any], files: list[tuple[str, str]]
+) -> Case:
+    """Merges of these models in which one of their documents, (model, name), is damaged."""
 
     def case(number: int, chance: random.Random) -> str:
         here = own_copy(work / "in")
-        (here / "merge.yml").write_text(json.dumps(settings(here)))
+        config = configuration([here / model for model in models], **settings)
+        (here / "merge.yml").write_text(json.dumps(config))
         model, name = chance.choice(files)
         whole = (work / "in" / model / name).read_text()
         raw = damaged(whole, chance)
@@ -181,25 +177,20 @@ def model_files(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     if planned_and_run(work / "warm.yml") != "carried out":
         raise RuntimeError("the undamaged models can't be merged")
 
-    def plain(here: Path) -> dict[str, Any]:
-        return configuration([here / "base", here / "t0", here / "t1"])
-
-    def adapted(here: Path) -> dict[str, Any]:
-        return configuration([here / "base", here / "adapter", here / "t1"])
-
-    def union(here: Path) -> dict[str, Any]:
-        return {**plain(here), "tokenizer_source": "union"}
-
     index = "model.safetensors.index.json"
-    tokenizers = ["tokenizer.json", "tokenizer_config.json"]
-    for what, count, settings, files in (
-        ("model.safetensors.index.json", 600, plain, [("base", index), ("t0", index)]),
-        ("config.json", 600, plain, [("base", "config.json"), ("t0", "config.json")]),
-        ("adapter_config.json", 400, adapted, [("adapter", "adapter_config.json")]),
-        ("tokenizer files", 250, union, [(m, n) for m in ("base", "t0") for n in tokenizers]),
+    tokenizers = [
+        (m, n) for m in ("base", "t0") for n in ("tokenizer.json", "tokenizer_config.json")
+    ]
+    union = {"tokenizer_source": "union"}
+    for what, count, target, settings, files in (
+        (index, 600, "t0", {}, [("base", index), ("t0", index)]),
+        ("config.json", 600, "t0", {}, [("base", "config.json"), ("t0", "config.json")]),
+        ("adapter_config.json", 400, "adapter", {}, [("adapter", "adapter_config.json")]),
+        ("tokenizer files", 250, "t0", union, tokenizers),
     ):
         figure = Figure(INPUTS, f"damaged {what}: plan, and run where nothing is in the way")
-        yield figure.try_all(documents(work, settings, files), scaled(count, scale), seed)
+        case = documents(work, ["base", target, "t1"], settings, files)
+        yield figure.try_all(case, scaled(count, scale), seed)
 
 
 def yamls(work: Path, scale: float, seed: int) -> Iterator[Figure]:

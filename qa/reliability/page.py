@@ -31,18 +31,15 @@ def write(docs: Path, figures: list[Figure], scale: float, seed: int) -> None:
             draw(figure.points, docs / PICTURE)
     tried, fine = (sum(getattr(f, name) for f in figures) for name in ("tried", "as_expected"))
     versions = [f"{name} {version(name)}" for name in PACKAGES]
+    environment = [f"Python {platform.python_version()}", f"system {platform.system()}", *versions]
     titles = dict.fromkeys(figure.section for figure in figures)
+    sections = [section(t, [f for f in figures if f.section == t]) for t in titles]
+    counts = {"tried": tried, "fine": fine, "wrong": tried - fine, "scale": scale, "seed": seed}
     content = PAGE.format(
-        tried=tried,
-        fine=fine,
-        wrong=tried - fine,
+        **counts,
         minutes=sum(figure.seconds for figure in figures) / 60,
-        scale=scale,
-        seed=seed,
-        environment=", ".join(
-            [f"Python {platform.python_version()}", f"system {platform.system()}", *versions]
-        ),
-        sections="".join(section(t, [f for f in figures if f.section == t]) for t in titles),
+        environment=", ".join(environment),
+        sections="".join(sections),
     )
     (docs / "reliability.md").write_text(content, encoding="utf-8")
 
