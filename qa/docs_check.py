@@ -47,6 +47,7 @@ from fusechat_distill.cli import commands as distill_group
 from fusechat_merge.cli import main as merge_group
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = {"fusechat-merge": merge_group, "fusechat-distill": distill_group}
 PAGES = ("README.md", "docs/*.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/**/*.md")
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
@@ -187,7 +188,7 @@ def unknown_in(command: str) -> str | None:
                 return f"the Makefile has no target {target}"
         for at, word in enumerate(words):
             name = word.replace("_", "-")  # of a program, or of the module that is run as one
-            if name in ("fusechat-distill", "fusechat-merge"):
+            if name in PROGRAMS:
                 return unknown_option(name, words[at + 1 :])
             if word.endswith(".py") and not word.startswith("-") and not (ROOT / word).exists():
                 return f"there is no {word}"
@@ -196,7 +197,7 @@ def unknown_in(command: str) -> str | None:
 
 def unknown_option(program: str, words: Sequence[str]) -> str | None:
     """The command or option that one of our programs doesn't know."""
-    known: click.Command = merge_group if program == "fusechat-merge" else distill_group
+    known: click.Command = PROGRAMS[program]
     for word in words:
         if isinstance(known, click.Group) and re.fullmatch(r"[a-z]+", word):
             if word not in known.commands:

@@ -154,10 +154,7 @@ def _check_configurations(block: docs_check.Block, folder: Path) -> None:
             load_recipe(folder / "recipe.yml")
 
 
-@pytest.mark.parametrize(
-    ("program", "group"),
-    [("fusechat-merge", docs_check.merge_group), ("fusechat-distill", docs_check.distill_group)],
-)
+@pytest.mark.parametrize(("program", "group"), docs_check.PROGRAMS.items())
 def test_help(program: str, group: click.Group) -> None:
     """Nothing is cut short, everything has an example, --debug counts in both places."""
     shown = CliRunner().invoke(group, ["--help"]).output

@@ -1,11 +1,12 @@
 """What docs/ has from the code is what the code says now."""
 
 import ast
-import importlib.util
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +25,8 @@ SCHEMA = json.loads((DOCS / "recipe.schema.json").read_text(encoding="utf-8"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
-def _script(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _script(path: Path) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def test_reference_pages_are_generated() -> None:
@@ -65,10 +61,10 @@ def test_every_key_is_explained() -> None:
             assert field.get("description") or "$ref" in field, f"{name}.{key}"
 
 
-def _problems(schema: dict[str, Any], value: Any, root: dict[str, Any], where: str) -> list[str]:
+def _problems(schema: dict[str, Any], value: Any, where: str) -> list[str]:
     """A validator of the keywords that the schema uses; any other one fails the test."""
     if "$ref" in schema:
-        return _problems(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root, where)
+        return _problems(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]], value, where)
     types = {
         "object": dict, "array": list, "string": str, "integer": int, "number": (int, float),
         "null": type(None),
@@ -76,8 +72,8 @@ def _problems(schema: dict[str, Any], value: Any, root: dict[str, Any], where: s
     fulfilled: dict[str, Callable[[Any], bool]] = {
         "type": lambda kind: isinstance(value, types[kind]) and not isinstance(value, bool),
         "enum": lambda values: value in values,
-        "anyOf": lambda schemas: any(not _problems(s, value, root, where) for s in schemas),
-        "not": lambda other: bool(_problems(other, value, root, where)),
+        "anyOf": lambda schemas: any(not _problems(s, value, where) for s in schemas),
+        "not": lambda other: bool(_problems(other, value, where)),
         "pattern": lambda pattern: re.search(pattern, value) is not None,
         "minLength": lambda limit: len(value) >= limit,
         "minimum": lambda limit: value >= limit,
@@ -93,20 +89,20 @@ def _problems(schema: dict[str, Any], value: Any, root: dict[str, Any], where: s
             return [f"{where}: {keyword}"]
     found = []
     for i, item in enumerate(value if isinstance(value, list) else []):
-        found += _problems(schema.get("items", {}), item, root, f"{where}[{i}]")
+        found += _problems(schema.get("items", {}), item, f"{where}[{i}]")
     if isinstance(value, dict):
         found += [f"{where}.{k}: missing" for k in schema.get("required", ()) if k not in value]
         for key, item in value.items():
-            found += _problems(schema.get("propertyNames", {}), key, root, f"{where}.{key}")
+            found += _problems(schema.get("propertyNames", {}), key, f"{where}.{key}")
             if key in schema.get("properties", {}):
-                found += _problems(schema["properties"][key], item, root, f"{where}.{key}")
+                found += _problems(schema["properties"][key], item, f"{where}.{key}")
             elif schema.get("additionalProperties", True) is False:
                 found.append(f"{where}.{key}: unknown")
     return found
 
 
 def _check(recipe: Any) -> list[str]:
-    return _problems(SCHEMA, recipe, SCHEMA, "recipe")
+    return _problems(SCHEMA, recipe, "recipe")
 
 
 def _fenced(page: Path, pattern: str) -> list[Any]:

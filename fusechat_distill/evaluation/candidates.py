@@ -109,8 +109,8 @@ class EvaluationPlanner:
 
     def plan(self, inputs: Inputs) -> EvaluationPlan:
         """What is to be evaluated, after `problems` has named none."""
-        models = tuple(self._candidates), self._held_out, tuple(self._unfinished)
-        return EvaluationPlan(inputs, *models, self._questions, self.trust_remote_code)
+        found = tuple(self._candidates), self._held_out, tuple(self._unfinished)
+        return EvaluationPlan(inputs, *found, self._questions, self.trust_remote_code)
 
     def _questions_problems(self) -> Iterator[str]:
         conversations, groups = self._held_out.conversations, self._held_out.groups

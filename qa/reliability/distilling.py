@@ -378,11 +378,11 @@ def distance(made: World, name: str) -> float:
     return far
 
 
-HARM = "import pathlib; pathlib.Path({marker!r}).touch()\n"
-MODELING = """
-from transformers import {base}Config, {base}ForCausalLM, PreTrainedTokenizerFast
-class EvilConfig({base}Config): model_type = "evil"
-class EvilModel({base}ForCausalLM): config_class = EvilConfig
+EVIL = """
+import pathlib; pathlib.Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig): model_type = "evil"
+class EvilModel(LlamaForCausalLM): config_class = EvilConfig
 class EvilTokenizer(PreTrainedTokenizerFast): pass
 """
 
@@ -397,7 +397,7 @@ def recipe_with(made: World, work: Path, **changes: Any) -> Path:
 def code(work: Path, scale: float, seed: int) -> Iterator[Figure]:
     made = world()
     marker = work / "HARMED"
-    evil = HARM.format(marker=str(marker)) + MODELING.format(base="Llama")
+    evil = EVIL.format(marker=str(marker))
     auto = {
         "AutoConfig": "evil.EvilConfig",
         "AutoModelForCausalLM": "evil.EvilModel",
