@@ -2,7 +2,8 @@
 
 Checkpoints are generated in a folder that is removed afterwards. `small` is the 1.1B Llama shape
 with three targets, warm cache, the programs in turn; `seven` the 7B shape (43 GB of inputs), cold
-cache, once; `wide` has two tensors of 1 GiB and five targets; `many` 20,000 small tensors.
+cache, once; `wide` has two tensors of 1 GiB and five targets; `many` 20,000 small tensors;
+`experts` has layers of Qwen3-30B-A3B; `headers` plans whole mixtures of experts without weights.
 
     python benchmarks/bench_merge.py small --turns 3
     python benchmarks/bench_merge.py seven --folder /data/bench
@@ -66,6 +67,105 @@ def llama(
     return config, shapes
 
 
+def qwen3_moe(layers: int, vocab: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Qwen3-30B-A3B's config.json and tensor shapes, with fewer layers and tokens if wanted."""
+    hidden, inner, experts = 2048, 768, 128
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        shapes |= {
+            at + "input_layernorm.weight": (hidden,),
+            at + "self_attn.q_proj.weight": (4096, hidden),
+            at + "self_attn.k_proj.weight": (512, hidden),
+            at + "self_attn.v_proj.weight": (512, hidden),
+            at + "self_attn.o_proj.weight": (hidden, 4096),
+            at + "self_attn.q_norm.weight": (128,),
+            at + "self_attn.k_norm.weight": (128,),
+            at + "post_attention_layernorm.weight": (hidden,),
+            at + "mlp.gate.weight": (experts, hidden),
+        }
+        shapes |= _experts(at + "mlp.experts.", experts, hidden, inner)
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": inner,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    return config, shapes
+
+
+def deepseek_v3() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """DeepSeek-V3's config.json and tensor shapes: 671B, and a layer for multi-token prediction."""
+    hidden, inner, experts, vocab = 7168, 2048, 256, 129280
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(62):
+        at = f"model.layers.{layer}."
+        shapes |= {
+            at + "input_layernorm.weight": (hidden,),
+            at + "post_attention_layernorm.weight": (hidden,),
+            at + "self_attn.q_a_proj.weight": (1536, hidden),
+            at + "self_attn.q_a_layernorm.weight": (1536,),
+            at + "self_attn.q_b_proj.weight": (24576, 1536),
+            at + "self_attn.kv_a_proj_with_mqa.weight": (576, hidden),
+            at + "self_attn.kv_a_layernorm.weight": (512,),
+            at + "self_attn.kv_b_proj.weight": (32768, 512),
+            at + "self_attn.o_proj.weight": (hidden, 16384),
+        }
+        if layer < 3:
+            shapes |= _mlp(at + "mlp.", hidden, 18432)
+            continue
+        shapes |= {
+            at + "mlp.gate.weight": (experts, hidden),
+            at + "mlp.gate.e_score_correction_bias": (experts,),
+        }
+        shapes |= _experts(at + "mlp.experts.", experts, hidden, inner)
+        shapes |= _mlp(at + "mlp.shared_experts.", hidden, inner)
+    shapes |= {
+        "model.layers.61.eh_proj.weight": (hidden, 2 * hidden),
+        "model.layers.61.embed_tokens.weight": (vocab, hidden),
+        "model.layers.61.shared_head.head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": hidden,
+        "num_hidden_layers": 61,
+        "n_routed_experts": experts,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    return config, shapes
+
+
+def _mlp(at: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {
+        at + "gate_proj.weight": (inner, hidden),
+        at + "up_proj.weight": (inner, hidden),
+        at + "down_proj.weight": (hidden, inner),
+    }
+
+
+def _experts(at: str, experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for expert in range(experts):
+        shapes |= _mlp(f"{at}{expert}.", hidden, inner)
+    return shapes
+
+
 SMALL = llama(2048, 5632, 22, 32000, 32, 4)
 SEVEN = llama(4096, 14336, 32, 32000, 32, 8)
 WIDE = llama(2048, 2048, 1, 1 << 18, 32, 4)
@@ -77,8 +177,12 @@ def generate(
     models: int,
     made: tuple[dict[str, Any], dict[str, tuple[int, ...]]],
     shard: int = 5_000_000_000,
+    sparse: bool = False,
 ) -> list[Path]:
-    """A base and targets of noise; each model's tensors are slices of its own pool of numbers."""
+    """A base and targets of noise; each model's tensors are slices of its own pool of numbers.
+
+    With `sparse` the files have their size, but no numbers and no blocks on the disk.
+    """
     config, shapes = made
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(POOL, generator=generator) * 0.02
@@ -92,7 +196,8 @@ def generate(
         if number:
             values = noise + torch.randn(POOL, generator=generator) * 2e-4 * number
         pool = values.to(torch.bfloat16).view(torch.uint8).numpy()
-        _write(path, shapes, dict(zip(shapes, (2 * starts).tolist(), strict=True)), pool, shard)
+        begins = dict(zip(shapes, (2 * starts).tolist(), strict=True))
+        _write(path, shapes, begins, None if sparse else pool, shard)
         paths.append(path)
     return paths
 
@@ -101,7 +206,7 @@ def _write(
     path: Path,
     shapes: dict[str, tuple[int, ...]],
     starts: dict[str, int],
-    pool: np.ndarray[Any, Any],
+    pool: np.ndarray[Any, Any] | None,
     shard: int,
 ) -> None:
     groups: list[list[str]] = [[]]
@@ -129,6 +234,9 @@ def _write(
         raw = json.dumps(header).encode()
         with open(path / file, "wb") as out:
             out.write(len(raw).to_bytes(8, "little") + raw)
+            if pool is None:
+                out.truncate(8 + len(raw) + position)
+                continue
             for name in names:
                 left, at = 2 * int(np.prod(shapes[name])), starts[name]
                 while left:
@@ -311,6 +419,62 @@ def many(folder: Path | None) -> None:
             results[name] = run("fusechat", configuration("varm", paths), place)
             count = len(made[1])
             click.echo(f"{count} tensors: {1000 * results[name]['merge'] / count:.2f} ms a tensor")
+
+
+@main.command()
+@click.option("--turns", default=3, show_default=True)
+@_folder
+def experts(turns: int, folder: Path | None) -> None:
+    """Three layers of Qwen3-30B-A3B (128 experts), base and two targets, warm cache."""
+    with workplace(folder) as place:
+        paths = generate(place, 3, qwen3_moe(3, 32000))
+        config = configuration("varm", paths)
+        rows: dict[str, list[dict[str, float]]] = {"floor": [], "fusechat-merge varm": []}
+        for _ in range(turns):
+            rows["floor"].append(floor(paths, place))
+            rows["fusechat-merge varm"].append(run("fusechat", config, place))
+        show(rows, "floor")
+        planned = plan_headers(config, place)
+        peak = statistics.median(row["peak"] for row in rows["fusechat-merge varm"])
+        click.echo(f"the plan's peak: {planned['planned'] / peak:.2f} of the measured one")
+
+
+_PLAN = """
+import json, sys, time
+from fusechat_merge.engine.execute import peak_memory
+from fusechat_merge.planning.planner import plan
+start = time.process_time()
+planned = plan(sys.argv[1])
+took = time.process_time() - start
+assert not planned.problems, planned.problems
+peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+tensors = len(planned.outputs)
+print(json.dumps({"cpu": took, "peak": peak, "tensors": tensors, "planned": peak_memory(planned)}))
+"""
+
+
+def plan_headers(config: dict[str, Any], folder: Path) -> dict[str, float]:
+    """One plan in a process of its own: seconds of processor time beyond start-up, peak bytes."""
+    yml = folder / "plan.yml"
+    yml.write_text(yaml.safe_dump(config))
+    ended = subprocess.run(
+        [sys.executable, "-c", _PLAN, str(yml)], stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@main.command()
+@_folder
+def headers(folder: Path | None) -> None:
+    """Plans of whole mixtures of experts, base and two targets, whose files hold no numbers."""
+    with workplace(folder) as place:
+        for name, made in (("30B", qwen3_moe(48, 151936)), ("671B", deepseek_v3())):
+            paths = generate(place / name, 3, made, sparse=True)
+            found = plan_headers(configuration("varm", paths), place)
+            click.echo(
+                f"{name}: {found['tensors']} tensors a model, {found['cpu']:.1f} s of processor"
+                f" time, peak {found['peak'] / 1e6:.0f} MB"
+            )
 
 
 if __name__ == "__main__":
