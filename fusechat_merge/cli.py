@@ -277,9 +277,9 @@ def analyze(
     planned = execute.local_plan(config, **options)
     with _Meter(total=sum(output.nbytes for output in planned.outputs)) as meter:
         report = analysis.analyze(planned, memory=memory, threads=threads, progress=meter)
-    text = report.model_dump_json(indent=1)
+    text = report.as_text()
     if as_json:
-        click.echo(text)
+        click.echo(text, nl=False)
     else:
         from rich.console import Console
 
@@ -291,7 +291,7 @@ def analyze(
         from fusechat_merge.results.report import draw
 
         out.mkdir(parents=True, exist_ok=True)
-        (out / "analysis.json").write_text(text + "\n", encoding="utf-8")
+        (out / "analysis.json").write_text(text, encoding="utf-8")
         draw(report, out / "analysis.png")
         click.echo(f"wrote {out / 'analysis.json'} and {out / 'analysis.png'}", err=True)
 

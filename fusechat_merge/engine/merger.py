@@ -169,33 +169,32 @@ class Merger:
     def units(self) -> list[UnitWeights]:
         """The units with their statistics and weights, in the order of the outputs."""
         done = self._sink.done
-        units: dict[tuple[Unit | str, tuple[float, ...]], UnitWeights] = {}
+        # Priors may differ within a unit, where filters set them: then it has several rows.
+        rows: dict[tuple[Unit | str, tuple[float, ...]], list[Output]] = {}
         for output in self._plan.outputs:
             weights = done.weights.get(output.name)
-            if weights is None:
-                continue
-            # Priors may differ within a unit, where filters set them: then it has several rows.
-            key = (output.unit or output.name, tuple(weights))
-            if key in units:
-                tensors = (*units[key].tensors, output.name)
-                units[key] = units[key].model_copy(update={"tensors": tensors})
-                continue
-            names = self._plan.units[output.unit] if output.unit else (output.name,)
-            members = [self._by_name[name] for name in names]
-            numel = sum(member.numel for member in members)
-            statistic = output.parameters.get("statistic", "square")
-            keys = [f"{statistic} {member.name}" for member in members]
-            sums = [done.statistics[key] for key in keys if key in done.statistics]
-            totals = varm.total(sums, len(weights)) if sums and numel else []
-            units[key] = UnitWeights(
-                name=output.unit.name if output.unit else output.name,
-                granularity=output.parameters.get("granularity", "matrix"),
-                tensors=(output.name,),
-                numel=numel,
-                statistics=tuple(total / numel for total in totals),
-                weights=tuple(weights),
-            )
-        return list(units.values())
+            if weights is not None:
+                rows.setdefault((output.unit or output.name, tuple(weights)), []).append(output)
+        return [self._row(outputs, weights) for (_, weights), outputs in rows.items()]
+
+    def _row(self, outputs: Sequence[Output], weights: tuple[float, ...]) -> UnitWeights:
+        """The outputs, all of one unit, that have these weights."""
+        done, first = self._sink.done, outputs[0]
+        names = self._plan.units[first.unit] if first.unit else (first.name,)
+        members = [self._by_name[name] for name in names]
+        numel = sum(member.numel for member in members)
+        statistic = first.parameters.get("statistic", "square")
+        keys = [f"{statistic} {member.name}" for member in members]
+        sums = [done.statistics[key] for key in keys if key in done.statistics]
+        totals = varm.total(sums, len(weights)) if sums and numel else []
+        return UnitWeights(
+            name=first.unit.name if first.unit else first.name,
+            granularity=first.parameters.get("granularity", "matrix"),
+            tensors=tuple(output.name for output in outputs),
+            numel=numel,
+            statistics=tuple(total / numel for total in totals),
+            weights=weights,
+        )
 
 
 def make_tasks(

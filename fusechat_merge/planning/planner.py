@@ -6,6 +6,7 @@ Everything that is wrong with the request is reported here, at once, before a we
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -117,6 +118,7 @@ def _architecture(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> Mod
     """
     models = [planned.models[model] for model in configs]
     base = next(iter(configs.values()))
+    logging.getLogger("mergekit.architecture").setLevel(logging.ERROR)  # not every class has one
     tables = all(arch_info_for_config(config) for config in configs.values())
     if planned.config.modules or (tables and not _one_within_another(configs.values())):
         table = get_architecture_info(planned.config, planned.options.of_mergekit())

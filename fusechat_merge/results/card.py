@@ -55,7 +55,7 @@ def _weights(record: MergeRecord, targets: Sequence[str]) -> list[str]:
     if not units or not targets:
         return []
     rows = [("all", unit.weights) for unit in units]
-    rows += [(place_of(tensor)[1], unit.weights) for unit in units for tensor in unit.tensors]
+    rows += [(place_of(tensor).kind, unit.weights) for unit in units for tensor in unit.tensors]
     header = " | ".join(short_names(targets))
     lines = [
         "## Weights",

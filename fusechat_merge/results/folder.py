@@ -63,7 +63,7 @@ def write_side_files(
         _write(folder / "model.safetensors.index.json", index(planned))
     names = PublicNames(planned.config)
     record = _record(planned, names, units, identity, device)
-    _write(folder / RECORD, as_json(record.as_json()))
+    _write(folder / RECORD, record.as_text())
     if report:
         source = names.configuration(planned.source)
         hub_ids = names.hub_ids(referenced_models(planned.config))

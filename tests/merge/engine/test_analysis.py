@@ -145,6 +145,29 @@ def test_rows_of_the_tables_are_means():
     assert [column.header for column in uneven.columns[2:]] == ["one", "two"]
 
 
+def test_experts_and_several_stacks_of_layers(tmp_path):
+    layers, visual = "model.language_model.layers", "model.visual.blocks"
+    weights = {
+        f"{layers}.1.mlp.experts.7.up_proj.weight": (0.25, 0.75),
+        f"{layers}.1.mlp.experts.7.down_proj.weight": (0.75, 0.25),
+        f"{layers}.2.mlp.experts.gate_up_proj[7].gate": (1.0, 0.0),
+        f"{visual}.0.norm1.weight": (0.0, 1.0),
+    }
+    modules, by_layer, experts, _ = tables(analysis(weights, "x/one", "x/two"))
+    assert list(modules.columns[0].cells) == [
+        "mlp.experts.up_proj", "mlp.experts.down_proj", "mlp.experts.gate_up_proj.gate", "norm1"
+    ]  # fmt: skip
+    assert list(by_layer.columns[0].cells) == ["layers.1", "layers.2", "blocks.0"]
+    assert [list(column.cells) for column in experts.columns] == [
+        ["layer layers.2, expert 7", "layer layers.1, expert 7"],
+        ["1", "2"],
+        ["1.000", "0.500"],
+        ["0.000", "0.500"],
+    ]
+    draw(analysis(weights, "x/one", "x/two"), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_models_of_the_same_folder_name_are_told_apart():
     assert short_names(["a/x/merged", "a/y/merged"]) == ["x/merged", "y/merged"]
     assert short_names(["x/one", "x/one/"]) == ["x/one", "x/one/"]
