@@ -23,7 +23,7 @@ from fusechat_common.system import processors, will_read
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.inputs.factors import Factors
 from fusechat_merge.inputs.stored import ReadAt
-from fusechat_merge.inputs.update import TILE
+from fusechat_merge.inputs.update import TILE, Update
 from fusechat_merge.mergekit_bridge.loader import DTYPES, fill, whole
 from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 from fusechat_merge.methods.sce import CANDIDATES
@@ -116,7 +116,15 @@ def _factor_bytes(source: Source) -> int:
     """Memory that an adapter's factors take, and finding them."""
     if source.update is None:
         return 0
-    return source.update.scratch(source.location.numel, DTYPES[source.location.dtype].itemsize)
+    at = source.location
+    return _of_part(source, source.update).scratch(at.numel, DTYPES[at.dtype].itemsize)
+
+
+def _of_part(source: Source, update: Update) -> Update:
+    """What an adapter changes of the elements that count: of one matrix of a stack, say."""
+    if source.numel == source.location.numel:
+        return update
+    return update.within(source.first, source.numel)
 
 
 def _held(source: Source) -> torch.dtype:
@@ -137,6 +145,7 @@ class SourceFiles:
         self._folders = {name: m.folder for name, m in planned.models.items() if m.folder}
         self._descriptors: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
+        self._last = threading.local()
 
     def _descriptor(self, model: str, file: str) -> int:
         """The file's descriptor; it is opened at the first call."""
@@ -155,12 +164,23 @@ class SourceFiles:
 
         return read_at
 
-    def factors(self, source: Source, device: torch.device) -> Factors | None:
-        """What an adapter changes of the source, read into memory; None without an adapter."""
+    def factors(self, output: Output, device: torch.device) -> list[Factors | None]:
+        """What adapters change of each of the output's sources, read into memory.
+
+        A thread keeps those of its last output: finding them may take long.
+        """
+        last = self._last
+        if getattr(last, "name", None) != output.name:
+            last.name, last.factors = None, []  # gone before the next ones are read
+            last.factors = [self._factors(source, device) for source in output.sources]
+            last.name = output.name
+        return list(last.factors)
+
+    def _factors(self, source: Source, device: torch.device) -> Factors | None:
         if source.update is None:
             return None
         read = partial(whole, read_at=self.reading(source.model))
-        return Factors(source.update, read, source.location, device)
+        return Factors(_of_part(source, source.update), read, source.location, device)
 
     def announce(self, source: Source) -> None:
         """Ask the system to read the whole tensor ahead."""
@@ -273,10 +293,8 @@ class FilePasses:
         # All passes have the same segments; before an interruption they may have been different.
         self._begin, self._finished = begin // self._step * self._step, finished
         self._numel = output.numel
-        self._inputs = [
-            (_Reader(files, source), files.factors(source, ring.device))
-            for source in output.sources
-        ]
+        readers = [_Reader(files, source) for source in output.sources]
+        self._inputs = list(zip(readers, files.factors(output, ring.device), strict=True))
 
     def map(self, fn: Callable[[Block], T]) -> Iterator[T]:
         return self._segments(0, lambda start, desk: fn(self._block(start, desk)[0]))
@@ -329,6 +347,6 @@ class FilePasses:
                 tensor = desk.cut(used, n, reader.held).copy_(tensor)
                 used += _round_up(tensor.nbytes)
             if factors is not None:
-                factors.apply(tensor, reader.first + start)
+                factors.apply(tensor, start)
             tensors.append(tensor)
         return Block(start, tensors[0], tuple(tensors[1:])), used

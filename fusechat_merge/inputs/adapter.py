@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from fusechat_merge.inputs.checkpoint import (
     read_settings,
     read_weights_file,
 )
-from fusechat_merge.inputs.pieces import Piece
+from fusechat_merge.inputs.layouts import InMemory, Piece
 from fusechat_merge.inputs.stored import Location, Stored, Transposed, part_of
 from fusechat_merge.inputs.update import LowRank, Strided, Update
 
@@ -43,14 +44,15 @@ _FACTOR = re.compile(
 )
 _TOKENS = re.compile(r"(.+?)(\.token_adapter)?\.trainable_tokens_delta")
 _TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")
-_ELSEWHERE = f"{{}} is stored in an order that can't be followed here; {MERGE}"
+_SHOWN = 5
+"""Problems of one adapter that a message lists: the others are likely the same."""
 
 
 def with_adapter(
     checkpoint: Checkpoint,
     store: Store,
     name: str,
-    models: Callable[[], list[Any]] = list,
+    models: Sequence[InMemory] = (),
 ) -> Checkpoint:
     """The checkpoint as the adapter changes it.
 
@@ -81,7 +83,7 @@ def with_adapter(
     stored = {key: replace(at, file=path) for key, at in locations.items()}
 
     attempts = []
-    for model in (*models(), None):
+    for model in (*models, None):
         reading = _Reading(checkpoint, config, stored, model)
         reading.read()
         if not reading.problems:
@@ -95,7 +97,30 @@ def with_adapter(
             )
         attempts.append(reading.problems)
     fewest = min(attempts, key=len)
-    raise CheckpointError([f"{name}: {problem}" for problem in fewest])
+    shown = [f"{name}: {problem}" for problem in fewest[:_SHOWN]]
+    more = len(fewest) - _SHOWN
+    raise CheckpointError([*shown, f"{name}: {more} more of this kind"] if more > 0 else shown)
+
+
+def in_memory(config: Any) -> list[InMemory]:
+    """The model in memory: as its own class, and as transformers loads it as a language model.
+
+    Args:
+        config: the model's, one of transformers'.
+    """
+    from transformers import AutoModelForCausalLM
+
+    variants = [config]
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is not None and kind.__name__ not in (config.architectures or ()):
+        text = deepcopy(config if kind.config_class is type(config) else config.get_text_config())
+        text.architectures = [kind.__name__]
+        variants.append(text)
+    found = []
+    for variant in variants:
+        with suppress(Exception):  # transformers' errors have no common base; it can't be built
+            found.append(InMemory(variant))
+    return found
 
 
 class _Reading:
@@ -111,7 +136,7 @@ class _Reading:
         checkpoint: Checkpoint,
         config: Mapping[str, Any],
         stored: Mapping[str, Location],
-        model: Any,
+        model: InMemory | None,
     ) -> None:
         self._name, self._config, self._stored = checkpoint.name, config, stored
         self.tensors: dict[str, Stored] = dict(checkpoint.tensors)
@@ -125,12 +150,19 @@ class _Reading:
         self._whole: dict[str, str] = {}
         self._rows: dict[str, str] = {}
         self._added: list[str] = []
+        self._passed_over: list[str] = []
+        self._elsewhere: list[str] = []
 
     def read(self) -> None:
         """Enter everything that the adapter holds."""
         for key in self._stored:
             self._sort(key)
         self._untie()
+        if self._model is None and self._may_be_tied():
+            self.problems.append(
+                f"trained the embeddings, and whether {self._name} ties its head to them is not"
+                f" known, since transformers can't build it; {MERGE}"
+            )
         for parameter, key in self._whole.items():
             self._replace(parameter, key)
         if self._added:
@@ -142,6 +174,16 @@ class _Reading:
             self._enter(module, depth, factors)
         for module, key in self._rows.items():
             self._replace_rows(module, key)
+        if self._elsewhere:
+            self.problems.append(
+                f"{_first(self._elsewhere)}: stored in an order that can't be followed here;"
+                f" {MERGE}"
+            )
+        if self._passed_over:
+            self.problems.append(
+                f"peft passes over {_first(self._passed_over)}, since adapter_config.json has no"
+                " lora_bias: true; add that to merge them, or delete the tensors"
+            )
 
     def _sort(self, key: str) -> None:
         plain = _WRAPPERS.sub("", key).removeprefix(_PREFIX)
@@ -161,24 +203,28 @@ class _Reading:
         for other, first in self._tied.items():
             if self._known(other) or not self._known(first):
                 continue
-            if self._apart(other) or self._apart(first):
+            # Rows of the embeddings are the head's too, but not the other way round.
+            if self._apart(other) or self._apart(first) or _module(other) in self._rows:
                 self._copy(first, other)
                 continue
             # Trained as one: a second copy is the same, and so are second factors.
-            modules = (other.removesuffix(".weight"), first.removesuffix(".weight"))
             self._whole.pop(other, None)
-            self._factors.pop((modules[0], 0), None)
-            if modules[0] in self._rows:
-                self._rows.setdefault(modules[1], self._rows.pop(modules[0]))
+            self._factors.pop((_module(other), 0), None)
+
+    def _may_be_tied(self) -> bool:
+        """Whether embeddings were trained of a model whose files hold no head."""
+        trained = [*self._whole, *(module for module, _ in self._factors), *self._rows]
+        first = any(re.search(r"(^|\.)(embed\w*|wte|word_embeddings)(\.|$)", n) for n in trained)
+        return first and not any("lm_head" in name or "embed_out" in name for name in self.tensors)
 
     def _apart(self, parameter: str) -> bool:
         """Whether the adapter trained a weight, but not those that are tied to it."""
-        module = parameter.removesuffix(".weight")
+        module = _module(parameter)
         trained = (module, 0) in self._factors or names(self._config, "modules_to_save", module)
         return trained and not self._config.get("ensure_weight_tying")
 
     def _copy(self, first: str, other: str) -> None:
-        (piece,) = self._pieces[first]
+        (piece,) = self._pieces_of(first)
         self.tensors[other] = self.tensors[piece.tensor]
         self._pieces[other] = (replace(piece, tensor=other),)
 
@@ -202,7 +248,7 @@ class _Reading:
         elif all(part for _, part in parts):
             self.tensors |= {tensor: part for tensor, part in parts if part}
         else:
-            self.problems.append(f"{key}: {_ELSEWHERE.format(parameter)}")
+            self._elsewhere.append(parameter)
 
     def _fits_nothing(self, key: str) -> None:
         self.problems.append(f"{key} fits no tensor of {self._name}")
@@ -237,11 +283,10 @@ class _Reading:
         which it has them, the first innermost.
         """
         targets = []
-        if self._model is not None and self._config.get("target_parameters"):
-            with suppress(AttributeError):
-                owner = self._model.get_submodule(module)
-                every = [f"{module}.{name}" for name, _ in owner.named_parameters(recurse=False)]
-                targets = [n for n in every if names(self._config, "target_parameters", n)]
+        owner = self._owner(module)
+        if owner is not None and self._config.get("target_parameters"):
+            every = [f"{module}.{name}" for name, _ in owner.named_parameters(recurse=False)]
+            targets = [n for n in every if names(self._config, "target_parameters", n)]
         if depth < len(targets):
             return targets[-1 - depth], True
         return f"{module}{'.base_layer' * depth}.weight", False
@@ -281,12 +326,18 @@ class _Reading:
         """Whether the weight is stored [in, out]: embeddings, GPT-2's Conv1D, some experts."""
         if kinds[0].startswith("embedding"):
             return True
-        if self._model is None:
+        owner = self._owner(_module(parameter))
+        if owner is None:
             return bool(self._config.get("fan_in_fan_out"))
-        owner = self._model.get_submodule(_module(parameter))
         if wrapped:
             return bool(getattr(owner, "is_transposed", False)) and len(self._shape(parameter)) == 3
         return type(owner).__name__ == "Conv1D"
+
+    def _owner(self, module: str) -> Any:
+        """The module in memory; None without one."""
+        with suppress(AttributeError):
+            return self._model and self._model.get_submodule(module)
+        return None
 
     def _add(
         self, parameter: str, low_rank: LowRank, factors: Mapping[str, str], transposed: bool
@@ -300,9 +351,10 @@ class _Reading:
         if start and transposed:
             return f"init_lora_weights {start!r} of a transposed weight can't be merged; {MERGE}"
         parts = [(piece.tensor, _within(low_rank, piece)) for piece in pieces]
-        whole = len(parts) == 1 and parts[0][1] == low_rank
+        whole = len(pieces) == 1 and _is_whole(pieces[0])
         if not all(part for _, part in parts) or ((start or magnitude) and not whole):
-            return _ELSEWHERE.format(parameter)
+            self._elsewhere.append(parameter)
+            return None
         for tensor, part in parts:
             before = self.updates.get(tensor, Update())
             self.updates[tensor] = replace(
@@ -320,15 +372,14 @@ class _Reading:
     def _add_bias(self, parameter: str, key: str, number: float) -> str | None:
         at = self._stored[key]
         if not self._config.get("lora_bias"):
-            return (
-                f"peft passes over {key}, since adapter_config.json has no lora_bias: true; add"
-                " that to merge it, or delete the tensor"
-            )
+            self._passed_over.append(key)
+            return None
         if not self._known(parameter) or self._shape(parameter) != at.shape:
             return f"{key} changes a bias, which {self._name} doesn't have"
         (piece, *more) = self._pieces_of(parameter)
         if more or self.tensors[piece.tensor].shape != at.shape:
-            return _ELSEWHERE.format(parameter)
+            self._elsewhere.append(parameter)
+            return None
         left = Strided(at, 0, (1, at.numel, 1), (at.numel, 1, 1))
         self.updates[piece.tensor] = Update((LowRank(left, None, number),), columns=1)
         return None
@@ -373,6 +424,10 @@ class _Reading:
         return (Piece(parameter, shape, box, (0,) * len(shape), tuple(range(len(shape)))),)
 
 
+def _first(listed: Sequence[str]) -> str:
+    return listed[0] + (f" and {len(listed) - 1} more" if len(listed) > 1 else "")
+
+
 def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
@@ -381,13 +436,19 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
+def _is_whole(piece: Piece) -> bool:
+    """Whether a parameter is one stored tensor as it is."""
+    whole = tuple((0, size) for size in piece.shape)
+    return piece.axes == tuple(range(len(piece.shape))) and piece.box == whole
+
+
 def _within(low_rank: LowRank, piece: Piece) -> LowRank | None:
     """What is added to a stored tensor, of what is added to the parameter that it is a piece of.
 
     None where the piece is not consecutive whole rows of the stored tensor.
     """
     shape, axes = piece.shape, piece.axes
-    if axes == tuple(range(len(shape))) and piece.box == tuple((0, size) for size in shape):
+    if _is_whole(piece):
         return low_rank
     *experts, (row, last_row), (column, last_column) = piece.box
     *expert_axes, row_axis, column_axis = axes

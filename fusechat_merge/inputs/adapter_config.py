@@ -26,12 +26,17 @@ _NO_WEIGHTS = {
 }  # fmt: skip
 """Kinds that train inputs, and change no weight."""
 
+_BY_INPUT = {"LILY", "POLY", "SHADOW", "XLORA"}
+"""Kinds whose effect depends on the input, so that peft doesn't merge them."""
+
 
 def unsupported(config: Any, name: str) -> list[str]:
     """What keeps an adapter from being merged, each with its remedy."""
     kind = config.get("peft_type") if isinstance(config, dict) else config
     if kind in _NO_WEIGHTS:
         return [f"{name}: {kind} changes no weights, so that there is nothing to merge"]
+    if kind in _BY_INPUT:
+        return [f"{name}: what {kind} adds depends on the input; peft can't merge it either"]
     if kind != "LORA" or not isinstance(config, dict):
         return [f"{name}: peft_type {kind!r:.80} can't be merged by blocks; {MERGE}"]
     wrong = [f"{name}: adapter_config.json: {problem}" for problem in _wrong_values(config)]

@@ -36,11 +36,12 @@ class Factors:
         device: torch.device | str = "cpu",
     ) -> None:
         self._columns, self._by_row = update.columns, update.by_row
-        self._taken = None
+        self._taken: _Product | None = None
         if update.taken:
-            self._taken = _taken(update, _wide(weight, read)).to(device)
+            left, right = _taken(update, _wide(weight, read))
+            self._taken = _Product(left.to(device), right.to(device), -1.0)
             self._rounding = read(part_of(weight, 0, (0,))).dtype
-        self._products = [_Product(low_rank, read, device) for low_rank in update.low_ranks]
+        self._products = [_product(low_rank, read, device) for low_rank in update.low_ranks]
         self._rows = torch.tensor(update.rows, device=device)
         self._values = _wide(update.values, read).to(device) if update.values else None
         self._factors: Tensor | None = None
@@ -67,7 +68,7 @@ class Factors:
     def _add(self, flat: Tensor, start: int) -> None:
         if self._taken is not None:
             # Training started from the base's weight without them, in the base's own dtype.
-            flat.sub_(self._taken[start : start + flat.numel()])
+            self._taken.add_to(flat, start)
             flat.copy_(flat.to(self._rounding))
         for product in self._products:
             product.add_to(flat, start)
@@ -97,13 +98,10 @@ class Factors:
 
 
 class _Product:
-    """scale · left · right of consecutive matrices."""
+    """scale · left [matrices, rows, r] · right [matrices, r, columns] of consecutive matrices."""
 
-    def __init__(self, low_rank: LowRank, read: Read, device: torch.device | str) -> None:
-        self._left = _strided(low_rank.left, read).to(device)
-        right = _strided(low_rank.right, read) if low_rank.right else torch.ones(1, 1, 1)
-        self._right = right.to(device)
-        self._scale, self._first = low_rank.scale, low_rank.first
+    def __init__(self, left: Tensor, right: Tensor, scale: float, first: int = 0) -> None:
+        self._left, self._right, self._scale, self._first = left, right, scale, first
 
     def add_to(self, flat: Tensor, start: int) -> None:
         """Add the weight's elements from number `start` on to `flat` [n]."""
@@ -126,6 +124,12 @@ class _Product:
                 flat[low - start : high - start].add_(update[low - first : high - first])
 
 
+def _product(low_rank: LowRank, read: Read, device: torch.device | str) -> _Product:
+    left = _strided(low_rank.left, read)
+    right = _strided(low_rank.right, read) if low_rank.right else torch.ones(1, 1, 1)
+    return _Product(left.to(device), right.to(device), low_rank.scale, low_rank.first)
+
+
 def _strided(view: Strided, read: Read) -> Tensor:
     part = read(part_of(view.stored, view.offset, (view.span,)))
     return part.as_strided(view.shape, view.strides).to(torch.float32).contiguous()
@@ -135,15 +139,13 @@ def _wide(stored: Stored, read: Read) -> Tensor:
     return read(stored).to(torch.float32, copy=True)
 
 
-def _taken(update: Update, weight: Tensor) -> Tensor:
-    """s·B·A of the factors with which training began, [n], as peft finds them in the weight."""
+def _taken(update: Update, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of s·B·A with which training began, as peft finds them in the weight [n]."""
     (low_rank,) = update.low_ranks
     (_, out, r), columns = low_rank.left.shape, low_rank.columns
     matrix = weight.view(out, columns)
     if update.taken == "pissa":
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        product = (u[:, :r] * s[:r]) @ v[:r]
-    else:
-        q, upper = torch.linalg.qr(matrix)
-        product = low_rank.scale * q[:, :r] @ upper[:r]
-    return product.reshape(-1)
+        return (u[:, :r] * s[:r]).clone()[None], v[:r].clone()[None]
+    q, upper = torch.linalg.qr(matrix)
+    return (low_rank.scale * q[:, :r]).clone()[None], upper[:r].clone()[None]

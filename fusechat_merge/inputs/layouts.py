@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
+from fusechat_merge.inputs.checkpoint import Checkpoint
 from fusechat_merge.inputs.stored import Joined, Location, Range, Stored, Transposed, part_of
-from fusechat_merge.inputs.update import Update
 
 Box = tuple[tuple[int, int], ...]
 """The first index, and the one after the last, of each axis."""
@@ -301,9 +300,6 @@ def in_layout_of(
     Returns:
         The checkpoint; tensors that fit none of the base's keep their names. `absent` names those
         of the base's that its class doesn't have.
-
-    Raises:
-        CheckpointError: an adapter changes tensors that are laid out otherwise.
     """
     ours, theirs = base.tensors, checkpoint.tensors
     if all(name in theirs and theirs[name].shape == at.shape for name, at in ours.items()):
@@ -359,9 +355,6 @@ def arranged(
 
     Returns:
         The checkpoint; tensors that fit no name of the other keep theirs.
-
-    Raises:
-        CheckpointError: an adapter changes tensors that are laid out otherwise.
     """
     # Of each tensor of `like`: its boxes, and the same box of a tensor in memory.
     places: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
@@ -372,8 +365,6 @@ def arranged(
         memory: {piece.box: piece for piece in pieces} for memory, pieces in described.items()
     }
     tensors: dict[str, Stored] = {}
-    updates: dict[str, Update] = {}
-    problems: list[str] = []
     used: set[str] = set()
     for name, at in like.tensors.items():
         parts = []
@@ -387,22 +378,10 @@ def arranged(
             continue
         tensors[name] = _reshaped(stored, at.shape)
         used |= {part.tensor for part in parts}
-        changed = [part.tensor for part in parts if part.tensor in checkpoint.updates]
-        if not changed:
-            continue
-        whole = checkpoint.tensors[changed[0]]
-        if len(parts) > 1 or stored.numel != whole.numel or isinstance(stored, Transposed):
-            problems.append(
-                f"{checkpoint.name}: its adapter changes {changed[0]}, which is laid out otherwise"
-                f" than {name} of {like.name}; merge_and_unload the adapter first"
-            )
-        updates[name] = checkpoint.updates[changed[0]]
-    if problems:
-        raise CheckpointError(problems)
     for name, at in checkpoint.tensors.items():
         if name not in used:
             tensors.setdefault(name, at)
-    return replace(checkpoint, tensors=tensors, updates=updates)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _seen_from(other: Piece, piece: Piece) -> Piece:

@@ -122,7 +122,8 @@ class Update:
 
     def scratch(self, numel: int, itemsize: int) -> int:
         """Memory that the factors take for a weight of so many elements of `itemsize` bytes."""
-        total = sum(low_rank.nbytes for low_rank in self.low_ranks)
+        factors = sum(low_rank.nbytes for low_rank in self.low_ranks)
+        total = 2 * factors if self.taken else factors
         for stored in (self.magnitude, self.values):
             if stored is not None:
                 total += 12 * stored.numel

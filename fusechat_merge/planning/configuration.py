@@ -16,7 +16,7 @@ from mergekit.merge_methods import registry
 from pydantic import BaseModel
 
 from fusechat_common.errors import RequestError, nearest, one_line
-from fusechat_merge.inputs.adapter import with_adapter
+from fusechat_merge.inputs.adapter import in_memory, with_adapter
 from fusechat_merge.inputs.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -188,6 +188,11 @@ def name_adapters(config: MergeConfiguration) -> None:
 
 
 def read_model(reference: ModelReference, options: Options, download: bool) -> Checkpoint:
+    """The model's checkpoint, without its adapter.
+
+    Raises:
+        CheckpointError: everything that is wrong with its files.
+    """
     store = _store(reference.model, options, download)
     try:
         checkpoint = read_checkpoint(store, str(reference))
@@ -196,10 +201,27 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
     problems = _quantised(checkpoint, store)
     if problems:
         raise CheckpointError(problems)
+    return checkpoint
+
+
+def read_adapter(
+    reference: ModelReference, checkpoint: Checkpoint, options: Options, download: bool
+) -> Checkpoint:
+    """The model's checkpoint with its adapter, if it has one.
+
+    Raises:
+        CheckpointError: it can't be read, or can't be merged.
+    """
     if reference.lora is None:
         return checkpoint
     adapter = _store(reference.lora, options, download)
-    return with_adapter(checkpoint, adapter, str(reference.lora))
+    try:
+        config = reference.config(options.trust_remote_code)
+    except Exception:  # transformers' errors have no common base; planning reports them
+        models = []
+    else:
+        models = in_memory(config)
+    return with_adapter(checkpoint, adapter, str(reference.lora), models)
 
 
 def _store(model: ModelPath, options: Options, download: bool) -> Store:

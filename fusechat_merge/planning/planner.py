@@ -33,6 +33,7 @@ from fusechat_merge.mergekit_bridge.units import with_units
 from fusechat_merge.methods.units import members_of
 from fusechat_merge.planning.configuration import (
     name_adapters,
+    read_adapter,
     read_config,
     read_model,
     referenced_models,
@@ -68,17 +69,18 @@ def plan(
     models: dict[ModelReference, Checkpoint] = {}
     for reference in referenced_models(result.config):
         try:
-            models[reference] = read_model(reference, result.options, download)
+            checkpoint = models[reference] = read_model(reference, result.options, download)
+            changed = read_adapter(reference, checkpoint, result.options, download)
+            result.models[str(reference)] = changed
         except CheckpointError as error:
             result.problems += error.problems
-    result.models = {str(reference): checkpoint for reference, checkpoint in models.items()}
     if not result.problems:
         result.problems += _range_problems(result)
     if result.problems:
         return result
     configs = _configs(result)
     if not result.problems:
-        _present(result, configs)
+        _present(result, configs, models, download)
     if not result.problems:
         presented = {reference: result.models[str(reference)] for reference in models}
         with loading(presented, result.options.of_mergekit()):
@@ -97,15 +99,29 @@ def _configs(planned: Plan) -> dict[str, PretrainedConfig]:
     return configs
 
 
-def _present(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> None:
-    """Give every checkpoint the names and the layout of the base's files."""
-    planned.donor, *others = configs
-    base = planned.models[planned.donor]
-    for model in others:
+def _present(
+    planned: Plan,
+    configs: Mapping[str, PretrainedConfig],
+    plain: Mapping[ModelReference, Checkpoint],
+    download: bool,
+) -> None:
+    """Give every checkpoint the names and the layout of the base's files.
+
+    Args:
+        planned: its models are replaced.
+        configs: every model's, the base's first.
+        plain: the checkpoints without adapters.
+        download: as in `plan`.
+    """
+    planned.donor = next(iter(configs))
+    base = next(iter(plain.values()))
+    for reference, checkpoint in plain.items():
+        model = str(reference)
+        presented = in_layout_of(base, configs[planned.donor], checkpoint, configs[model])
+        if presented is checkpoint:
+            continue
         try:
-            planned.models[model] = in_layout_of(
-                base, configs[planned.donor], planned.models[model], configs[model]
-            )
+            planned.models[model] = read_adapter(reference, presented, planned.options, download)
         except CheckpointError as error:
             planned.problems += error.problems
 

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from click.testing import CliRunner
+from mergekit.scripts import extract_lora
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    FalconH1Config,
+    Gemma3Config,
+    Gemma4TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    HrmTextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3MoeConfig,
+)
 
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.verify import verify
+from fusechat_merge.inputs.adapter import with_adapter
 from fusechat_merge.inputs.adapter_config import MERGE
+from fusechat_merge.inputs.checkpoint import CheckpointError, Folder, read_checkpoint
 from fusechat_merge.planning.planner import plan
 from tests.support.checkpoints import PAIR, llama_family, write_adapter
-from tests.support.merging import assert_same, change_json, configuration, read
+from tests.support.merging import assert_same, change_json, configuration, read, rewrite
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -29,18 +52,20 @@ SIZES = {
 }  # fmt: skip
 
 
-def saved(folder: Path, config: Any) -> Path:
+def saved(folder: Path, config: Any, auto: Any = AutoModelForCausalLM) -> Path:
     """A model of the real class, as it saves itself."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=F32).save_pretrained(folder)
+    auto.from_config(config, dtype=F32).save_pretrained(folder)
     return folder
 
 
-def trained(base: Path, adapter: Path, seed: int = 0, **settings: Any) -> PeftModel:
+def trained(
+    base: Path, adapter: Path, seed: int = 0, auto: Any = AutoModelForCausalLM, **settings: Any
+) -> PeftModel:
     """An adapter saved by peft with its defaults, every parameter that trains moved at random."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(auto.from_pretrained(base), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -48,9 +73,11 @@ def trained(base: Path, adapter: Path, seed: int = 0, **settings: Any) -> PeftMo
     return model
 
 
-def merged_by_peft(base: Path, adapter: Path, out: Path) -> dict[str, Tensor]:
+def merged_by_peft(
+    base: Path, adapter: Path, out: Path, auto: Any = AutoModelForCausalLM
+) -> dict[str, Tensor]:
     """What peft merges a saved adapter into, as the model saves itself."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = auto.from_pretrained(base)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
     return read(out)
 
@@ -99,6 +126,8 @@ KINDS = {
         "init_lora_weights": "pissa",
         "use_dora": True,
     },
+    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "EVA": {"target_modules": ["q_proj"], "init_lora_weights": "eva", "eva_config": EvaConfig()},
     "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     "MiCA": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
     "VeLoRA": {"target_modules": ["q_proj"], "velora_config": {"num_groups": 4}},
@@ -119,6 +148,217 @@ def test_as_peft_merges_it(tmp_path, kind):
     moved = [name for name, tensor in read(base).items() if not expected[name].equal(tensor)]
     assert moved
     assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR_ATTENTION = {
+    "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+PATCHES = {**VISION, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+STACKS = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "GPT-2, Conv1D beside a linear head": (
+        GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False),
+        {"target_modules": ["c_attn", "c_proj", "lm_head"]},
+    ),
+    "Mixtral": (MixtralConfig(**SIZES, num_local_experts=4), {}),
+    "Qwen3-MoE": (Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, head_dim=8), {}),
+    "Qwen3.5-MoE": (
+        Qwen3_5MoeTextConfig(
+            **SIZES | LINEAR_ATTENTION, **EXPERTS, num_experts=4, shared_expert_intermediate_size=8
+        ),
+        STACKS,
+    ),
+    "DeepSeek-V3": (
+        DeepseekV3Config(
+            **SIZES | {"num_key_value_heads": 4}, **EXPERTS, n_routed_experts=4, n_group=1,
+            topk_group=1, first_k_dense_replace=1, n_shared_experts=1, kv_lora_rank=8,
+            q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        ),
+        {},
+    ),
+    "gpt-oss": (
+        GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        {**STACKS, "target_parameters": [*STACKS["target_parameters"], "router.weight"]},
+    ),
+    "HRM, q, k and v in one tensor": (
+        HrmTextConfig(**SIZES),
+        {"target_modules": ["q_proj", "k_proj", "up_proj"]},
+    ),
+    "Falcon-H1": (
+        FalconH1Config(
+            **SIZES, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+        ),
+        {"target_modules": ["q_proj", "in_proj", "down_proj"]},
+    ),
+    "Gemma 4": (
+        Gemma4TextConfig(
+            **SIZES, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=96,
+            hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        ),
+        {},
+    ),
+    "Gemma 3, vision": (
+        Gemma3Config(
+            text_config={**SIZES, "head_dim": 8}, vision_config=PATCHES, mm_tokens_per_image=4
+        ),
+        {"auto": AutoModelForImageTextToText},
+    ),
+    "Qwen2.5-VL": (
+        Qwen2_5_VLConfig(
+            text_config={**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            vision_config=VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+        ),
+        {"auto": AutoModelForImageTextToText},
+    ),
+    "LLaVA, its convolution too": (
+        LlavaConfig(
+            text_config=LlamaConfig(**SIZES),
+            vision_config=PATCHES | {"model_type": "clip_vision_model", "num_hidden_layers": 2},
+        ),
+        {
+            "auto": AutoModelForImageTextToText,
+            "target_modules": ["q_proj", "patch_embedding", "linear_1"],
+        },
+    ),
+    "Qwen3.5, trained as a language model": (
+        Qwen3_5Config(
+            text_config=SIZES | LINEAR_ATTENTION,
+            vision_config=VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+        ),
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_in_memory_and_tensors_in_files(tmp_path, family):
+    config, settings = FAMILIES[family]
+    settings = {"target_modules": "all-linear", **settings}
+    seen = bool(getattr(config, "vision_config", None))
+    base = saved(
+        tmp_path / "base", config, AutoModelForImageTextToText if seen else AutoModelForCausalLM
+    )
+    trained(base, tmp_path / "a", **settings)
+    auto = settings.get("auto", AutoModelForCausalLM)
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft", auto)
+    before = read(base)
+    assert any(not expected[name].equal(before[name]) for name in expected.keys() & before.keys())
+    found = read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out"))
+    assert set(found) == set(before)
+    if seen and "auto" not in settings:  # peft has the language model alone
+        found = {name: found[name] for name in expected}
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("Qwen3-MoE", ["gate_proj", "up_proj", "down_proj", "q_proj"]),
+        ("Gemma 3, vision", ["q_proj", "gate_proj"]),
+    ],
+)
+def test_keys_as_the_files_name_the_tensors(tmp_path, family, modules):
+    """As transformers 4 had the modules: experts one by one, a language part named otherwise."""
+    config, settings = FAMILIES[family]
+    auto = settings.get("auto", AutoModelForCausalLM)
+    base = saved(tmp_path / "base", config, auto)
+    keys = {}
+    for name, weight in read(base).items():
+        module = name.removesuffix(".weight")
+        if module.split(".")[-1] in modules and "vision" not in name:
+            at = f"base_model.model.{module}.lora_"
+            keys[f"{at}A.weight"] = torch.randn(2, weight.shape[1])
+            keys[f"{at}B.weight"] = torch.randn(weight.shape[0], 2)
+    write_adapter(tmp_path / "a", keys, target_modules=modules)
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft", auto)
+    assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+def test_parts_of_a_tensor_are_not_scaled(tmp_path):
+    base = saved(tmp_path / "base", HrmTextConfig(**SIZES))
+    trained(base, tmp_path / "a", target_modules=["q_proj"], use_dora=True)
+    (problem,) = problems(base, tmp_path / "a")
+    assert "q_proj.weight and 3 more: stored in an order that can't be followed here" in problem
+
+
+def test_a_target_whose_experts_are_stacked_otherwise(tmp_path):
+    base = saved(tmp_path / "base", FAMILIES["Qwen3-MoE"][0])
+    stacked = tmp_path / "stacked"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(stacked, save_original_format=False)
+    assert set(read(stacked)) != set(read(base))
+    trained(base, tmp_path / "a", target_modules="all-linear")
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft")
+    config = configuration([base, f"{stacked}+{tmp_path / 'a'}"])
+    assert_close(read(merge(config, tmp_path / "out")), expected)
+
+
+def test_what_mergekit_extracts(tmp_path):
+    base = saved(tmp_path / "base", Qwen2Config(**SIZES))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model")
+    paths = {"--model": tmp_path / "model", "--base-model": base, "--out-path": tmp_path / "a"}
+    words = [str(word) for pair in paths.items() for word in pair]
+    assert CliRunner().invoke(extract_lora.main, words).exit_code == 0
+    (problem,) = problems(base, tmp_path / "a")  # peft would leave out how the biases differ
+    assert "lora_B.bias and 5 more, since adapter_config.json has no lora_bias" in problem
+    change_json(tmp_path / "a" / "adapter_config.json", lora_bias=True)
+    found = read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out"))
+    for name, tensor in read(tmp_path / "model").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+TIED = {
+    "LoRA on the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "LoRA on the head": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "DoRA on both": ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, False),
+    "the embeddings": ({"modules_to_save": ["embed_tokens"]}, False),
+    "the head": ({"modules_to_save": ["lm_head"]}, False),
+    "LoRA on the embeddings, the head whole": (
+        {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+        False,
+    ),
+    "tied LoRA": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "rows": ({"trainable_token_indices": [1, 5]}, True),
+    "rows of the head": ({"trainable_token_indices": {"lm_head": [1, 5]}}, False),
+    "rows of each": ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [5]}}, False),
+    "copies that nobody trained": ({}, True),
+}
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Gemma3Config])
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_embeddings_are_what_was_trained(tmp_path, kind, config):
+    """Where peft's merge would add the update to both, the model that was trained counts."""
+    settings, tied = TIED[kind]
+    if config is Gemma3Config:
+        made, auto = FAMILIES["Gemma 3, vision"][0], AutoModelForImageTextToText
+    else:
+        made, auto = Qwen2Config(**SIZES, tie_word_embeddings=True), AutoModelForCausalLM
+    base = saved(tmp_path / "base", made, auto)
+    model = trained(base, tmp_path / "a", auto=auto, **{"target_modules": ["q_proj"], **settings})
+    if not settings:
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    out = merge(configuration([base, tmp_path / "a"]), tmp_path / "out")
+    assert_same_logits(auto.from_pretrained(out), model)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in read(out)) is not tied
+
+
+def test_a_trained_head_beside_targets_that_tie_theirs(tmp_path):
+    base = saved(tmp_path / "base", Qwen2Config(**SIZES, tie_word_embeddings=True))
+    adapters, merged = ([tmp_path / f"{kind}{seed}" for seed in (1, 2)] for kind in "am")
+    for adapter, folder, more in zip(adapters, merged, (["lm_head"], None), strict=True):
+        trained(base, adapter, target_modules=["q_proj"], modules_to_save=more)
+        merged_by_peft(base, adapter, folder)
+    expected = read(merge(configuration([base, *merged]), tmp_path / "plain"))
+    assert_close(read(merge(configuration([base, *adapters]), tmp_path / "ours")), expected)
 
 
 @pytest.mark.parametrize("kind", ["patterns", "DoRA", "PiSSA"])
@@ -163,6 +403,10 @@ def test_16_bits_are_rounded_once_and_memory_changes_no_byte(tmp_path, dora):
         ({"use_dora": True}, "lora_A.weight: its lora_magnitude_vector is missing"),
         ({"peft_type": "LOHA"}, f"peft_type 'LOHA' can't be merged by blocks; {MERGE}"),
         ({"peft_type": "P_TUNING"}, "P_TUNING changes no weights, so that there is nothing to"),
+        (
+            {"peft_type": "XLORA"},
+            "what XLORA adds depends on the input; peft can't merge it either",
+        ),
         ({"alora_invocation_tokens": [1]}, "no merged model does the same; train without"),
         ({"arrow_config": {}, "use_qalora": True}, "which peft can't merge either"),
         ({"arrow_config": {"top_k": 1}}, "chooses among adapters by the input"),
@@ -285,3 +529,30 @@ def test_the_remedy_for_replicated_layers(tmp_path):
     change_json(tmp_path / "a" / "adapter_config.json", layer_replication=None)
     out = merge(configuration([longer, tmp_path / "a"]), tmp_path / "out")
     assert_same_logits(AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_the_remedy_for_factors_that_cannot_be_found_again(tmp_path):
+    base = saved(tmp_path / "base", LlamaConfig(**SIZES))
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    config.init_lora_weights = True  # as peft's documentation says
+    model.save_pretrained(tmp_path / "initial")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    initial = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
+    model.save_pretrained(tmp_path / "a", **initial)
+    out = merge(configuration([base, tmp_path / "a"]), tmp_path / "out")
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_a_model_that_transformers_cannot_build(tmp_path, base):
+    rewrite(base, lambda tensors: tensors.pop("lm_head.weight"))
+    checkpoint = read_checkpoint(Folder(base), "base")
+    assert with_adapter(checkpoint, Folder(write_adapter(tmp_path / "a")), "a").updates
+    embeddings = {f"{STEM}model.embed_tokens.weight": torch.ones(1100, 32)}
+    adapter = Folder(write_adapter(tmp_path / "b", embeddings))
+    with pytest.raises(
+        CheckpointError, match="and whether base ties its head to them is not known"
+    ):
+        with_adapter(checkpoint, adapter, "b")
