@@ -144,7 +144,9 @@ class _Reading:
         self.problems: list[str] = []
         self._model = model.model if model else None
         self._pieces = model.describe(checkpoint.tensors) if model else {}
-        self._tied = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
+        self._tied: dict[str, str] = (
+            self._model.get_expanded_tied_weights_keys(all_submodels=True) if self._model else {}
+        )
         # Of each module and depth of peft's wrappers around it, its factors by kind.
         self._factors: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         self._whole: dict[str, str] = {}

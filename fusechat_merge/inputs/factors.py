@@ -144,8 +144,13 @@ def _taken(update: Update, weight: Tensor) -> tuple[Tensor, Tensor]:
     (low_rank,) = update.low_ranks
     (_, out, r), columns = low_rank.left.shape, low_rank.columns
     matrix = weight.view(out, columns)
-    if update.taken == "pissa":
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        return (u[:, :r] * s[:r]).clone()[None], v[:r].clone()[None]
-    q, upper = torch.linalg.qr(matrix)
-    return (low_rank.scale * q[:, :r]).clone()[None], upper[:r].clone()[None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads changes the last bits
+    try:
+        if update.taken == "pissa":
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            return (u[:, :r] * s[:r]).clone()[None], v[:r].clone()[None]
+        q, upper = torch.linalg.qr(matrix)
+        return (low_rank.scale * q[:, :r]).clone()[None], upper[:r].clone()[None]
+    finally:
+        torch.set_num_threads(threads)

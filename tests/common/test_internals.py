@@ -53,6 +53,8 @@ PARAMETERS: dict[str, str | None] = {
     "peft.tuners.tuners_utils.BaseTunerLayer": None,
     "peft.tuners.tuners_utils.check_target_module_exists": "config key",
     "torch.backends": None,
+    "transformers.AutoModelForCausalLM._model_mapping": None,
+    "transformers.PreTrainedModel.get_expanded_tied_weights_keys": "self all_submodels",
     "transformers.Trainer._prepare_inputs": "self inputs",
     "transformers.Trainer._set_signature_columns_if_needed": "self",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "args model",
