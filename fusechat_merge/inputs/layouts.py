@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -110,13 +110,9 @@ class Described(Tensor):
         if isinstance(result, Tensor):
             pieces = pieces_of(result, *args, **(kwargs or {})) if pieces_of else None
             return Described.of(result.shape, pieces)
-        if isinstance(result, (tuple, list)) and all(isinstance(r, Tensor) for r in result):
-            every = (
-                pieces_of(result, *args, **(kwargs or {})) if pieces_of else [None] * len(result)
-            )
-            return type(result)(
-                Described.of(r.shape, p) for r, p in zip(result, every, strict=True)
-            )
+        if isinstance(result, (tuple, list)) and isinstance(next(iter(result), None), Tensor):
+            every = pieces_of(result, *args, **(kwargs or {})) if pieces_of else ()
+            return [Described.of(r.shape, p) for r, p in zip_longest(result, every)]
         return result
 
 
@@ -168,7 +164,7 @@ def _reshape(result: Tensor, tensor: Described, *shape: Any) -> Any:
     if tensor.pieces is None or len(tensor.pieces) != 1:
         return None
     (piece,) = tensor.pieces
-    if piece.axes != tuple(range(len(piece.shape))) or piece.shape != tuple(tensor.shape):
+    if piece.axes != tuple(range(tensor.ndim)) or piece.shape != tuple(tensor.shape):
         return None
     return Described.stored(piece.tensor, tuple(result.shape)).pieces
 

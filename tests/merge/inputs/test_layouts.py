@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,92 @@ import transformers
 from safetensors.torch import save_file
 
 from fusechat_merge.engine.execute import merge
+from fusechat_merge.inputs.checkpoint import Checkpoint
+from fusechat_merge.inputs.layouts import Described, Piece, arranged
+from fusechat_merge.inputs.stored import Location
 from fusechat_merge.planning.planner import plan
 from tests.support.families import FAMILIES, family
 from tests.support.merging import assert_same, cli, configuration, read, record, rewrite, write_yaml
 
 Save = Callable[[Path, Path], object]
+
+
+EXPERTS, INNER, HIDDEN = 3, 4, 5
+NUMBERS = torch.randn(EXPERTS, 2 * INNER, HIDDEN)
+GATES, UPS = NUMBERS[:, :INNER], NUMBERS[:, INNER:]
+Named = Mapping[str, torch.Tensor]
+
+
+def each(label: str, stack: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{label}{number}": matrix for number, matrix in enumerate(stack)}
+
+
+def some(named: Named, label: str) -> list[torch.Tensor]:
+    return [tensor for name, tensor in named.items() if name.startswith(label)]
+
+
+# Ways to store gate and up matrices, and how the stack in memory comes from them.
+LAYOUTS: dict[str, tuple[dict[str, torch.Tensor], Callable[[Named], torch.Tensor]]] = {
+    "stack": ({"all": NUMBERS}, lambda t: t["all"]),
+    "flat": ({"all": NUMBERS.reshape(-1, HIDDEN)}, lambda t: t["all"].reshape(NUMBERS.shape)),
+    "transposed": ({"all": NUMBERS.transpose(1, 2)}, lambda t: t["all"].transpose(1, 2)),
+    "experts": (each("e", NUMBERS), lambda t: torch.stack(list(t.values()))),
+    "matrices": (
+        each("g", GATES) | each("u", UPS),
+        lambda t: torch.cat([torch.stack(some(t, "g")), torch.stack(some(t, "u"))], 1),
+    ),
+    "transposed matrices": (
+        each("g", GATES.transpose(1, 2)) | each("u", UPS.transpose(1, 2)),
+        lambda t: torch.cat([torch.stack(some(t, k)).transpose(1, 2) for k in "gu"], 1),
+    ),
+    "halves": ({"g": GATES, "u": UPS}, lambda t: torch.cat([t["g"], t["u"]], dim=1)),
+    "exchanged": (
+        {"all": torch.cat([UPS, GATES], 1)},
+        lambda t: torch.cat(list(torch.chunk(t["all"], 2, dim=1))[::-1], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("base", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_every_layout_in_every_other(base: str, other: str) -> None:
+    """Against the numbers themselves, read in ranges of every length."""
+    raw = {}
+
+    def checkpoint(layout: str) -> tuple[Checkpoint, dict[str, tuple[Piece, ...]]]:
+        stored, in_memory = LAYOUTS[layout]
+        assert torch.equal(in_memory(stored), NUMBERS)
+        raw.update({f"{layout} {n}": t.contiguous().numpy().tobytes() for n, t in stored.items()})
+        tensors = {
+            n: Location(f"{layout} {n}", 0, 4 * t.numel(), "F32", tuple(t.shape))
+            for n, t in stored.items()
+        }
+        made = in_memory({n: Described.stored(n, tuple(t.shape)) for n, t in stored.items()})
+        return Checkpoint(layout, None, tensors, {}, {}), {"M": made.pieces}
+
+    def read_at(file: str, offset: int, into: memoryview) -> None:
+        into[:] = raw[file][offset : offset + into.nbytes]
+
+    presented = arranged(*checkpoint(other), *checkpoint(base))
+    assert set(presented.tensors) == set(LAYOUTS[base][0])
+    for name, right in LAYOUTS[base][0].items():
+        at, expected = presented.tensors[name], right.reshape(-1)
+        assert at.shape == tuple(right.shape)
+        for first in range(0, at.numel, 3):
+            into = torch.zeros(min(7, at.numel - first))
+            at.read(read_at, first, into.view(torch.uint8).numpy().data)
+            assert torch.equal(into, expected[first : first + 7]), name
+
+
+def test_an_unknown_operation_leaves_no_origin() -> None:
+    tensor = Described.stored("a", (4, 6))
+    assert (tensor + 1).pieces is None
+    assert (tensor.transpose(0, 1).reshape(3, 8)).pieces is None
+    assert torch.stack([tensor, tensor + 1]).pieces is None
+    assert [part.pieces for part in torch.chunk(tensor + 1, 2)] == [None, None]
+    assert [part.pieces for part in torch.unbind(tensor)] == [None] * 4
+    assert tensor.reshape(4, 6).pieces == tensor.clone().pieces == tensor.pieces
+    assert (tensor + 1).reshape(24).pieces is None
 
 
 def as_in_memory(original: Path, folder: Path) -> None:
@@ -98,6 +179,13 @@ def test_a_language_model_saved_on_its_own(name: str, tmp_path: Path) -> None:
     assert set(out) == set(base)
     assert all(torch.equal(out[n], (base if n in tower else target)[n]) for n in base)
     assert sorted(record(tmp_path / "out")["copied_from_base"]) == sorted(tower)
+    backwards = configuration([tmp_path / "text", paths[1]])
+    (problem,) = plan(backwards).problems
+    assert "fit none of the base's and would be left out" in problem
+    out = read(merge(backwards, tmp_path / "backwards", allow_crimes=True))
+    alone = read(tmp_path / "text")
+    assert set(out) == set(alone)
+    assert all(torch.equal(out[n], alone[n]) for n in alone)
 
 
 def test_layers_for_multi_token_prediction(tmp_path: Path) -> None:
