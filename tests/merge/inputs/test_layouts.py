@@ -11,14 +11,25 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.inputs.checkpoint import Checkpoint
-from fusechat_merge.inputs.layouts import Described, Piece, arranged
+from fusechat_merge.inputs.layouts import Described, InMemory, Piece, arranged
 from fusechat_merge.inputs.stored import Location
 from fusechat_merge.planning.planner import plan
+from tests.support.checkpoints import write_adapter
 from tests.support.families import FAMILIES, family
-from tests.support.merging import assert_same, cli, configuration, read, record, rewrite, write_yaml
+from tests.support.merging import (
+    assert_same,
+    change_json,
+    cli,
+    configuration,
+    read,
+    record,
+    rewrite,
+    write_yaml,
+)
 
 Save = Callable[[Path, Path], object]
 
@@ -221,3 +232,36 @@ def test_what_fits_nothing_is_said_before_the_merge(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"left out of {paths[2]}: 2 tensors ({table}, …)" in result.stderr
     assert {table, bias} == {left["tensor"] for left in record(tmp_path / "out")["left_out"]}
+
+
+def test_an_adapter_of_a_model_with_another_layout(tmp_path: Path) -> None:
+    paths = family("Qwen3-MoE", tmp_path)
+    as_in_memory(paths[0], tmp_path / "stacked")
+    name = "model.layers.0.self_attn.q_proj"
+    pair = {f"{name}.lora_{k}.weight": torch.randn(s) for k, s in (("A", (2, 32)), ("B", (32, 2)))}
+    write_adapter(tmp_path / "lora", {f"base_model.model.{key}": t for key, t in pair.items()})
+    model = {"model": f"{paths[0]}+{tmp_path / 'lora'}"}
+    settings = {"merge_method": "varm", "base_model": str(tmp_path / "stacked"), "models": [model]}
+    out, base = read(merge(settings, tmp_path / "out")), read(tmp_path / "stacked")
+    assert [n for n in base if not torch.equal(out[n], base[n])] == [f"{name}.weight"]
+
+
+def test_what_transformers_cannot_match_is_a_problem(tmp_path: Path) -> None:
+    paths = family("Llama", tmp_path / "llama")
+    for path in paths:
+        change_json(path / "config.json", architectures=["OddForCausalLM"])
+    rewrite(paths[1], lambda tensors: tensors.update(odd=tensors.pop("model.norm.weight")))
+    assert "lacks model.norm.weight" in plan(configuration(paths)).problems[0]
+    others = [paths[0], family("GPT-2", tmp_path / "gpt2")[0]]
+    assert "--allow-crimes" in plan(configuration(others)).problems[0]
+
+
+def test_a_conversion_that_fails_makes_nothing_known() -> None:
+    config = FAMILIES["Llama"].build().config
+    config.architectures = ["LlamaForCausalLM"]
+    memory = InMemory(config)
+    name = "model.layers.0.self_attn.{}_proj.weight".format
+    both = WeightConverter(["q_proj", "k_proj"], "v_proj", [Transpose(0, 1)])
+    memory._converters.append(both)
+    tensors = {name(k): Location("", 0, 4096, "F32", (32, 32)) for k in "qkvo"}
+    assert list(memory.describe(tensors)) == [name("o"), name("v")]
