@@ -136,10 +136,14 @@ def _architecture(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> Mod
     base = next(iter(configs.values()))
     logging.getLogger("mergekit.architecture").setLevel(logging.ERROR)  # not every class has one
     tables = all(arch_info_for_config(config) for config in configs.values())
-    if planned.config.modules or (tables and not _one_within_another(configs.values())):
+    within = _one_within_another(configs.values())
+    if planned.config.modules or (tables and not within):
         table = get_architecture_info(planned.config, planned.options.of_mergekit())
         if planned.config.modules or fits(table, base, models[0].tensors):
             return table
+    kinds = {str(config.architectures) for config in configs.values()}
+    if not tables and not within and len(kinds) > 1 and not planned.options.allow_crimes:
+        raise RequestError(_different(configs))
     return files_architecture(models, base)
 
 
@@ -262,11 +266,7 @@ def _condensed(problems: Sequence[tuple[str, str]]) -> list[str]:
 def _remedy(error: Exception, configs: Mapping[str, PretrainedConfig]) -> str:
     message = one_line(error)
     if "--allow-crimes" in message:
-        kinds = {name: (c.architectures or [c.model_type])[0] for name, c in configs.items()}
-        return (
-            "the models have different architectures; --allow-crimes tries all the same"
-            f" ({_by_model(kinds)})"
-        )
+        return _different(configs)
     if "same number of layers" in message:
         layers = {name: getattr(c, "num_hidden_layers", "?") for name, c in configs.items()}
         return f"the models have different numbers of layers ({_by_model(layers)})"
@@ -274,6 +274,14 @@ def _remedy(error: Exception, configs: Mapping[str, PretrainedConfig]) -> str:
         message = f"{type(error).__name__}: {message}"
         return f"a model's config.json or the YAML is not as mergekit needs it ({message})"
     return message
+
+
+def _different(configs: Mapping[str, PretrainedConfig]) -> str:
+    kinds = {name: (c.architectures or [c.model_type])[0] for name, c in configs.items()}
+    return (
+        "the models have different architectures; --allow-crimes tries all the same"
+        f" ({_by_model(kinds)})"
+    )
 
 
 def _by_model(values: Mapping[str, object]) -> str:
