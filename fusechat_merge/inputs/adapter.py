@@ -31,7 +31,7 @@ from fusechat_merge.inputs.checkpoint import (
     read_settings,
     read_weights_file,
 )
-from fusechat_merge.inputs.layouts import InMemory, Piece
+from fusechat_merge.inputs.layouts import InMemory, InTermsOf, Piece
 from fusechat_merge.inputs.stored import Location, Stored, Transposed, part_of
 from fusechat_merge.inputs.update import LowRank, Strided, Update
 
@@ -52,7 +52,7 @@ def with_adapter(
     checkpoint: Checkpoint,
     store: Store,
     name: str,
-    models: Sequence[InMemory] = (),
+    models: Sequence[InMemory | InTermsOf] = (),
 ) -> Checkpoint:
     """The checkpoint as the adapter changes it.
 
@@ -102,12 +102,18 @@ def with_adapter(
     raise CheckpointError([*shown, f"{name}: {more} more of this kind"] if more > 0 else shown)
 
 
-def in_memory(config: Any) -> list[InMemory]:
+def in_memory(config: Any, like: Any = None) -> list[InMemory | InTermsOf]:
     """The model in memory: as its own class, and as transformers loads it as a language model.
 
     Args:
         config: the model's, one of transformers'.
+        like: the same of a model whose names and layout the checkpoint was given.
     """
+    own = _in_memory(config)
+    return [*own, *(InTermsOf(base, o) for o in own for base in (_in_memory(like) if like else ()))]
+
+
+def _in_memory(config: Any) -> list[InMemory]:
     from transformers import AutoModelForCausalLM
 
     variants = [config]
@@ -136,7 +142,7 @@ class _Reading:
         checkpoint: Checkpoint,
         config: Mapping[str, Any],
         stored: Mapping[str, Location],
-        model: InMemory | None,
+        model: InMemory | InTermsOf | None,
     ) -> None:
         self._name, self._config, self._stored = checkpoint.name, config, stored
         self.tensors: dict[str, Stored] = dict(checkpoint.tensors)

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusechat_merge.inputs.checkpoint import Checkpoint
 from fusechat_merge.inputs.stored import Joined, Location, Range, Stored, Transposed, part_of
+
+T = TypeVar("T")
 
 Box = tuple[tuple[int, int], ...]
 """The first index, and the one after the last, of each axis."""
@@ -306,24 +308,58 @@ def in_layout_of(
         return checkpoint
     described, described_base = of_other.describe(theirs), of_base.describe(ours)
     known = set(of_other.state)
-    if type(of_base.model) is not type(of_other.model):
-        names = _language_part(of_base.model, of_other.model)
-        if names is None:
-            names = _language_part(of_other.model, of_base.model)
-            names = names and names[::-1]
-        if names is None:
-            return checkpoint
-        in_base, in_other = (f"{name}." for name in names)
-
-        def renamed(name: str) -> str:
-            inside = name.startswith(in_other)
-            return in_base + name.removeprefix(in_other) if inside else name
-
-        described = {renamed(name): pieces for name, pieces in described.items()}
-        known = set(map(renamed, known))
+    prefixes = _prefixes(of_base.model, of_other.model)
+    if prefixes is None:
+        return checkpoint
+    in_base, in_other = prefixes
+    described = _renamed(described, in_other, in_base)
+    known = set(_renamed(dict.fromkeys(known), in_other, in_base))
     presented = arranged(checkpoint, described, base, described_base)
     expected = {p.tensor for name in known for p in described_base.get(name, ())}
     return replace(presented, absent=frozenset(ours.keys() - presented.tensors.keys() - expected))
+
+
+class InTermsOf:
+    """A model in memory whose checkpoint has the base's names and layout; see `in_layout_of`.
+
+    Args:
+        base: the base in memory.
+        own: the model.
+    """
+
+    def __init__(self, base: InMemory, own: InMemory) -> None:
+        self.model = own.model
+        self._base, self._own = base, own
+
+    def describe(self, stored: Mapping[str, Stored]) -> dict[str, tuple[Piece, ...]]:
+        """As `InMemory.describe`, of tensors under the base's names or the model's own."""
+        described = self._own.describe(stored)
+        prefixes = _prefixes(self._base.model, self.model)
+        return (
+            described | _renamed(self._base.describe(stored), *prefixes) if prefixes else described
+        )
+
+
+def _prefixes(base: Any, other: Any) -> tuple[str, str] | None:
+    """What the same modules' names begin with in two models; None where they have none in common.
+
+    Empty for models of one class. Else one is the language model that is a part of the other.
+    """
+    if type(base) is type(other):
+        return "", ""
+    names = _language_part(base, other)
+    if names is None:
+        names = _language_part(other, base)
+        names = names and names[::-1]
+    return names and (f"{names[0]}.", f"{names[1]}.")
+
+
+def _renamed(described: Mapping[str, T], before: str, after: str) -> dict[str, T]:
+    """The same with another prefix of names, where they have the first."""
+    return {
+        after + name.removeprefix(before) if name.startswith(before) else name: pieces
+        for name, pieces in described.items()
+    }
 
 
 def _language_part(whole: Any, model: Any) -> tuple[str, str] | None:

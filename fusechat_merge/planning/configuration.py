@@ -14,6 +14,7 @@ from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from pydantic import BaseModel
+from transformers import PretrainedConfig
 
 from fusechat_common.errors import RequestError, nearest, one_line
 from fusechat_merge.inputs.adapter import in_memory, with_adapter
@@ -205,9 +206,19 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
 
 
 def read_adapter(
-    reference: ModelReference, checkpoint: Checkpoint, options: Options, download: bool
+    reference: ModelReference,
+    checkpoint: Checkpoint,
+    options: Options,
+    download: bool,
+    like: PretrainedConfig | None = None,
 ) -> Checkpoint:
     """The model's checkpoint with its adapter, if it has one.
+
+    Args:
+        reference: the model.
+        checkpoint: without the adapter.
+        options, download: as in `plan`.
+        like: configuration of the base, where the checkpoint has its names and layout.
 
     Raises:
         CheckpointError: it can't be read, or can't be merged.
@@ -220,7 +231,7 @@ def read_adapter(
     except Exception:  # transformers' errors have no common base; planning reports them
         models = []
     else:
-        models = in_memory(config)
+        models = in_memory(config, like)
     return with_adapter(checkpoint, adapter, str(reference.lora), models)
 
 

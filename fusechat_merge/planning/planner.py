@@ -121,7 +121,9 @@ def _present(
         if presented is checkpoint:
             continue
         try:
-            planned.models[model] = read_adapter(reference, presented, planned.options, download)
+            planned.models[model] = read_adapter(
+                reference, presented, planned.options, download, configs[planned.donor]
+            )
         except CheckpointError as error:
             planned.problems += error.problems
 

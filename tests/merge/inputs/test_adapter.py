@@ -20,6 +20,7 @@ from transformers import (
     DeepseekV3Config,
     FalconH1Config,
     Gemma3Config,
+    Gemma3ForCausalLM,
     Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
@@ -275,6 +276,35 @@ def test_keys_as_the_files_name_the_tensors(tmp_path, family, modules):
     write_adapter(tmp_path / "a", keys, target_modules=modules)
     expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft", auto)
     assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_an_adapter_of_a_vision_model_or_of_its_language_part(tmp_path, seen):
+    """The base is the other one of the two."""
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    whole = saved(tmp_path / "whole", FAMILIES["Gemma 3, vision"][0], autos[1])
+    model = autos[1].from_pretrained(whole)
+    language = Gemma3ForCausalLM(model.config.text_config)
+    language.model.load_state_dict(model.model.language_model.state_dict())
+    language.save_pretrained(tmp_path / "part")
+    base, target = (tmp_path / "part", whole) if seen else (whole, tmp_path / "part")
+    trained(target, tmp_path / "a", auto=autos[seen], target_modules=r".*layers.*\.(q|up)_proj")
+    expected = merged_by_peft(target, tmp_path / "a", tmp_path / "peft", autos[seen])
+    config = configuration([base, f"{target}+{tmp_path / 'a'}"])
+    found = read(merge(config, tmp_path / "out", allow_crimes=True))  # towers are left out
+
+    def layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name.rpartition("model.layers.")[2]: tensor
+            for name, tensor in tensors.items()
+            if "model.layers." in name
+        }
+
+    assert len(layers(found)) == len(layers(expected)) > 0
+    assert_close(layers(found), layers(expected))
+    assert not layers(found)["0.mlp.up_proj.weight"].equal(
+        layers(read(base))["0.mlp.up_proj.weight"]
+    )
 
 
 def test_parts_of_a_tensor_are_not_scaled(tmp_path):
