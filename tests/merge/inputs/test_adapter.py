@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from mergekit.scripts import extract_lora
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
@@ -17,22 +18,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    DeepseekV3Config,
-    FalconH1Config,
     Gemma3Config,
     Gemma3ForCausalLM,
-    Gemma4TextConfig,
     GPT2Config,
-    GptOssConfig,
     HrmTextConfig,
     LlamaConfig,
-    LlavaConfig,
-    MixtralConfig,
-    Qwen2_5_VLConfig,
     Qwen2Config,
-    Qwen3_5Config,
-    Qwen3_5MoeTextConfig,
-    Qwen3MoeConfig,
 )
 
 from fusechat_merge.engine.execute import merge
@@ -42,6 +33,7 @@ from fusechat_merge.inputs.adapter_config import MERGE
 from fusechat_merge.inputs.checkpoint import CheckpointError, Folder, read_checkpoint
 from fusechat_merge.planning.planner import plan
 from tests.support.checkpoints import PAIR, llama_family, write_adapter
+from tests.support.families import FAMILIES
 from tests.support.merging import assert_same, change_json, configuration, read, rewrite
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -151,121 +143,73 @@ def test_as_peft_merges_it(tmp_path, kind):
     assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
 
 
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR_ATTENTION = {
-    "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-PATCHES = {**VISION, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
 STACKS = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
-FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "GPT-2, Conv1D beside a linear head": (
-        GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False),
-        {"target_modules": ["c_attn", "c_proj", "lm_head"]},
+MIXERS = {"target_modules": ["in_proj", "q_proj"]}
+TARGETS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ["Gemma 4 MoE", "Llama 4", "Qwen3-Next", "Qwen3.5-MoE", "Qwen3-VL-MoE"], STACKS
     ),
-    "Mixtral": (MixtralConfig(**SIZES, num_local_experts=4), {}),
-    "Qwen3-MoE": (Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, head_dim=8), {}),
-    "Qwen3.5-MoE": (
-        Qwen3_5MoeTextConfig(
-            **SIZES | LINEAR_ATTENTION, **EXPERTS, num_experts=4, shared_expert_intermediate_size=8
-        ),
-        STACKS,
-    ),
-    "DeepSeek-V3": (
-        DeepseekV3Config(
-            **SIZES | {"num_key_value_heads": 4}, **EXPERTS, n_routed_experts=4, n_group=1,
-            topk_group=1, first_k_dense_replace=1, n_shared_experts=1, kv_lora_rank=8,
-            q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        ),
-        {},
-    ),
-    "gpt-oss": (
-        GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-        {**STACKS, "target_parameters": [*STACKS["target_parameters"], "router.weight"]},
-    ),
-    "HRM, q, k and v in one tensor": (
-        HrmTextConfig(**SIZES),
-        {"target_modules": ["q_proj", "k_proj", "up_proj"]},
-    ),
-    "Falcon-H1": (
-        FalconH1Config(
-            **SIZES, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
-        ),
-        {"target_modules": ["q_proj", "in_proj", "down_proj"]},
-    ),
-    "Gemma 4": (
-        Gemma4TextConfig(
-            **SIZES, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=96,
-            hidden_size_per_layer_input=8, num_kv_shared_layers=0,
-        ),
-        {},
-    ),
-    "Gemma 3, vision": (
-        Gemma3Config(
-            text_config={**SIZES, "head_dim": 8}, vision_config=PATCHES, mm_tokens_per_image=4
-        ),
-        {"auto": AutoModelForImageTextToText},
-    ),
-    "Qwen2.5-VL": (
-        Qwen2_5_VLConfig(
-            text_config={**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-            vision_config=VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
-        ),
-        {"auto": AutoModelForImageTextToText},
-    ),
-    "LLaVA, its convolution too": (
-        LlavaConfig(
-            text_config=LlamaConfig(**SIZES),
-            vision_config=PATCHES | {"model_type": "clip_vision_model", "num_hidden_layers": 2},
-        ),
-        {
-            "auto": AutoModelForImageTextToText,
-            "target_modules": ["q_proj", "patch_embedding", "linear_1"],
-        },
-    ),
-    "Qwen3.5, trained as a language model": (
-        Qwen3_5Config(
-            text_config=SIZES | LINEAR_ATTENTION,
-            vision_config=VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
-        ),
-        {},
-    ),
-}  # fmt: skip
+    "gpt-oss": STACKS | {"target_parameters": [*STACKS["target_parameters"], "router.weight"]},
+    **dict.fromkeys(["Falcon-H1", "Mamba 2", "Nemotron-H"], MIXERS),
+    "LLaVA": {"target_modules": ["q_proj", "patch_embedding", "linear_1"]},
+}
+"""What is targeted where peft's `all-linear` leaves the experts out, or refuses a module."""
+
+
+def of_family(name: str, folder: Path) -> tuple[Path, Any]:
+    """A checkpoint of a family, and its class."""
+    torch.manual_seed(0)
+    FAMILIES[name].build().save_pretrained(folder)
+    return folder, getattr(transformers, FAMILIES[name].model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modules_in_memory_and_tensors_in_files(tmp_path, family):
-    config, settings = FAMILIES[family]
-    settings = {"target_modules": "all-linear", **settings}
-    seen = bool(getattr(config, "vision_config", None))
-    base = saved(
-        tmp_path / "base", config, AutoModelForImageTextToText if seen else AutoModelForCausalLM
+    base, kind = of_family(family, tmp_path / "base")
+    trained(
+        base, tmp_path / "a", auto=kind, **TARGETS.get(family, {"target_modules": "all-linear"})
     )
-    trained(base, tmp_path / "a", **settings)
-    auto = settings.get("auto", AutoModelForCausalLM)
-    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft", auto)
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft", kind)
     before = read(base)
-    assert any(not expected[name].equal(before[name]) for name in expected.keys() & before.keys())
+    assert any(not expected[name].equal(tensor) for name, tensor in before.items())
+    assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        (HrmTextConfig(**SIZES), ["q_proj", "k_proj", "up_proj"]),  # one tensor of q, k and v
+        (
+            GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False),
+            ["c_attn", "c_proj", "lm_head"],  # stored [in, out], but for the head
+        ),
+    ],
+)
+def test_weights_that_are_stored_otherwise(tmp_path, config, modules):
+    base = saved(tmp_path / "base", config)
+    trained(base, tmp_path / "a", target_modules=modules)
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft")
+    assert_close(read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out")), expected)
+
+
+def test_a_vision_model_trained_as_a_language_model(tmp_path):
+    base, _ = of_family("Qwen3.5", tmp_path / "base")
+    trained(base, tmp_path / "a", target_modules="all-linear")
+    expected = merged_by_peft(base, tmp_path / "a", tmp_path / "peft")
     found = read(merge(configuration([base, tmp_path / "a"]), tmp_path / "out"))
-    assert set(found) == set(before)
-    if seen and "auto" not in settings:  # peft has the language model alone
-        found = {name: found[name] for name in expected}
-    assert_close(found, expected)
+    assert_close({name: found[name] for name in expected}, expected)
 
 
 @pytest.mark.parametrize(
     ("family", "modules"),
     [
         ("Qwen3-MoE", ["gate_proj", "up_proj", "down_proj", "q_proj"]),
-        ("Gemma 3, vision", ["q_proj", "gate_proj"]),
+        ("Gemma 3 with vision", ["q_proj", "gate_proj"]),
     ],
 )
 def test_keys_as_the_files_name_the_tensors(tmp_path, family, modules):
     """As transformers 4 had the modules: experts one by one, a language part named otherwise."""
-    config, settings = FAMILIES[family]
-    auto = settings.get("auto", AutoModelForCausalLM)
-    base = saved(tmp_path / "base", config, auto)
+    base, auto = of_family(family, tmp_path / "base")
     keys = {}
     for name, weight in read(base).items():
         module = name.removesuffix(".weight")
@@ -282,7 +226,7 @@ def test_keys_as_the_files_name_the_tensors(tmp_path, family, modules):
 def test_an_adapter_of_a_vision_model_or_of_its_language_part(tmp_path, seen):
     """The base is the other one of the two."""
     autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    whole = saved(tmp_path / "whole", FAMILIES["Gemma 3, vision"][0], autos[1])
+    whole, _ = of_family("Gemma 3 with vision", tmp_path / "whole")
     model = autos[1].from_pretrained(whole)
     language = Gemma3ForCausalLM(model.config.text_config)
     language.model.load_state_dict(model.model.language_model.state_dict())
@@ -315,7 +259,7 @@ def test_parts_of_a_tensor_are_not_scaled(tmp_path):
 
 
 def test_a_target_whose_experts_are_stacked_otherwise(tmp_path):
-    base = saved(tmp_path / "base", FAMILIES["Qwen3-MoE"][0])
+    base, _ = of_family("Qwen3-MoE", tmp_path / "base")
     stacked = tmp_path / "stacked"
     model = AutoModelForCausalLM.from_pretrained(base)
     model.save_pretrained(stacked, save_original_format=False)
@@ -368,7 +312,8 @@ def test_tied_embeddings_are_what_was_trained(tmp_path, kind, config):
     """Where peft's merge would add the update to both, the model that was trained counts."""
     settings, tied = TIED[kind]
     if config is Gemma3Config:
-        made, auto = FAMILIES["Gemma 3, vision"][0], AutoModelForImageTextToText
+        made = FAMILIES["Gemma 3 with vision"].build().config
+        auto = AutoModelForImageTextToText
     else:
         made, auto = Qwen2Config(**SIZES, tie_word_embeddings=True), AutoModelForCausalLM
     base = saved(tmp_path / "base", made, auto)
