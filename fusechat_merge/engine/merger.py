@@ -14,7 +14,7 @@ from fusechat_common.errors import FusechatError
 from fusechat_merge.engine.crew import Crew
 from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.passes import Desk, FilePasses, Ring, SourceFiles
-from fusechat_merge.engine.tasks import run_tasks
+from fusechat_merge.engine.tasks import by_blocks, run_tasks
 from fusechat_merge.mergekit_bridge.methods import non_finite
 from fusechat_merge.methods import sce, varm
 from fusechat_merge.methods.blocks import NonFiniteError
@@ -79,6 +79,8 @@ class Merger:
         with _naming(output):
             if how == "copy":
                 passes.write(lambda block, out: out.copy_(block.base))
+            elif how == "blocks":
+                passes.write(by_blocks(self._plan, output))
             elif how == "fusechat_sce":
                 eta, selection = self._sce_shares(output, passes)
                 sce.write(passes, eta, selection, parameters["variant"])

@@ -1,9 +1,9 @@
-"""Outputs that are not computed block by block: mergekit's own tasks, one output at a time."""
+"""mergekit's own tasks: block by block where a method is elementwise, else one output at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from fusechat_common.errors import FusechatError
 from fusechat_merge.mergekit_bridge.loader import loading
 from fusechat_merge.mergekit_bridge.units import UnitStatistics
+from fusechat_merge.methods.blocks import BLOCK, STRIP, Block
 from fusechat_merge.planning.configuration import referenced_models
 from fusechat_merge.planning.plan import Output, Plan
 
@@ -55,6 +56,21 @@ def run_tasks(
             except (ValueError, RuntimeError, TypeError, AssertionError) as error:
                 raise FusechatError(f"{output.name}: {error}") from error
             yield output, _as_planned(value, output)
+
+
+def by_blocks(planned: Plan, output: Output) -> Callable[[Block, Tensor], None]:
+    """What merges a segment of an output by mergekit's own method, an elementwise one."""
+    task = planned.tasks[output.name]
+    references = {str(model): model for model in task.model_order}
+    models = [references[source.model] for source in output.sources]
+
+    def merge(block: Block, out: Tensor) -> None:
+        for first in range(0, out.numel(), STRIP * BLOCK):  # what fits into the processor's cache
+            part = slice(first, first + STRIP * BLOCK)
+            tensors = (tensor[part] for tensor in (block.base, *block.targets))
+            out[part] = task.execute(tensors=dict(zip(models, tensors, strict=True)))
+
+    return merge
 
 
 def _value(task: Task, planned: Plan, shared: dict[int, Any], device: torch.device) -> Any:

@@ -27,7 +27,7 @@ from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.methods.stacks import down_of, has_halves, is_stack, matrices
 from fusechat_merge.methods.units import layer_of, shared_unit
 from fusechat_merge.planning.configuration import referenced_models
-from fusechat_merge.planning.plan import NATIVE, LeftOut, Output, Plan, Source
+from fusechat_merge.planning.plan import ELEMENTWISE, NATIVE, LeftOut, Output, Plan, Source
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class OutputMaker:
             return
         merged = reduce(torch.promote_types, dtypes)
         how = self._how(task, ordered, outcome)
-        if how == "task" and merged.is_floating_point:
+        of_mergekit = how in ("blocks", "task")
+        if of_mergekit and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
         regular = task.method_name == "varm" and how != "copy" and not alone
@@ -209,7 +210,7 @@ class OutputMaker:
         self.tensors[name] = output
         matrices = self._matrices(output)
         self.outputs |= {each.name: each for each in matrices}
-        if how == "task":
+        if of_mergekit:
             self.tasks[name] = task
         if task.method_name == "varm" and how != "copy":
             targets = [model for model, _ in ordered if model != base]
@@ -357,7 +358,11 @@ class OutputMaker:
         if outcome == "copy" or (len(present) == 1 and unchanged):
             return "copy"
         floating = all(loaded.dtype.is_floating_point for _, loaded in present)
-        return task.method_name if task.method_name in NATIVE and floating else "task"
+        if not floating:
+            return "task"
+        if task.method_name in NATIVE:
+            return task.method_name
+        return "blocks" if task.method_name in ELEMENTWISE else "task"
 
     def _returned_dtype(
         self,

@@ -22,7 +22,9 @@ from fusechat_merge.methods.units import Unit
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 NATIVE = tuple(SPECS)
-"""Methods that are computed block by block; the others run as mergekit's own tasks."""
+"""Our methods."""
+ELEMENTWISE = ("linear", "nearswap", "passthrough", "task_arithmetic")
+"""mergekit's methods whose every element depends on the inputs' same element only."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Output:
 
     Attributes:
         name: of the tensor; of a matrix in a stack the stack's, followed by the matrix's label.
-        how: `varm`, `fusechat_sce`, `copy` (of the one source) or `task` (mergekit's own).
+        how: `varm`, `fusechat_sce`, `copy` (of the one source); or mergekit's own: `blocks`, where
+            its method is elementwise, else `task`, the whole tensor at once.
         sources: the inputs, the base first where the method is one of ours.
         parameters: of our methods, resolved for this tensor; `weight` is a list, one a target.
         unit: of several tensors, a key of the plan's units; None where it is a unit by itself.
@@ -173,7 +176,7 @@ class Plan:
         copied: outputs that it doesn't know and that not every model has; copied from the base.
         left_out: input tensors that are not used.
         problems: what stands in the way; with any, `outputs` may be incomplete.
-        tasks: mergekit's tasks of the outputs whose `how` is `task`.
+        tasks: mergekit's tasks of the outputs whose `how` is `blocks` or `task`.
         out_config, architecture: mergekit's configuration of the merged model, its tensors' table.
         tokenizer, chat_template: mergekit's merged tokenizer with its permutations, and the
             template, where the configuration asks for them.

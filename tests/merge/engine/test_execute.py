@@ -23,6 +23,7 @@ from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.tasks import _as_planned
 from fusechat_merge.engine.verify import verify
 from fusechat_merge.mergekit_bridge.loader import CheckpointLoader
+from fusechat_merge.mergekit_bridge.parameters import SPECS
 from fusechat_merge.planning import side_files
 from fusechat_merge.planning.planner import plan
 from tests.support.checkpoints import BIAS, granite, llama_family
@@ -261,7 +262,12 @@ def test_tensors_that_the_architecture_does_not_know(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("varm", {"granularity": "layer"}), ("fusechat_sce", {"select_topk": 0.2})],
+    [
+        ("varm", {"granularity": "layer"}),
+        ("fusechat_sce", {"select_topk": 0.2}),
+        ("task_arithmetic", {"weight": 0.4, "normalize": True, "lambda": 0.7}),
+        ("linear", {"weight": 0.4}),
+    ],
 )
 def test_memory_threads_and_shards_change_no_byte(tmp_path, method, parameters):
     changes = {"vocab_size": 12_000}  # 12 grid cells in the embeddings
@@ -278,6 +284,10 @@ def test_memory_threads_and_shards_change_no_byte(tmp_path, method, parameters):
     )
     for other in others:
         assert_same(other, first)
+    if method not in SPECS:  # by mergekit's own method, over segments
+        settings = configuration(one, method, parameters=parameters)
+        assert_same(first, run_mergekit(settings, tmp_path / "mergekit"))
+        assert all(output.how == "blocks" for output in plan(settings).outputs)
 
 
 def test_shards_as_the_plan_says_and_the_model_loads(tmp_path, paths):
