@@ -33,6 +33,8 @@ _BY_INPUT = {"LILY", "POLY", "SHADOW", "XLORA"}
 def unsupported(config: Any, name: str) -> list[str]:
     """What keeps an adapter from being merged, each with its remedy."""
     kind = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(kind, str):  # a list or an object can't even be looked for in a set
+        return [f"{name}: adapter_config.json: peft_type must be a text, not {kind!r:.80}"]
     if kind in _NO_WEIGHTS:
         return [f"{name}: {kind} changes no weights, so that there is nothing to merge"]
     if kind in _BY_INPUT:

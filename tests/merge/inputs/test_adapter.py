@@ -377,6 +377,7 @@ def test_16_bits_are_rounded_once_and_memory_changes_no_byte(tmp_path, dora):
     [
         ({"use_dora": True}, "lora_A.weight: its lora_magnitude_vector is missing"),
         ({"peft_type": "LOHA"}, f"peft_type 'LOHA' can't be merged by blocks; {MERGE}"),
+        ({"peft_type": ["LORA"]}, "peft_type must be a text, not ['LORA']"),
         ({"peft_type": "P_TUNING"}, "P_TUNING changes no weights, so that there is nothing to"),
         (
             {"peft_type": "XLORA"},
