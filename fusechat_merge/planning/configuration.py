@@ -28,8 +28,8 @@ from fusechat_merge.inputs.checkpoint import (
     read_checkpoint,
     read_settings,
 )
+from fusechat_merge.inputs.quantised import check_plain
 from fusechat_merge.inputs.yaml_file import read_yaml
-from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems, pieces_of
 from fusechat_merge.planning.plan import Options, Plan
 
@@ -199,9 +199,7 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
         checkpoint = read_checkpoint(store, str(reference))
     except OSError as error:
         raise CheckpointError([f"{reference.model}: can't be read ({one_line(error)})"]) from error
-    problems = _quantised(checkpoint, store)
-    if problems:
-        raise CheckpointError(problems)
+    check_plain(checkpoint, read_settings(store, "config.json", checkpoint.name))
     return checkpoint
 
 
@@ -261,25 +259,3 @@ def _on_hub(repository: str, revision: str | None, cache_dir: str | None) -> Sto
         with suppress(CheckpointError):
             return download_model(repository, revision, cache_dir, cached_only=True)
         raise
-
-
-def _quantised(checkpoint: Checkpoint, store: Store) -> list[str]:
-    """What keeps a checkpoint from being merged because its weights are not plain numbers."""
-    try:
-        config = read_settings(store, "config.json", checkpoint.name)
-    except CheckpointError as error:
-        return list(error.problems)
-    scheme = config.get("quantization_config") if isinstance(config, dict) else None
-    if scheme:
-        kind = scheme.get("quant_method", "quantised") if isinstance(scheme, dict) else "quantised"
-    else:
-        odd = sorted({at.dtype for at in checkpoint.tensors.values()} - DTYPES.keys())
-        if not odd:
-            return []
-        kind = ", ".join(odd)
-    return [
-        f"{checkpoint.name}: its weights are quantised ({kind}); merge the original checkpoint, or"
-        ' write one: python -c "import sys, transformers as t; m, o = sys.argv[1:];'
-        " t.AutoModelForCausalLM.from_pretrained(m, device_map='auto').dequantize()"
-        '.save_pretrained(o)" MODEL NEW_FOLDER'
-    ]
