@@ -180,6 +180,7 @@ def _identity(planned: Plan) -> dict[str, Any]:
             name: hashlib.sha256(repr(sorted(checkpoint.updates.items())).encode()).hexdigest()
             for name, checkpoint in planned.models.items()
         },
+        "quantised": {name: model.quantised for name, model in planned.models.items()},
         "software": {
             "fusechat": __version__,
             "mergekit": version("mergekit"),

@@ -55,6 +55,7 @@ class Checkpoint:
         unlisted: tensors in those files that the index doesn't place there, with the file.
         updates: what an adapter changes of which tensors.
         absent: names of the base's tensors that this model's class doesn't have.
+        quantised: how its files hold the weights that are dequantised when read; or none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Checkpoint:
     unlisted: dict[str, str]
     updates: Mapping[str, Update] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    quantised: str = ""
 
 
 class Store(Protocol):

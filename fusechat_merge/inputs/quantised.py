@@ -1,17 +1,30 @@
-"""Whether weights are quantised: what config.json says of them, and what the files show."""
+"""Which weights are quantised, and how: what config.json says of them, and what files show."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
-from fusechat_merge.inputs.stored import Stored
+from fusechat_merge.inputs.scaled import CODES, SCALES, Scaled
+from fusechat_merge.inputs.stored import Location, Stored
+
+Block = tuple[int, int]
+"""Rows and columns."""
 
 PLACES = ("quantization_config", "quantization", "compression_config")
 """Keys of a configuration, or of one within it, that say how weights are quantised."""
 
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FLOAT8 = {"fp8": [128, 128], "mxfp8": [1, 32]}
+"""The methods of FP8 that are read, and their blocks where the configuration gives none."""
+
+_COMPRESSED = "compressed-tensors"
+_SCALES_OF_WEIGHTS = ("_scale_inv", ".weight_scale", ".qscale_weight")
+_SCALES_OF_ACTIVATIONS = ("activation_scale", ".input_scale", ".output_scale", ".qscale_act",
+                          ".k_scale", ".v_scale")  # fmt: skip
 _PLAIN = {"BOOL", "F16", "BF16", "F32", "F64", "C64"}
 _MAY_BE_CODES = {"U8", "I8", "U16", "I16", "U32", "I32"}
 _DEQUANTISERS = ("scale", "zero", "absmax", "scb", "codebook", "centroid", "quant")
@@ -25,13 +38,13 @@ _COMMANDS = {
 """Commands that write the dequantised checkpoint, by the method's name."""
 
 
-def schemes(config: Any) -> Iterator[tuple[list[str], Any]]:
+def schemes(config: Any) -> Iterator[tuple[list[Any], Any]]:
     """Every place in a `config.json` that says how weights are quantised, and what it says."""
-    inner: list[tuple[list[str], Any]] = [([], config)]
+    inner: list[tuple[list[Any], Any]] = [([], config)]
     while inner:
         path, data = inner.pop()
         if isinstance(data, list):
-            inner += ((path, item) for item in data)
+            inner += (([*path, number], item) for number, item in enumerate(data))
         for key, value in data.items() if isinstance(data, dict) else ():
             if key in PLACES and value:
                 yield [*path, key], value
@@ -39,38 +52,174 @@ def schemes(config: Any) -> Iterator[tuple[list[str], Any]]:
                 inner.append(([*path, key], value))
 
 
-def check_plain(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuse quantised weights.
+def dequantised(checkpoint: Checkpoint, config: Any) -> Checkpoint:
+    """A checkpoint whose tensors are the weights, whatever the files hold in their place.
+
+    Which tensors are quantised is told by the files; the configuration says how.
 
     Args:
         checkpoint: with the tensors of its files.
         config: its `config.json`.
 
     Raises:
-        CheckpointError: its configuration, or a tensor, says that they are quantised.
+        CheckpointError: its configuration, or a tensor, says that they are quantised, in a way that
+            can't be read here.
     """
-    methods = dict.fromkeys(_method(path[-1], scheme) for path, scheme in schemes(config))
-    problems = [_refusal(checkpoint.name, method) for method in methods]
-    if not problems:
-        codes = _codes(checkpoint.tensors)
-        if codes:
-            dtypes = ", ".join(sorted({checkpoint.tensors[name].dtype for name in codes}))
-            problems = [_refusal(checkpoint.name, f"{dtypes}, {codes[0]} for one")]
+    found = list(schemes(config))
+    methods, problems = [], []
+    for path, scheme in found:
+        method = _method(path[-1], scheme)
+        blocks = _blocks(method, scheme)
+        if blocks is None:
+            problems.append(_refusal(checkpoint.name, method))
+        else:
+            methods.append((method, blocks))
+    tensors = checkpoint.tensors
+    if methods and not problems:
+        blocks = list(dict.fromkeys(block for _, blocks in methods for block in blocks))
+        tensors, unread = _weights(tensors, blocks, _dtype(config))
+        problems = [f"{checkpoint.name}: {problem}" for problem in unread[:20]]
+    codes = _codes(tensors)
+    if codes and not problems:
+        dtypes = ", ".join(sorted({tensors[name].dtype for name in codes}))
+        problems = [_refusal(checkpoint.name, f"{dtypes}, {codes[0]} for one")]
     if problems:
         raise CheckpointError(problems)
+    how = ", ".join(f"{method}{_text(blocks)}" for method, blocks in methods)
+    return replace(checkpoint, tensors=tensors, quantised=how and f"{how}, as {_dtype(config)}")
 
 
-def _method(key: str, scheme: Any) -> str:
+def _text(blocks: Sequence[Block]) -> str:
+    sizes = ", ".join(f"{rows}x{columns}" for rows, columns in blocks)
+    return f" (blocks of {sizes})" if sizes else ""
+
+
+def _dtype(config: Any) -> str:
+    """What transformers dequantises to: the model's dtype, safetensors' name."""
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    for settings in (config, inner):
+        of_model = isinstance(settings, dict) and (
+            settings.get("dtype") or settings.get("torch_dtype")
+        )
+        name = of_model or ""
+        if isinstance(name, str) and name in _DTYPES:
+            return _DTYPES[name]
+    return "BF16"
+
+
+def _method(key: str | int, scheme: Any) -> str:
     """What the way of quantising is called."""
     if not isinstance(scheme, dict):
         return f"{scheme}"[:80]
     if scheme.get("load_in_4bit") or scheme.get("load_in_8bit"):
         return "bitsandbytes"
-    if "quant_method" in scheme:
-        return f"{scheme['quant_method']}"[:80].removesuffix("_4bit").removesuffix("_8bit")
-    if key == "compression_config":
-        return "compressed-tensors"
-    return "MLX" if {"bits", "group_size"} <= scheme.keys() else "in an unknown way"
+    method = scheme.get("quant_method")
+    if method is None and key == "compression_config":
+        method = _COMPRESSED
+    if method is None:
+        return "MLX" if {"bits", "group_size"} <= scheme.keys() else "in an unknown way"
+    name = f"{method}"[:80].removesuffix("_4bit").removesuffix("_8bit")
+    layout = scheme.get("format")
+    return f"{name} {layout}"[:80] if name == _COMPRESSED and layout else name
+
+
+def _blocks(method: str, scheme: Any) -> list[Block] | None:
+    """The blocks that share a scale, besides rows and whole matrices; None: can't be read here."""
+    if method in _FLOAT8:
+        size = scheme.get("weight_block_size", _FLOAT8[method])
+        return [] if size is None else _sizes([size])
+    if not method.startswith(_COMPRESSED):
+        return None
+    groups, sparsity = scheme.get("config_groups"), scheme.get("sparsity_config") or {}
+    if not isinstance(groups, dict) or not isinstance(sparsity, dict) or not groups:
+        return None
+    if scheme.get("transform_config") or sparsity.get("format", "dense") != "dense":
+        return None
+    sizes: list[Any] = []
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            return None
+        layout = group.get("format") or scheme.get("format")
+        kind = (weights.get("type"), weights.get("num_bits"))
+        if layout not in ("float-quantized", "naive-quantized") or kind != ("float", 8):
+            return None
+        strategy = weights.get("strategy")
+        if strategy == "block":
+            sizes.append(weights.get("block_structure"))
+        elif strategy == "group":
+            sizes.append([1, weights.get("group_size")])
+        elif strategy not in ("tensor", "channel"):
+            return None
+    return _sizes(sizes)
+
+
+def _sizes(sizes: Sequence[Any]) -> list[Block] | None:
+    for size in sizes:
+        if not (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(type(n) is int and n > 0 for n in size)
+        ):
+            return None
+    return [(rows, columns) for rows, columns in sizes]
+
+
+def _weights(
+    tensors: Mapping[str, Stored], blocks: Sequence[Block], dtype: str
+) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors with weights in the place of codes and scales, and what can't be read."""
+    weights: dict[str, Stored] = {}
+    consumed: set[str] = set()
+    problems = []
+    for name, at in tensors.items():
+        if at.dtype in CODES:
+            scales = next((n for n in _names_of_scales(name) if n in tensors), None)
+            weight = None if scales is None else _scaled(at, tensors[scales], blocks, dtype)
+            if scales is None or weight is None:
+                which = (
+                    f"{scales}, {list(tensors[scales].shape)}" if scales else "none that is known"
+                )
+                problems.append(
+                    f"{name} of {at.dtype} {list(at.shape)} has no fitting scales: {which}"
+                )
+                continue
+            weights[name] = weight
+            consumed.add(scales)
+    problems += [
+        f"{name} belongs to no weight that is quantised"
+        for name in tensors
+        if name not in consumed and name.endswith(_SCALES_OF_WEIGHTS)
+    ]
+    plain = {
+        name: weights.get(name, at)
+        for name, at in tensors.items()
+        if name not in consumed and not name.endswith(_SCALES_OF_ACTIVATIONS)
+    }
+    return plain, problems
+
+
+def _names_of_scales(name: str) -> Iterator[str]:
+    yield f"{name}_scale_inv"
+    yield f"{name}_scale"
+    if name.endswith(".weight"):
+        yield f"{name.removesuffix('weight')}qscale_weight"
+
+
+def _scaled(at: Stored, scales: Stored, blocks: Sequence[Block], dtype: str) -> Scaled | None:
+    """Codes with their scales; None if the scales' shape or dtype is none that is known."""
+    assert isinstance(at, Location)
+    assert isinstance(scales, Location)
+    if len(at.shape) < 2 or scales.dtype not in SCALES or 0 in at.shape:
+        return None
+    rows, columns = at.shape[-2:]
+    if scales.numel == 1:
+        return Scaled(at, scales, at.shape, (rows, columns), dtype)
+    for high, wide in (*blocks, (1, columns), (rows, columns)):
+        grid = (-(-rows // high), -(-columns // wide))
+        if scales.shape == (*at.shape[:-2], *grid):
+            return Scaled(at, scales, at.shape, (high, wide), dtype)
+    return None
 
 
 def _refusal(name: str, how: str) -> str:

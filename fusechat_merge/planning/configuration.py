@@ -28,7 +28,7 @@ from fusechat_merge.inputs.checkpoint import (
     read_checkpoint,
     read_settings,
 )
-from fusechat_merge.inputs.quantised import check_plain
+from fusechat_merge.inputs.quantised import dequantised
 from fusechat_merge.inputs.yaml_file import read_yaml
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems, pieces_of
 from fusechat_merge.planning.plan import Options, Plan
@@ -192,15 +192,14 @@ def read_model(reference: ModelReference, options: Options, download: bool) -> C
     """The model's checkpoint, without its adapter.
 
     Raises:
-        CheckpointError: everything that is wrong with its files.
+        CheckpointError: everything that is wrong with its files, or how they are quantised.
     """
     store = _store(reference.model, options, download)
     try:
         checkpoint = read_checkpoint(store, str(reference))
     except OSError as error:
         raise CheckpointError([f"{reference.model}: can't be read ({one_line(error)})"]) from error
-    check_plain(checkpoint, read_settings(store, "config.json", checkpoint.name))
-    return checkpoint
+    return dequantised(checkpoint, read_settings(store, "config.json", checkpoint.name))
 
 
 def read_adapter(

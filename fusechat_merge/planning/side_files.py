@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit.common import get_config_value
 
+from fusechat_merge.inputs.quantised import schemes
 from fusechat_merge.planning.plan import Plan
 
 _WEIGHTS = (
@@ -61,9 +62,20 @@ def links_that_escape(planned: Plan, donor: Path) -> list[str]:
 def merged_config(text: str, planned: Plan) -> str:
     """The donor's `config.json`, its bytes kept but for the keys that the merge changes."""
     before = json.loads(text)
+    if planned.models[planned.donor].quantised:
+        for path, _ in list(schemes(before)):
+            _parent(before, path).pop(path[-1], None)
+        text = as_json(before)
     for path, value in _changed_keys(before, planned):
         text = _with_value(text, path, value)
     return text
+
+
+def _parent(data: Any, path: list[Any]) -> dict[str, Any]:
+    """The mapping that holds the value at `path`."""
+    for key in path[:-1]:
+        data = data[key]
+    return data
 
 
 def _changed_keys(before: dict[str, Any], planned: Plan) -> list[tuple[list[str], Any]]:

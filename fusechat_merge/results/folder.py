@@ -88,6 +88,11 @@ def _record(
             "merged_by_name": planned.by_name,
             "copied_from_base": planned.copied,
             "left_out": [asdict(left) | {"model": public[left.model]} for left in planned.left_out],
+            "dequantised": [
+                f"{public[name]}: {model.quantised}"
+                for name, model in planned.models.items()
+                if model.quantised
+            ],
             "identity": identity,
             "device": device,
         }

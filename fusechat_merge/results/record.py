@@ -66,6 +66,8 @@ class MergeRecord(Record):
     """Output tensors that neither the table nor every model has: the pivot's."""
     left_out: tuple[UnusedTensor, ...]
     """Input tensors that are not used."""
+    dequantised: tuple[str, ...]
+    """Models whose weights were dequantised when read, and how their files hold them."""
     identity: str
     """SHA-256 of the configuration, options and inputs, by which a finished merge is recognised."""
     device: Literal["cpu", "cuda"]

@@ -155,7 +155,7 @@ def test_the_card_names_models_of_the_hub_as_its_bases() -> None:
 
     record = MergeRecord(
         fusechat="0", merge_method="linear", base_model=None, models=("org/a@v2", "b"),
-        granularity=None, units=(), merged_by_name=(), copied_from_base=(), left_out=(),
+        granularity=None, units=(), merged_by_name=(), copied_from_base=(), left_out=(), dequantised=(),
         identity="", device="cpu",
     )  # fmt: skip
     card = ModelCard(model_card(record, ["org/a"], "merge_method: linear\n"))
