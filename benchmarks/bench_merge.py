@@ -3,7 +3,8 @@
 Checkpoints are generated in a folder that is removed afterwards. `small` is the 1.1B Llama shape
 with three targets, warm cache, the programs in turn; `seven` the 7B shape (43 GB of inputs), cold
 cache, once; `wide` has two tensors of 1 GiB and five targets; `many` 20,000 small tensors;
-`experts` has layers of Qwen3-30B-A3B; `headers` plans whole mixtures of experts without weights.
+`methods` is `small` for mergekit's methods; `experts` has layers of Qwen3-30B-A3B; `headers` plans
+whole mixtures of experts without weights.
 
     python benchmarks/bench_merge.py small --turns 3
     python benchmarks/bench_merge.py seven --folder /data/bench
@@ -251,6 +252,8 @@ def _write(
 def configuration(method: str, paths: list[Path]) -> dict[str, Any]:
     base, *targets = map(str, paths)
     weight = {} if method in ("varm", "fusechat_sce", "sce") else {"weight": 0.3}
+    if method in ("slerp", "karcher", "model_stock"):
+        weight = {}
     config: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": target, "parameters": weight} for target in targets],
@@ -419,6 +422,24 @@ def many(folder: Path | None) -> None:
             results[name] = run("fusechat", configuration("varm", paths), place)
             count = len(made[1])
             click.echo(f"{count} tensors: {1000 * results[name]['merge'] / count:.2f} ms a tensor")
+
+
+@main.command()
+@click.option("--turns", default=3, show_default=True)
+@_folder
+def methods(turns: int, folder: Path | None) -> None:
+    """mergekit's methods that are computed block by block, as `small`; slerp has two inputs."""
+    with workplace(folder) as place:
+        paths = generate(place, 4, SMALL)
+        rows: dict[str, list[dict[str, float]]] = {"floor": []}
+        for _ in range(turns):
+            rows["floor"].append(floor(paths, place))
+            for method in ("linear", "task_arithmetic", "multislerp", "karcher", "model_stock"):
+                config = configuration(method, paths)
+                rows.setdefault(method, []).append(run("fusechat", config, place))
+            config = configuration("slerp", paths[:2]) | {"parameters": {"t": 0.5}}
+            rows.setdefault("slerp", []).append(run("fusechat", config, place))
+        show(rows, "floor")
 
 
 @main.command()

@@ -16,10 +16,10 @@ from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.passes import Desk, FilePasses, Ring, SourceFiles
 from fusechat_merge.engine.tasks import by_blocks, run_tasks
 from fusechat_merge.mergekit_bridge.methods import non_finite
-from fusechat_merge.methods import sce, varm
+from fusechat_merge.methods import sce, spherical, varm
 from fusechat_merge.methods.blocks import NonFiniteError
 from fusechat_merge.methods.units import Unit
-from fusechat_merge.planning.plan import Output, Plan
+from fusechat_merge.planning.plan import SPHERICAL, Output, Plan
 from fusechat_merge.results.record import UnitWeights
 
 varm.compiled_loops()  # half a second, spent with the other imports
@@ -81,6 +81,8 @@ class Merger:
                 passes.write(lambda block, out: out.copy_(block.base))
             elif how == "blocks":
                 passes.write(by_blocks(self._plan, output))
+            elif how in SPHERICAL:
+                spherical.merge(passes, how, parameters, parameters["based"])
             elif how == "fusechat_sce":
                 eta, selection = self._sce_shares(output, passes)
                 sce.write(passes, eta, selection, parameters["variant"])
@@ -248,9 +250,11 @@ def read_bytes(output: Output) -> int:
 
 @contextmanager
 def _naming(output: Output) -> Iterator[None]:
-    """Name the model and tensor that hold NaN or Inf."""
+    """Name the model and tensor that hold NaN or Inf, or for which a method isn't defined."""
     try:
         yield
     except NonFiniteError as error:
         source = output.sources[0 if error.target is None else error.target + 1]
         raise FusechatError(non_finite(source.model, source.tensor)) from None
+    except ValueError as error:
+        raise FusechatError(f"{output.name}: {error}") from error

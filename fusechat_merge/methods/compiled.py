@@ -1,4 +1,4 @@
-"""The two inner loops of `varm` on bfloat16, compiled by numba for the processor at hand.
+"""Inner loops on bfloat16, compiled by numba for the processor at hand.
 
 Several times as fast as the same steps as separate torch operations, and without the interpreter's
 lock. Lanes are added in a fixed order and nothing is contracted, so that the results have the same
@@ -35,6 +35,24 @@ def delta_sums(
     """
     sums = np.empty((len(targets), -(-base.numel() // part)), np.float64)
     _delta_sums(_raw(base), tuple(map(_raw, targets)), sums, part, squared)
+    columns: list[list[float]] = sums.tolist()
+    return columns
+
+
+def dot_products(tensors: Sequence[Tensor], part: int, deltas: bool) -> list[list[float]]:
+    """Dot products in float64 of all pairs of tensors, of every `part` elements and of the rest.
+
+    Args:
+        tensors: [n] bfloat16 each on the CPU, contiguous.
+        part: a multiple of 128.
+        deltas: take the others' differences from the first.
+
+    Returns:
+        A list of ⌈n / part⌉ floats for each pair i ≤ j, in the order (0, 0), (0, 1), …
+    """
+    count = len(tensors) - deltas
+    sums = np.empty((count * (count + 1) // 2, -(-tensors[0].numel() // part)), np.float64)
+    _dot_products(tuple(map(_raw, tensors)), sums, part, deltas)
     columns: list[list[float]] = sums.tolist()
     return columns
 
@@ -103,6 +121,42 @@ def _delta_sums(  # pragma: no cover (runs as machine code)
             for at in range(_LANES):
                 whole += lanes[k, at]
             sums[k, number] = whole
+
+
+@_compiled
+def _dot_products(  # pragma: no cover (runs as machine code)
+    tensors: Any, sums: Any, part: int, deltas: bool
+) -> None:
+    first = 1 if deltas else 0
+    count = len(tensors) - first
+    lanes = np.empty((sums.shape[0], _LANES), np.float64)
+    wide = np.empty((count, _LANES), np.float64)
+    for number in range(sums.shape[1]):
+        lanes[:] = 0.0
+        end = min((number + 1) * part, tensors[0].shape[0])
+        for i in range(number * part, end, _LANES):
+            j = min(i + _LANES, end)
+            base = tensors[0][i:j]
+            for k in range(count):
+                t, row = tensors[k + first][i:j], wide[k]
+                if deltas:
+                    for at in range(j - i):
+                        row[at] = np.float64(_widened(t[at])) - np.float64(_widened(base[at]))
+                else:
+                    for at in range(j - i):
+                        row[at] = np.float64(_widened(t[at]))
+            pair = 0
+            for k in range(count):
+                for other in range(k, count):
+                    a, b, lane = wide[k], wide[other], lanes[pair]
+                    for at in range(j - i):
+                        lane[at] += a[at] * b[at]
+                    pair += 1
+        for pair in range(sums.shape[0]):
+            whole = 0.0
+            for at in range(_LANES):
+                whole += lanes[pair, at]
+            sums[pair, number] = whole
 
 
 @_compiled

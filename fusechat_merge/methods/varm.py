@@ -43,7 +43,7 @@ def compiled_loops() -> ModuleType | None:
     return compiled
 
 
-def _loops_for(*tensors: Tensor) -> ModuleType | None:
+def loops_for(*tensors: Tensor) -> ModuleType | None:
     """The compiled loops if these tensors are what they take: bfloat16 on the CPU."""
     if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in tensors):
         return None
@@ -56,7 +56,7 @@ def delta_sums(block: Block, statistic: str) -> list[list[float]]:
     Raises:
         NonFiniteError: an input holds NaN or Inf.
     """
-    loops = _loops_for(block.base, *block.targets)
+    loops = loops_for(block.base, *block.targets)
     if loops is not None:
         sums = loops.delta_sums(block.base, block.targets, HALF, _SQUARED[statistic])
     else:
@@ -120,13 +120,18 @@ def write(passes: Passes, weights: Sequence[float], lam: float) -> None:
         sole = weights.index(1.0)
         passes.write(lambda block, out: out.copy_(block.targets[sole]))
     else:
-        passes.write(lambda block, out: _write_block(block, out, coefficients, 1.0 - lam))
+        write_sum(passes, [1.0 - lam, *coefficients])
 
 
-def _write_block(block: Block, out: Tensor, coefficients: Sequence[float], of_base: float) -> None:
-    terms = zip((block.base, *block.targets), (of_base, *coefficients), strict=True)
+def write_sum(passes: Passes, factors: Sequence[float]) -> None:
+    """Write Σ factor · input, the base's factor first, rounded once; one at least isn't 0."""
+    passes.write(lambda block, out: _write_block(block, out, factors))
+
+
+def _write_block(block: Block, out: Tensor, factors: Sequence[float]) -> None:
+    terms = zip((block.base, *block.targets), factors, strict=True)
     tensors, factors = zip(*((tensor, factor) for tensor, factor in terms if factor), strict=True)
-    loops = _loops_for(out, *tensors)
+    loops = loops_for(out, *tensors)
     if loops is not None:
         loops.combine(tensors, factors, out)
         return

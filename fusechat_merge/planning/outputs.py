@@ -27,7 +27,15 @@ from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.methods.stacks import down_of, has_halves, is_stack, matrices
 from fusechat_merge.methods.units import layer_of, shared_unit
 from fusechat_merge.planning.configuration import referenced_models
-from fusechat_merge.planning.plan import ELEMENTWISE, NATIVE, LeftOut, Output, Plan, Source
+from fusechat_merge.planning.plan import (
+    ELEMENTWISE,
+    NATIVE,
+    SPHERICAL,
+    LeftOut,
+    Output,
+    Plan,
+    Source,
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,8 @@ class OutputMaker:
         merged = reduce(torch.promote_types, dtypes)
         how = self._how(task, ordered, outcome)
         of_mergekit = how in ("blocks", "task")
-        if of_mergekit and merged.is_floating_point:
+        ours = how in NATIVE or how in SPHERICAL
+        if how not in ("copy", *NATIVE) and merged.is_floating_point:
             merged = self._returned_dtype(task, present, shape, merged)
         rows = shape if how != "task" else None
         regular = task.method_name == "varm" and how != "copy" and not alone
@@ -199,9 +208,9 @@ class OutputMaker:
             how=how,
             sources=tuple(
                 self._source(model, loaded, rows)
-                for model, loaded in (ordered if how in NATIVE else present)
+                for model, loaded in (ordered if ours else present)
             ),
-            parameters=self._parameters(task, ordered) if how in NATIVE else {},
+            parameters=self._parameters(task, ordered) if ours else {},
             unit=shared_unit(name, task.parameters) if regular else None,
             merged_dtype=merged,
             dtype=dtype_from_name(weight.force_dtype or self.config.out_dtype) or merged,
@@ -360,7 +369,9 @@ class OutputMaker:
         floating = all(loaded.dtype.is_floating_point for _, loaded in present)
         if not floating:
             return "task"
-        if task.method_name in NATIVE:
+        parameters = dict(task.parameters.items())
+        whole = not parameters.get("filter_wise") and parameters.get("nuslerp_flatten", True)
+        if task.method_name in NATIVE or (task.method_name in SPHERICAL and whole):
             return task.method_name
         return "blocks" if task.method_name in ELEMENTWISE else "task"
 
@@ -399,7 +410,9 @@ class OutputMaker:
         self, task: ExecuteMergeMethodTask, ordered: list[tuple[ModelReference, _Input]]
     ) -> dict[str, Any]:
         parameters = dict(sorted(task.parameters.items()))
-        targets = [model for model, _ in ordered[1:]]
+        targets = [model for model, _ in ordered if model != task.base_model]
+        if task.method_name in SPHERICAL:
+            parameters["based"] = len(targets) < len(ordered)
         for spec in registry.get(task.method_name).spec.input_parameters:
             parameters[spec.name] = [task.input_parameters[model][spec.name] for model in targets]
         return parameters

@@ -17,6 +17,7 @@ from fusechat_merge.inputs.stored import Stored, part_of
 from fusechat_merge.inputs.update import Update
 from fusechat_merge.mergekit_bridge.loader import DTYPES
 from fusechat_merge.mergekit_bridge.parameters import SPECS
+from fusechat_merge.methods.spherical import COEFFICIENTS
 from fusechat_merge.methods.units import Unit
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -25,6 +26,10 @@ NATIVE = tuple(SPECS)
 """Our methods."""
 ELEMENTWISE = ("linear", "nearswap", "passthrough", "task_arithmetic")
 """mergekit's methods whose every element depends on the inputs' same element only."""
+
+
+SPHERICAL = tuple(COEFFICIENTS)
+"""mergekit's methods that sum the inputs by coefficients from their norms and dot products."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,11 @@ class Output:
 
     Attributes:
         name: of the tensor; of a matrix in a stack the stack's, followed by the matrix's label.
-        how: `varm`, `fusechat_sce`, `copy` (of the one source); or mergekit's own: `blocks`, where
-            its method is elementwise, else `task`, the whole tensor at once.
+        how: `varm`, `fusechat_sce`, one of `SPHERICAL`, `copy` (of the one source); or mergekit's
+            own code: `blocks`, where its method is elementwise, else `task`, the whole at once.
         sources: the inputs, the base first where the method is one of ours.
-        parameters: of our methods, resolved for this tensor; `weight` is a list, one a target.
+        parameters: of methods computed here, resolved for this tensor; `weight` is a list, one a
+            target. Those of `SPHERICAL` have `based`: whether the first source is the base.
         unit: of several tensors, a key of the plan's units; None where it is a unit by itself.
         merged_dtype: what the method returns, the promoted dtype of its inputs.
         dtype, shape: as written.

@@ -23,8 +23,8 @@ from fusechat_merge.engine.execute import merge
 from fusechat_merge.engine.tasks import _as_planned
 from fusechat_merge.engine.verify import verify
 from fusechat_merge.mergekit_bridge.loader import CheckpointLoader
-from fusechat_merge.mergekit_bridge.parameters import SPECS
 from fusechat_merge.planning import side_files
+from fusechat_merge.planning.plan import ELEMENTWISE
 from fusechat_merge.planning.planner import plan
 from tests.support.checkpoints import BIAS, granite, llama_family
 from tests.support.merging import (
@@ -147,7 +147,7 @@ def test_weights_that_mergekit_finds_impossible_when_it_merges(tmp_path):
     parameters = {"weight": 0.0, "normalize_weights": False}
     settings = configuration(paths, "multislerp", parameters=parameters)
     assert plan(settings).problems == []
-    message = r"^[a-z_.]+weight: The weighted sum of the input tensors is"
+    message = r"^[a-z_.]+weight: the weighted sum of the inputs is zero"
     with pytest.raises(FusechatError, match=message):
         merge(settings, tmp_path / "out")
 
@@ -267,6 +267,9 @@ def test_tensors_that_the_architecture_does_not_know(tmp_path):
         ("fusechat_sce", {"select_topk": 0.2}),
         ("task_arithmetic", {"weight": 0.4, "normalize": True, "lambda": 0.7}),
         ("linear", {"weight": 0.4}),
+        ("multislerp", {"weight": 0.4}),
+        ("karcher", {}),
+        ("model_stock", {}),
     ],
 )
 def test_memory_threads_and_shards_change_no_byte(tmp_path, method, parameters):
@@ -284,7 +287,7 @@ def test_memory_threads_and_shards_change_no_byte(tmp_path, method, parameters):
     )
     for other in others:
         assert_same(other, first)
-    if method not in SPECS:  # by mergekit's own method, over segments
+    if method in ELEMENTWISE:  # by mergekit's own method, over segments
         settings = configuration(one, method, parameters=parameters)
         assert_same(first, run_mergekit(settings, tmp_path / "mergekit"))
         assert all(output.how == "blocks" for output in plan(settings).outputs)

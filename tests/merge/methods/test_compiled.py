@@ -90,9 +90,9 @@ def test_an_overflow_becomes_infinity():
 
 def test_they_run_for_bfloat16_on_the_cpu_alone():
     tensor = torch.zeros(4, dtype=BF16)
-    assert varm._loops_for(tensor, tensor) is compiled
-    assert varm._loops_for(tensor, tensor.float()) is None
-    assert varm._loops_for(tensor, tensor.to("meta")) is None
+    assert varm.loops_for(tensor, tensor) is compiled
+    assert varm.loops_for(tensor, tensor.float()) is None
+    assert varm.loops_for(tensor, tensor.to("meta")) is None
 
 
 def test_without_numba_the_same_within_rounding(monkeypatch):
@@ -131,3 +131,17 @@ def test_without_a_place_for_what_is_compiled(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     lost(numbers)
     assert numbers.tolist() == [24.0]
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+@pytest.mark.parametrize("numel", [1, 127, 300, 1024])
+def test_dot_products(deltas: bool, numel: int) -> None:
+    tensors = [torch.randn(numel).to(torch.bfloat16) for _ in range(4)]
+    base, *others = (tensor.double() for tensor in tensors)
+    vectors = [other - base for other in others] if deltas else [base, *others]
+    found = iter(compiled.dot_products(tensors, 256, deltas))
+    for i, one in enumerate(vectors):
+        for other in vectors[i:]:
+            expected = [float(part.sum()) for part in (one * other).split(256)]
+            assert next(found) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert next(found, None) is None
