@@ -9,7 +9,7 @@ from typing import Any
 
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
 from fusechat_merge.inputs.scaled import CODES, SCALES, Scaled
-from fusechat_merge.inputs.stored import Location, Stored
+from fusechat_merge.inputs.stored import Joined, Location, Stored, Transposed, part_of
 
 Block = tuple[int, int]
 """Rows and columns."""
@@ -21,10 +21,12 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOAT8 = {"fp8": [128, 128], "mxfp8": [1, 32]}
 """The methods of FP8 that are read, and their blocks where the configuration gives none."""
 
+_BLOCKS = (".gate_up_proj_blocks", ".down_proj_blocks")
 _COMPRESSED = "compressed-tensors"
 _SCALES_OF_WEIGHTS = ("_scale_inv", ".weight_scale", ".qscale_weight")
 _SCALES_OF_ACTIVATIONS = ("activation_scale", ".input_scale", ".output_scale", ".qscale_act",
                           ".k_scale", ".v_scale")  # fmt: skip
+_PACKED = ("_blocks", "_packed")
 _PLAIN = {"BOOL", "F16", "BF16", "F32", "F64", "C64"}
 _MAY_BE_CODES = {"U8", "I8", "U16", "I16", "U32", "I32"}
 _DEQUANTISERS = ("scale", "zero", "absmax", "scb", "codebook", "centroid", "quant")
@@ -128,6 +130,8 @@ def _blocks(method: str, scheme: Any) -> list[Block] | None:
     if method in _FLOAT8:
         size = scheme.get("weight_block_size", _FLOAT8[method])
         return [] if size is None else _sizes([size])
+    if method == "mxfp4":
+        return [(1, 32)]
     if not method.startswith(_COMPRESSED):
         return None
     groups, sparsity = scheme.get("config_groups"), scheme.get("sparsity_config") or {}
@@ -169,33 +173,34 @@ def _weights(
     tensors: Mapping[str, Stored], blocks: Sequence[Block], dtype: str
 ) -> tuple[dict[str, Stored], list[str]]:
     """The tensors with weights in the place of codes and scales, and what can't be read."""
-    weights: dict[str, Stored] = {}
+    weights: dict[str, tuple[str, Stored]] = {}
     consumed: set[str] = set()
     problems = []
     for name, at in tensors.items():
-        if at.dtype in CODES:
-            scales = next((n for n in _names_of_scales(name) if n in tensors), None)
-            weight = None if scales is None else _scaled(at, tensors[scales], blocks, dtype)
-            if scales is None or weight is None:
-                which = (
-                    f"{scales}, {list(tensors[scales].shape)}" if scales else "none that is known"
-                )
-                problems.append(
-                    f"{name} of {at.dtype} {list(at.shape)} has no fitting scales: {which}"
-                )
-                continue
-            weights[name] = weight
-            consumed.add(scales)
+        if name.endswith(_BLOCKS) and at.dtype == "U8":
+            scales = f"{name.removesuffix('_blocks')}_scales"
+            weight = _experts(at, tensors.get(scales), dtype)
+        elif at.dtype in CODES:
+            scales = next((n for n in _names_of_scales(name) if n in tensors), "")
+            weight = _scaled(at, tensors.get(scales), blocks, dtype)
+        else:
+            continue
+        if weight is None:
+            which = f"{scales}, {list(tensors[scales].shape)}" if scales in tensors else "none"
+            problems.append(f"{name} of {at.dtype} {list(at.shape)} has no fitting scales: {which}")
+            continue
+        weights[name] = name.removesuffix("_blocks"), weight
+        consumed.add(scales)
     problems += [
         f"{name} belongs to no weight that is quantised"
         for name in tensors
         if name not in consumed and name.endswith(_SCALES_OF_WEIGHTS)
     ]
-    plain = {
-        name: weights.get(name, at)
+    plain = dict(
+        weights.get(name, (name, at))
         for name, at in tensors.items()
         if name not in consumed and not name.endswith(_SCALES_OF_ACTIVATIONS)
-    }
+    )
     return plain, problems
 
 
@@ -206,20 +211,45 @@ def _names_of_scales(name: str) -> Iterator[str]:
         yield f"{name.removesuffix('weight')}qscale_weight"
 
 
-def _scaled(at: Stored, scales: Stored, blocks: Sequence[Block], dtype: str) -> Scaled | None:
+def _scaled(
+    at: Stored, scales: Stored | None, blocks: Sequence[Block], dtype: str
+) -> Scaled | None:
     """Codes with their scales; None if the scales' shape or dtype is none that is known."""
-    assert isinstance(at, Location)
-    assert isinstance(scales, Location)
+    if not (isinstance(at, Location) and isinstance(scales, Location)):
+        return None
     if len(at.shape) < 2 or scales.dtype not in SCALES or 0 in at.shape:
         return None
     rows, columns = at.shape[-2:]
     if scales.numel == 1:
-        return Scaled(at, scales, at.shape, (rows, columns), dtype)
+        return Scaled(at, at.dtype, scales, at.shape, (rows, columns), dtype)
     for high, wide in (*blocks, (1, columns), (rows, columns)):
         grid = (-(-rows // high), -(-columns // wide))
         if scales.shape == (*at.shape[:-2], *grid):
-            return Scaled(at, scales, at.shape, (high, wide), dtype)
+            return Scaled(at, at.dtype, scales, at.shape, (high, wide), dtype)
     return None
+
+
+def _experts(at: Stored, scales: Stored | None, dtype: str) -> Stored | None:
+    """Experts' blocks of MXFP4, [experts, rows, blocks, 16], as transformers has them in memory.
+
+    Returns:
+        [experts, 32 · blocks, rows]; None if the scales don't fit.
+    """
+    if not (isinstance(at, Location) and isinstance(scales, Location)) or len(at.shape) != 4:
+        return None
+    experts, rows, number, nbytes = at.shape
+    if nbytes != 16 or 0 in at.shape or (scales.dtype, scales.shape) != ("U8", at.shape[:-1]):
+        return None
+    each = rows * number
+    matrices = []
+    for expert in range(experts):
+        codes = part_of(at, expert * each * nbytes, (rows, number * nbytes))
+        exponents = part_of(scales, expert * each, (rows, number))
+        assert isinstance(codes, Location)
+        assert isinstance(exponents, Location)
+        matrix = Scaled(codes, "F4", exponents, (rows, 32 * number), (1, 32), dtype)
+        matrices.append(Transposed(matrix))
+    return Joined(tuple(matrices), (experts, 32 * number, rows))
 
 
 def _refusal(name: str, how: str) -> str:
@@ -249,7 +279,12 @@ def _codes(tensors: Mapping[str, Stored]) -> list[str]:
         whole = at.dtype[0] in "UI"
         matrix = len(at.shape) > 1
         if not whole or (
-            matrix and (last == "weight" or (at.dtype in _MAY_BE_CODES and module in scaled))
+            matrix
+            and (
+                last == "weight"
+                or last.endswith(_PACKED)
+                or (at.dtype in _MAY_BE_CODES and module in scaled)
+            )
         ):
             codes.append(name)
     return codes

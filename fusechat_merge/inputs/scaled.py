@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,8 +13,14 @@ from torch import Tensor
 
 from fusechat_merge.inputs.stored import ITEM_BITS, Location, ReadAt
 
-CODES: dict[str, torch.dtype] = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""torch's dtype of codes that are floating, by safetensors' name."""
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+CODES: dict[str, torch.dtype | tuple[float, ...]] = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F4": (*_E2M1, *(-value for value in _E2M1)),
+}
+"""What codes stand for: torch's dtype, or of 4 bits, the lower half of a byte first, the values."""
 
 SCALES: dict[str, torch.dtype] = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -23,6 +30,7 @@ SCALES: dict[str, torch.dtype] = {
 
 _PIECE = 1 << 15
 _BYTES = 40  # of one element while it is dequantised, all arrays together
+_RAW = 1 << 18  # bytes of whole rows that are read for some of their columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,8 @@ class Scaled:
     The product is computed in float32 and rounded once to `dtype`, as transformers does.
 
     Attributes:
-        codes: one for each element, in the same order.
+        codes: the bytes of one for each element, in the same order.
+        coding: what they stand for, a key of `CODES`.
         scales: [..., rows, columns] of blocks, or a single one.
         shape: [..., rows, columns]; as many matrices as `scales` has.
         block: rows and columns of a matrix that share a scale; at its ends they may be fewer.
@@ -40,6 +49,7 @@ class Scaled:
     """
 
     codes: Location
+    coding: str
     scales: Location
     shape: tuple[int, ...]
     block: tuple[int, int]
@@ -68,16 +78,34 @@ class Scaled:
             written.view_as(values).copy_(values)
             into, first = into[size:], first + values.numel()
 
+    def read_columns(self, read_at: ReadAt, columns: range, into: memoryview) -> None:
+        """Fill `into` with some columns of all rows, row after row."""
+        total = self.numel // self.shape[-1]
+        size = len(columns) * ITEM_BITS[self.dtype] // 8
+        step = max(1, min(_PIECE // len(columns), _RAW * total // self.codes.nbytes))
+        for first in range(0, total, step):
+            rows = range(first, min(first + step, total))
+            written = torch.frombuffer(into[: len(rows) * size], dtype=SCALES[self.dtype])
+            written.view(len(rows), -1).copy_(self._values(read_at, rows, columns))
+            into = into[len(rows) * size :]
+
     def _values(self, read_at: ReadAt, rows: range, columns: range) -> Tensor:
         """The elements of some rows, counted through all matrices, and columns, in float32."""
-        whole = self.shape[-1]
-        raw = np.empty((len(rows), len(columns)), np.uint8)
-        if len(columns) == whole:
-            self.codes.read(read_at, rows.start * whole, raw.reshape(-1).data)
+        coding = CODES[self.coding]
+        each = 2 if isinstance(coding, tuple) else 1  # codes in a byte
+        stride = self.codes.nbytes * self.shape[-1] // self.numel
+        low, high = columns.start // each, -(-columns.stop // each)
+        # Bytes of one row are read alone; of several, whole rows at once and then cut.
+        first, number = (low, high - low) if len(rows) == 1 else (0, len(rows) * stride)
+        raw = np.empty(number, np.uint8)
+        self.codes.read(read_at, rows.start * stride + first, raw.data)
+        codes = torch.from_numpy(raw.reshape(len(rows), -1)[:, low - first : high - first])
+        if isinstance(coding, tuple):
+            values = _pairs(coding).index_select(0, codes.reshape(-1).int())
+            skip = columns.start - low * each
+            values = values.view(len(rows), -1)[:, skip : skip + len(columns)]
         else:
-            for row, codes in zip(rows, raw, strict=True):
-                self.codes.read(read_at, row * whole + columns.start, codes.data)
-        values = torch.from_numpy(raw).view(CODES[self.codes.dtype]).float()
+            values = codes.view(coding).float()
         return values.mul_(self._scales(read_at, rows, columns))
 
     def _scales(self, read_at: ReadAt, rows: range, columns: range) -> Tensor:
@@ -111,4 +139,12 @@ class Scaled:
         yield self.scales
 
     def scratch(self, n: int) -> int:
-        return _BYTES * min(n, _PIECE) + 8 * self.shape[-1]
+        return _BYTES * min(n, _PIECE) + _RAW + 8 * self.shape[-1]
+
+
+@cache
+def _pairs(values: tuple[float, ...]) -> Tensor:
+    """What both halves of every byte stand for, [256, 2]."""
+    table = torch.tensor(values)
+    byte = torch.arange(256)
+    return torch.stack([table[byte % 16], table[byte // 16]], 1)

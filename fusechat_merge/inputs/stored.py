@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -58,6 +58,14 @@ class Stored(Protocol):
 
     def scratch(self, n: int) -> int:
         """Bytes that reading n elements takes in memory besides the buffer that is filled."""
+
+
+@runtime_checkable
+class Strips(Protocol):
+    """A tensor of which columns can be read at once."""
+
+    def read_columns(self, read_at: ReadAt, columns: range, into: memoryview) -> None:
+        """Fill `into` with some columns of all rows, row after row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +215,12 @@ class Transposed:
         low, high = first // columns, -(-end // columns)
         # The same part of every stored row: rows low to high of this matrix, still transposed.
         strip = np.empty((columns, high - low), item)
-        for column in range(columns):
-            self.stored.read(read_at, column * rows + low, strip[column].view(np.uint8).data)
+        if isinstance(self.stored, Strips):
+            whole = strip.reshape(-1).view(np.uint8).data
+            self.stored.read_columns(read_at, range(low, high), whole)
+        else:
+            for column in range(columns):
+                self.stored.read(read_at, column * rows + low, strip[column].view(np.uint8).data)
         skip = first - low * columns
         wanted = np.ascontiguousarray(strip.T).reshape(-1)[skip : skip + end - first]
         np.frombuffer(into, item)[:] = wanted
@@ -219,7 +231,7 @@ class Transposed:
     def scratch(self, n: int) -> int:
         columns = self.shape[1]
         elements = (n // columns + 2) * columns
-        return 2 * elements * ITEM_BITS[self.dtype] // 8
+        return 2 * elements * ITEM_BITS[self.dtype] // 8 + self.stored.scratch(elements)
 
 
 def part_of(whole: Stored, first: int, shape: tuple[int, ...]) -> Stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -12,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import FineGrainedFP8Config
+from transformers import FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from fusechat_merge import plan
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.inputs.scaled import SCALES, Scaled
-from fusechat_merge.inputs.stored import ITEM_BITS, Location
+from fusechat_merge.inputs.stored import ITEM_BITS, Location, Stored, Transposed
 from tests.support.families import FAMILIES
 from tests.support.merging import Tensors, assert_same, change_json, configuration, read, rewrite
 from tests.support.tensors import same_bits
 
 UP = "model.layers.0.mlp.up_proj.weight"
 PLAIN = {"F16", "BF16", "F32", "F64", "BOOL", "C64"}
-READ = {"fp8", "mxfp8"}
+READ = {"fp8", "mxfp8", "mxfp4"}
 METHODS = sorted({n.removesuffix("_4bit").removesuffix("_8bit") for n in AUTO_QUANTIZER_MAPPING})
 
 
@@ -118,6 +119,7 @@ def times(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return (codes.double() * spread[:rows, :columns]).float().bfloat16()
 
 
+DTYPE_OF = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 HUGE = 256
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
@@ -172,14 +174,16 @@ def write_float8(plain: Path, folder: Path, kind: str) -> dict[str, Tensor]:
 
 def write_plain(family: str, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    FAMILIES[family].build().bfloat16().save_pretrained(folder)
+    made = FAMILIES[family]
+    if family == "gpt-oss":  # in whole blocks of 32
+        made = replace(made, settings=made.settings | {"intermediate_size": 64})
+    made.build().bfloat16().save_pretrained(folder)
     return folder
 
 
 def copy(folder: Path, out: Path) -> Path:
     """The model alone, as a merge writes it."""
-    only = [{"model": str(folder), "parameters": {"weight": 1.0}}]
-    return merge({"merge_method": "linear", "models": only}, out)
+    return merge({"merge_method": "passthrough", "models": [{"model": str(folder)}]}, out)
 
 
 @pytest.mark.parametrize("kind", FLOAT8)
@@ -201,6 +205,24 @@ def test_float8_is_read_as_transformers_does(tmp_path, family, kind):
     assert_same(cls.from_pretrained(out).state_dict(), theirs.state_dict())
 
 
+def write_mxfp4(plain: Path, folder: Path, low: int = 1, high: int = 250) -> None:
+    """gpt-oss as released: every code, and exponents from `low` to below `high`."""
+    tensors = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = weight
+            continue
+        experts, columns, rows = weight.shape
+        blocks = (experts, rows, columns // 32, 16)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(low, high, blocks[:-1], dtype=torch.uint8)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -213,15 +235,19 @@ def test_float8_is_read_as_transformers_does(tmp_path, family, kind):
     ids=str,
 )
 @pytest.mark.parametrize("quantised", [(0,), (1, 2), (0, 1)])
-def test_quantised_and_plain_models_in_one_merge(tmp_path, settings, quantised):
+@pytest.mark.parametrize("family", ["DeepSeek-V3", "gpt-oss"])
+def test_quantised_and_plain_models_in_one_merge(tmp_path, family, settings, quantised):
     plain, mixed = [], []
     for number in range(3):
-        folder = write_plain("DeepSeek-V3", tmp_path / f"model{number}", number)
+        folder = write_plain(family, tmp_path / f"model{number}", number)
         plain.append(folder)
         mixed.append(folder)
         if number in quantised:
             mixed[-1] = tmp_path / f"quantised{number}"
-            write_float8(folder, mixed[-1], "blocks")
+            if family == "gpt-oss":
+                write_mxfp4(folder, mixed[-1], 118, 124)
+            else:
+                write_float8(folder, mixed[-1], "blocks")
             plain[-1] = copy(mixed[-1], tmp_path / f"dequantised{number}")
     expected = merge(configuration(plain, **settings), tmp_path / "expected")
     out = merge(configuration(mixed, **settings), tmp_path / "out", memory=1 << 25)
@@ -237,7 +263,7 @@ def without(name: str) -> Callable[[Tensors], object]:
     ("edit", "message"),
     [
         (without(f"{UP}_scale_inv"),
-         f"{UP} of F8_E4M3 [48, 32] has no fitting scales: none that is known"),
+         f"{UP} of F8_E4M3 [48, 32] has no fitting scales: none"),
         (lambda t: t.update({f"{UP}_scale_inv": t[f"{UP}_scale_inv"][:2]}),
          f"{UP} of F8_E4M3 [48, 32] has no fitting scales: {UP}_scale_inv, [2, 4]"),
         (lambda t: t.update({UP: t[UP].to(torch.bfloat16)}),
@@ -254,35 +280,65 @@ def test_codes_and_scales_that_do_not_fit(tmp_path, edit, message):
     assert any(message in problem for problem in problems), problems
 
 
-def test_any_range_of_any_grid_and_dtype():
+SHAPES = (
+    ((2, 300, 260), (128, 128), "F8_E5M2", "F32"),
+    ((3, 7, 9), (3, 4), "F8_E4M3", "BF16"),
+    ((2, 40_000), (1, 1 << 14), "F8_E5M2", "F16"),
+    ((70, 3), (1, 3), "F8_E4M3", "F8_E8M0"),
+    ((400, 1024), (1, 32), "F4", "U8"),
+)
+
+
+@pytest.mark.parametrize(("shape", "block", "coding", "scale"), SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_any_range_of_any_grid_and_dtype(shape, block, coding, scale, transposed):
     """What lies across pieces, matrices and ends of blocks, against float64."""
     torch.manual_seed(0)
-    for shape, block, scale in (
-        ((2, 300, 260), (128, 128), "F32"),
-        ((3, 7, 9), (3, 4), "BF16"),
-        ((2, 40_000), (1, 1 << 14), "F16"),
-        ((70, 3), (1, 3), "F8_E8M0"),
-    ):
-        grid = [-(-n // b) for n, b in zip(shape[-2:], block, strict=True)]
-        codes = torch.randn(shape).to(torch.float8_e5m2)
-        scales = (torch.rand(*shape[:-2], *grid) + 0.5).to(SCALES[scale])
-        raw = bytes(codes.view(torch.uint8).numpy()) + bytes(scales.view(torch.uint8).numpy())
-        stored = Scaled(
-            Location("f", 0, codes.numel(), "F8_E5M2", shape),
-            Location("f", codes.numel(), scales.nbytes, scale, tuple(scales.shape)),
-            shape, block, "F32",
-        )  # fmt: skip
-        high, wide = block
-        spread = scales.float().repeat_interleave(high, -2).repeat_interleave(wide, -1)
-        right = (codes.double() * spread[..., : shape[-2], : shape[-1]]).float().view(-1)
+    grid = [-(-n // b) for n, b in zip(shape[-2:], block, strict=True)]
+    if coding == "F4":
+        codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+        halves = torch.stack([codes % 16, codes // 16], -1).view(shape)
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]).double()[(halves % 8).long()]
+        values = torch.where(halves < 8, values, -values)
+    else:
+        codes = torch.randn(shape).to(getattr(torch, DTYPE_OF[coding]))
+        values = codes.double()
+    scales = torch.randint(100, 140, (*shape[:-2], *grid), dtype=torch.uint8)
+    numbers = 2.0 ** (scales.double() - 127)
+    if scale != "U8":
+        scales = (torch.rand(scales.shape) + 0.5).to(SCALES[scale])
+        numbers = scales.double()
+    spread = numbers.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    right = (values * spread[..., : shape[-2], : shape[-1]]).float()
+    raw = bytes(codes.view(torch.uint8).numpy()) + bytes(scales.view(torch.uint8).numpy())
+    stored: Stored = Scaled(
+        Location("f", 0, codes.nbytes, "U8", (codes.nbytes,)), coding,
+        Location("f", codes.nbytes, scales.nbytes, scale, tuple(scales.shape)),
+        shape, block, "F32",
+    )  # fmt: skip
+    assert stored.nbytes == len(raw)
+    if transposed and len(shape) == 2:
+        stored, right = Transposed(stored), right.T
+    right = right.reshape(-1)
 
-        def read_at(file: str, offset: int, into: memoryview, raw: bytes = raw) -> None:
-            into[:] = raw[offset : offset + into.nbytes]
+    def read_at(file: str, offset: int, into: memoryview) -> None:
+        into[:] = raw[offset : offset + into.nbytes]
 
-        chance = random.Random(0)
-        for _ in range(40):
-            first = chance.randrange(len(right))
-            count = chance.randint(1, min(len(right) - first, 1 << 17))
-            found = torch.empty(count)
-            stored.read(read_at, first, found.view(torch.uint8).numpy().data)
-            assert same_bits(found, right[first : first + count])
+    chance = random.Random(0)
+    for _ in range(20):
+        first = chance.randrange(len(right))
+        found = torch.empty(chance.randint(1, min(len(right) - first, 1 << 17)))
+        stored.read(read_at, first, found.view(torch.uint8).numpy().data)
+        assert same_bits(found, right[first : first + len(found)])
+
+
+def test_mxfp4_is_read_as_transformers_does(tmp_path):
+    plain = write_plain("gpt-oss", tmp_path / "plain", 0)
+    write_mxfp4(plain, tmp_path / "quantised")
+    out = copy(tmp_path / "quantised", tmp_path / "out")
+    assert set(read(out)) == set(read(plain))
+    settings = Mxfp4Config(dequantize=True)
+    theirs = GptOssForCausalLM.from_pretrained(tmp_path / "quantised", quantization_config=settings)
+    ours, info = GptOssForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(ours.state_dict(), theirs.state_dict())
