@@ -21,9 +21,13 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOAT8 = {"fp8": [128, 128], "mxfp8": [1, 32]}
 """The methods of FP8 that are read, and their blocks where the configuration gives none."""
 
+_PACKED_INT4 = ".weight_packed"
 _BLOCKS = (".gate_up_proj_blocks", ".down_proj_blocks")
 _COMPRESSED = "compressed-tensors"
-_SCALES_OF_WEIGHTS = ("_scale_inv", ".weight_scale", ".qscale_weight")
+_COMPRESSED_FLOAT8 = {("float-quantized", "float", 8), ("naive-quantized", "float", 8)}
+_INT4 = ("pack-quantized", "int", 4)
+_SCALES_OF_WEIGHTS = ("_scale_inv", ".weight_scale", ".qscale_weight", ".weight_zero_point",
+                      ".weight_g_idx", ".weight_shape")  # fmt: skip
 _SCALES_OF_ACTIVATIONS = ("activation_scale", ".input_scale", ".output_scale", ".qscale_act",
                           ".k_scale", ".v_scale")  # fmt: skip
 _PACKED = ("_blocks", "_packed")
@@ -145,8 +149,13 @@ def _blocks(method: str, scheme: Any) -> list[Block] | None:
         if not isinstance(weights, dict):
             return None
         layout = group.get("format") or scheme.get("format")
-        kind = (weights.get("type"), weights.get("num_bits"))
-        if layout not in ("float-quantized", "naive-quantized") or kind != ("float", 8):
+        kind = (layout, weights.get("type"), weights.get("num_bits"))
+        if kind == _INT4:
+            # Without a status, the format's own reader takes the weights as not packed yet.
+            packed = scheme.get("quantization_status") in ("compressed", "frozen")
+            if not (packed and weights.get("symmetric", True)) or weights.get("actorder"):
+                return None
+        elif kind not in _COMPRESSED_FLOAT8:
             return None
         strategy = weights.get("strategy")
         if strategy == "block":
@@ -180,6 +189,10 @@ def _weights(
         if name.endswith(_BLOCKS) and at.dtype == "U8":
             scales = f"{name.removesuffix('_blocks')}_scales"
             weight = _experts(at, tensors.get(scales), dtype)
+        elif name.endswith(_PACKED_INT4) and at.dtype == "I32":
+            scales = f"{name.removesuffix('_packed')}_scale"
+            weight = _packed(at, tensors.get(scales), blocks, dtype)
+            consumed.add(f"{name.removesuffix('_packed')}_shape")
         elif at.dtype in CODES:
             scales = next((n for n in _names_of_scales(name) if n in tensors), "")
             weight = _scaled(at, tensors.get(scales), blocks, dtype)
@@ -189,7 +202,7 @@ def _weights(
             which = f"{scales}, {list(tensors[scales].shape)}" if scales in tensors else "none"
             problems.append(f"{name} of {at.dtype} {list(at.shape)} has no fitting scales: {which}")
             continue
-        weights[name] = name.removesuffix("_blocks"), weight
+        weights[name] = name.removesuffix("_blocks").removesuffix("_packed"), weight
         consumed.add(scales)
     problems += [
         f"{name} belongs to no weight that is quantised"
@@ -214,18 +227,36 @@ def _names_of_scales(name: str) -> Iterator[str]:
 def _scaled(
     at: Stored, scales: Stored | None, blocks: Sequence[Block], dtype: str
 ) -> Scaled | None:
-    """Codes with their scales; None if the scales' shape or dtype is none that is known."""
-    if not (isinstance(at, Location) and isinstance(scales, Location)):
+    """Codes of a byte with their scales; None if these have no shape or dtype that is known."""
+    if not (isinstance(at, Location) and isinstance(scales, Location)) or len(at.shape) < 2:
         return None
-    if len(at.shape) < 2 or scales.dtype not in SCALES or 0 in at.shape:
+    block = _block(at.shape, scales, blocks)
+    return block and Scaled(at, at.dtype, scales, at.shape, block, dtype)
+
+
+def _packed(
+    at: Stored, scales: Stored | None, blocks: Sequence[Block], dtype: str
+) -> Scaled | None:
+    """Words of eight codes, [rows, columns / 8], with their scales."""
+    if not (isinstance(at, Location) and isinstance(scales, Location)) or len(at.shape) != 2:
         return None
-    rows, columns = at.shape[-2:]
+    shape = (at.shape[0], 8 * at.shape[1])
+    block = _block(shape, scales, blocks)
+    codes = replace(at, dtype="U8", shape=(at.shape[0], 4 * at.shape[1]))
+    return block and Scaled(codes, "I4", scales, shape, block, dtype)
+
+
+def _block(shape: tuple[int, ...], scales: Location, blocks: Sequence[Block]) -> Block | None:
+    """The block of each scale; None where the scales are none for a tensor of this shape."""
+    if scales.dtype not in SCALES or 0 in shape:
+        return None
+    rows, columns = shape[-2:]
     if scales.numel == 1:
-        return Scaled(at, at.dtype, scales, at.shape, (rows, columns), dtype)
+        return rows, columns
     for high, wide in (*blocks, (1, columns), (rows, columns)):
         grid = (-(-rows // high), -(-columns // wide))
-        if scales.shape == (*at.shape[:-2], *grid):
-            return Scaled(at, at.dtype, scales, at.shape, (high, wide), dtype)
+        if scales.shape == (*shape[:-2], *grid):
+            return high, wide
     return None
 
 

@@ -19,6 +19,7 @@ CODES: dict[str, torch.dtype | tuple[float, ...]] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F4": (*_E2M1, *(-value for value in _E2M1)),
+    "I4": tuple(float(code - 8) for code in range(16)),
 }
 """What codes stand for: torch's dtype, or of 4 bits, the lower half of a byte first, the values."""
 
@@ -40,7 +41,7 @@ class Scaled:
     The product is computed in float32 and rounded once to `dtype`, as transformers does.
 
     Attributes:
-        codes: the bytes of one for each element, in the same order.
+        codes: the bytes of one for each element, in the same order; rows may end in unused bytes.
         coding: what they stand for, a key of `CODES`.
         scales: [..., rows, columns] of blocks, or a single one.
         shape: [..., rows, columns]; as many matrices as `scales` has.

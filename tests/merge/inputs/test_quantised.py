@@ -342,3 +342,68 @@ def test_mxfp4_is_read_as_transformers_does(tmp_path):
     ours, info = GptOssForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def write_int4(plain: Path, folder: Path, group: int | None, dtype: torch.dtype) -> Tensors:
+    """compressed-tensors' packed codes, as in Kimi K2.5; returns what the files stand for."""
+    tensors, expected = {}, {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if "proj.weight" not in name or "layers" not in name or "vision" in name:
+            tensors[name] = expected[name] = weight
+            continue
+        rows, columns = weight.shape
+        block = (1, min(group or columns, columns))
+        codes = torch.randint(-8, 8, weight.shape)
+        scales = (torch.rand(rows, columns // block[1]) + 0.5).to(dtype)
+        words = ((codes + 8).view(rows, -1, 8) << torch.arange(0, 32, 4)).sum(-1)
+        tensors[f"{name}_packed"] = (words - (words >> 31 << 32)).to(torch.int32)
+        tensors[f"{name}_scale"], tensors[f"{name}_shape"] = scales, torch.tensor(weight.shape)
+        expected[name] = times(codes, scales, block)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    scheme = compressed("group" if group else "channel", num_bits=4, type="int", group_size=group)
+    config = json.loads((plain / "config.json").read_text())
+    inside = config.get("text_config", config)
+    inside["quantization_config"] = scheme | {
+        "format": "pack-quantized", "quantization_status": "compressed"
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize("family", ["Qwen3 (tied head)", "DeepSeek-V3", "Kimi K2.5"])
+@pytest.mark.parametrize(
+    ("group", "dtype"), [(8, torch.bfloat16), (16, torch.float32), (None, torch.float32)]
+)
+def test_packed_int4_is_code_times_scale(tmp_path, family, group, dtype):
+    plain = write_plain(family, tmp_path / "plain", 0)
+    expected = write_int4(plain, tmp_path / "quantised", group, dtype)
+    out = copy(tmp_path / "quantised", tmp_path / "out")
+    assert_same(read(out), expected)
+    assert (out / "config.json").read_text() == (
+        copy(plain, tmp_path / "same") / "config.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("weights", "more"),
+    [
+        ({"symmetric": False}, {}),
+        ({"actorder": "group"}, {}),
+        ({"num_bits": 3}, {}),
+        ({}, {"quantization_status": None}),
+        ({}, {"format": "marlin-24"}),
+        ({}, {"transform_config": {"config_groups": {"u": 1}}}),
+        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_compressed_tensors_are_refused(tmp_path, weights, more):
+    plain = write_plain("Qwen3 (tied head)", tmp_path / "plain", 0)
+    write_int4(plain, tmp_path / "quantised", 16, torch.float32)
+    path = tmp_path / "quantised" / "config.json"
+    scheme = json.loads(path.read_text())["quantization_config"] | more
+    scheme["config_groups"]["group_0"]["weights"] |= weights
+    change_json(path, quantization_config=scheme)
+    (problem,) = plan(configuration([plain, tmp_path / "quantised"])).problems
+    assert f"quantised (compressed-tensors {scheme['format']}), which can't be read here" in problem
