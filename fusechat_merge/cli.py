@@ -138,9 +138,11 @@ def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
     require_supported(*NEEDED)
     from fusechat_merge.engine.execute import merge
 
+    plans: list[Plan] = []
     with _Meter(as_json) as meter:
 
         def started(planned: Plan, device: str) -> None:
+            plans.append(planned)
             meter.total = sum(output.nbytes for output in planned.outputs)
             for note in planned.notes():
                 click.echo(note, err=True)
@@ -156,10 +158,27 @@ def run(config: Path, out: Path, as_json: bool, **options: Any) -> None:
             )
 
         merge(config, out, progress=meter, started=started, **options)
+    for planned in plans:
+        _say_how_it_opens(planned, out)
     if meter.total is None:
         _say(as_json, f"{out} is complete already; nothing to do", event="finished")
     else:
         _say(as_json, f"wrote {out}", event="done", out=str(out))
+
+
+def _say_how_it_opens(planned: Plan, out: Path) -> None:
+    """Say that a merged folder loads.
+
+    Raises:
+        FusechatError: it doesn't load as what was written.
+    """
+    from fusechat_merge.engine.opening import opening_problems
+
+    kind, problems = opening_problems(planned, out)
+    if problems:
+        raise FusechatError("\n  ".join(["it is written, but", *problems]))
+    loads = kind if " " in kind else f"loads as {kind}, no tensor missing or unexpected"
+    click.echo(f"{out}: {loads}", err=True)
 
 
 @main.command(short_help="Show what CONFIG would read and write, and every problem.")

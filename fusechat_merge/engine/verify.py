@@ -17,6 +17,7 @@ from fusechat_common.errors import RequestError
 from fusechat_merge.engine.execute import MEMORY, local_plan
 from fusechat_merge.engine.journal import Sink
 from fusechat_merge.engine.merger import Merger, Progress, make_tasks
+from fusechat_merge.engine.opening import opening_problems
 from fusechat_merge.engine.passes import SourceFiles, divide
 from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, Folder, read_checkpoint
 from fusechat_merge.mergekit_bridge.loader import DTYPES
@@ -72,7 +73,8 @@ def verify(
     problems = list(misfits.values())
     problems += [f"{name}: doesn't belong here" for name in made.tensors if name not in names]
     problems += [f"{name}: lies in {file}, unlisted" for name, file in made.unlisted.items()]
-    problems += _side_file_problems(planned, out)
+    beside = _side_file_problems(planned, out)
+    problems += beside or opening_problems(planned, out)[1]
     chosen = [output for output in planned.outputs if output.tensor not in misfits]
     if sample < 1:
         count = max(1, round(sample * len(chosen))) if chosen else 0

@@ -216,12 +216,15 @@ def read_checkpoint(store: Store, name: str) -> Checkpoint:
     """
     present = store.names()
     problems: list[str] = []
+    weight_map: dict[str, str] | None = None
+    wanted = ["model.safetensors"]
     if "model.safetensors.index.json" in present:
         weight_map = _read_index(store, name)
         wanted = sorted(set(weight_map.values()))
-    elif "model.safetensors" in present:
+    if "model.safetensors" in present and "model.safetensors" not in wanted:
+        # The index is of another save; transformers takes the whole file too.
         weight_map, wanted = None, ["model.safetensors"]
-    else:
+    elif "model.safetensors.index.json" not in present and "model.safetensors" not in present:
         raise CheckpointError([_no_weights(name, present)])
 
     tensors: dict[str, Stored] = {}

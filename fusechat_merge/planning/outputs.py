@@ -66,6 +66,8 @@ class LayerPlanner(MergePlanner):
         )
         self.layers: dict[str, _Layer] = {}
         self.outside: list[_Layer] = []
+        # Of each module, for each of its layers the model and layer that lead.
+        self.sources: dict[str, list[tuple[str, int]]] = defaultdict(list)
         self.problems: list[tuple[str, str]] = []  # (tensor, problem)
 
     def plan_all(self, add: Callable[[WeightInfo, ExecuteMergeMethodTask], None]) -> None:
@@ -118,14 +120,16 @@ class LayerPlanner(MergePlanner):
         module_name: str,
     ) -> None:
         module = self.arch_info.modules[module_name].architecture
+        numbers = [source.layer_range[0] + layer_offset for source in sources]
+        models = [source.model for source in sources]
+        base = cfg_reader.base_model
+        first = models.index(base) if base in models else 0
+        lead = numbers[first]
+        self.sources[module_name].append((str(models[first]), lead))
         if not isinstance(module, FilesModule):
             super().plan_layer(sources, layer_offset, t, cfg_reader, module_name)
             return
         # Layers may differ: the base's layer says what the output's has.
-        numbers = [source.layer_range[0] + layer_offset for source in sources]
-        models = [source.model for source in sources]
-        base = cfg_reader.base_model
-        lead = numbers[models.index(base) if base in models else 0]
         for weight in module.layer_weights(lead, None):
             self.plan_tensor(
                 module.renumbered(weight, self._current_module_layers),

@@ -184,6 +184,8 @@ class Plan:
         problems: what stands in the way; with any, `outputs` may be incomplete.
         tasks: mergekit's tasks of the outputs whose `how` is `blocks` or `task`.
         out_config, architecture: mergekit's configuration of the merged model, its tensors' table.
+        layer_keys: config.json's keys that describe layers, where slices change them; keys of
+            nested configurations with dots.
         tokenizer, chat_template: mergekit's merged tokenizer with its permutations, and the
             template, where the configuration asks for them.
     """
@@ -203,6 +205,7 @@ class Plan:
     tasks: dict[str, ExecuteMergeMethodTask] = field(default_factory=dict)
     out_config: Any = None
     architecture: Any = None
+    layer_keys: dict[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     chat_template: str | None = None
 

@@ -38,6 +38,7 @@ from fusechat_merge.planning.configuration import (
     read_model,
     referenced_models,
 )
+from fusechat_merge.planning.layer_keys import follow_layers
 from fusechat_merge.planning.outputs import LayerPlanner, OutputMaker, plan_unknown
 from fusechat_merge.planning.plan import DTYPE_NAMES, LeftOut, Options, Output, Plan, Shard
 from fusechat_merge.planning.side_files import links_that_escape
@@ -218,6 +219,9 @@ def _plan_outputs(planned: Plan, configs: Mapping[str, PretrainedConfig]) -> Non
     if maker.weightless:
         planned.problems.append(weightless(maker.weightless))
     planned.outputs = _ordered(planned, maker)
+    for module in ("default", "text_decoder"):
+        if (sources := planner.sources.get(module)) and not planned.problems:
+            follow_layers(planned, configs, sources)
     planned.tasks = maker.tasks
     _plan_units(planned, maker)
     _place(planned)

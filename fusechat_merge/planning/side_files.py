@@ -17,10 +17,13 @@ _WEIGHTS = (
     ".gguf", ".onnx", ".h5", ".msgpack", ".pkl",
 )  # fmt: skip
 _OWN = {"config.json", "README.md", "fusechat_merge.json", "mergekit_config.yml"}
+_OF_OTHERS = {"adapter_config.json", "params.json", "recipe.yaml"}
+"""Files that describe other weights: an adapter's, Mistral's own format's, a quantisation's."""
 _TOKENIZER = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "encoder.json",
+    "chat_template.jinja", "chat_template.json", "tekken.json", "spiece.model",
+    "sentencepiece.bpe.model",
 }  # fmt: skip
 
 
@@ -30,7 +33,7 @@ def side_files(planned: Plan, donor: Path) -> list[str]:
     if planned.tokenizer is not None:
         written |= _TOKENIZER
     elif planned.chat_template:
-        written.add("chat_template.jinja")
+        written |= {"chat_template.jinja", "chat_template.json"}
         if own_template(donor):
             written.add("tokenizer_config.json")
     names = [entry.name for entry in os.scandir(donor) if entry.is_file()]
@@ -40,7 +43,10 @@ def side_files(planned: Plan, donor: Path) -> list[str]:
     return sorted(
         name
         for name in names
-        if name not in written and not name.startswith(".") and not name.endswith(_WEIGHTS)
+        if name not in written | _OF_OTHERS
+        and not name.startswith(".")
+        and not name.endswith(_WEIGHTS)
+        and not (planned.tokenizer is not None and name.endswith(".tiktoken"))
     )
 
 
@@ -102,6 +108,7 @@ def _changed_keys(before: dict[str, Any], planned: Plan) -> list[tuple[list[str]
     if isinstance(origin, str) and (origin.startswith(("/", "~", ".")) or os.path.isdir(origin)):
         changed.append((["_name_or_path"], ""))
     changed += [(key.split("."), get_config_value(planned.out_config, key)) for key in keys if key]
+    changed += [(key.split("."), value) for key, value in planned.layer_keys.items()]
     return [(path, value) for path, value in changed if _value_at(before, path) != value]
 
 

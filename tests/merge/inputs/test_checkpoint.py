@@ -69,12 +69,14 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     assert list(read(tmp_path).tensors) == ["early", "late"]
 
 
-def test_the_index_decides_and_is_preferred_to_a_single_file(tmp_path):
+def test_the_index_decides_but_for_one_of_another_save(tmp_path):
+    """transformers too takes a whole file, whatever lies beside it."""
     write_sharded(tmp_path, c=None)
-    save_file({"stray": torch.ones(1)}, tmp_path / "model.safetensors")
     checkpoint = read(tmp_path)
     assert list(checkpoint.tensors) == ["a", "b"]
     assert checkpoint.unlisted == {"c": "x-2.safetensors"}
+    save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert list(read(tmp_path).tensors) == ["whole"]
 
 
 @pytest.mark.parametrize(
