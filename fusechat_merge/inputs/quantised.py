@@ -58,6 +58,11 @@ def schemes(config: Any) -> Iterator[tuple[list[Any], Any]]:
                 inner.append(([*path, key], value))
 
 
+def methods_of(config: Any) -> list[str]:
+    """The names of the ways in which a `config.json` says that weights are quantised."""
+    return list(dict.fromkeys(_method(path[-1], scheme) for path, scheme in schemes(config)))
+
+
 def dequantised(checkpoint: Checkpoint, config: Any) -> Checkpoint:
     """A checkpoint whose tensors are the weights, whatever the files hold in their place.
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.merge_methods import registry
 
 from fusechat_common.errors import RequestError
+from fusechat_merge.inputs.quantised import methods_of
 from fusechat_merge.mergekit_bridge.methods import METHODS
 from fusechat_merge.mergekit_bridge.parameters import SPECS, parameter_problems
 from fusechat_merge.methods.units import MULTI_TENSOR
@@ -51,6 +53,9 @@ def extend_planner() -> None:
     def wrap(plan: Callable[[Any], None]) -> Callable[[Any], None]:
         def _plan(self: Any) -> None:
             _refuse(parameter_problems(self.config))
+            if self.config.merge_method in SPECS:
+                trusted = self.options.trust_remote_code
+                _refuse(_quantised(self.config.referenced_models(), trusted))
             plan(self)
             if self.config.merge_method in SPECS and self._tensors:
                 weights, planned = zip(*self._tensors, strict=True)
@@ -63,6 +68,22 @@ def extend_planner() -> None:
         return _plan
 
     _once(MergePlanner, "_plan", wrap)
+
+
+def _quantised(models: Sequence[ModelReference], trust_remote_code: bool) -> list[str]:
+    """Models whose codes mergekit would load as numbers."""
+    problems = []
+    for model in models:
+        try:
+            config = model.config(trust_remote_code).to_dict()
+        except Exception:  # transformers' errors have no common base; mergekit will name them
+            continue
+        problems += [
+            f"{model}: its weights are quantised ({method}), and mergekit merges the codes: use"
+            " fusechat-merge run"
+            for method in methods_of(config)
+        ]
+    return problems
 
 
 def extend_raw_planner() -> None:

@@ -16,12 +16,21 @@ from torch import Tensor
 from transformers import FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from fusechat_common.errors import RequestError
 from fusechat_merge import plan
 from fusechat_merge.engine.execute import merge
 from fusechat_merge.inputs.scaled import SCALES, Scaled
 from fusechat_merge.inputs.stored import ITEM_BITS, Location, Stored, Transposed
 from tests.support.families import FAMILIES
-from tests.support.merging import Tensors, assert_same, change_json, configuration, read, rewrite
+from tests.support.merging import (
+    Tensors,
+    assert_same,
+    change_json,
+    configuration,
+    read,
+    rewrite,
+    run_mergekit,
+)
 from tests.support.tensors import same_bits
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -253,6 +262,15 @@ def test_quantised_and_plain_models_in_one_merge(tmp_path, family, settings, qua
     out = merge(configuration(mixed, **settings), tmp_path / "out", memory=1 << 25)
     assert_same(read(out), read(expected))
     assert (out / "config.json").read_text() == (expected / "config.json").read_text()
+
+
+def test_mergekit_itself_would_merge_the_codes(tmp_path):
+    plain = write_plain("Qwen3 (tied head)", tmp_path / "plain", 0)
+    write_float8(plain, tmp_path / "quantised", "blocks")
+    with pytest.raises(RequestError, match=r"quantised: its weights are quantised \(fp8\)"):
+        run_mergekit(
+            configuration([plain, tmp_path / "quantised"], dtype="bfloat16"), tmp_path / "out"
+        )
 
 
 def without(name: str) -> Callable[[Tensors], object]:
