@@ -318,7 +318,7 @@ def _locate(
                     f"{where}: {data_length - position} bytes after the last tensor belong to none"
                 )
     if problems:
-        raise CheckpointError(_first_of(problems))
+        raise CheckpointError(first_of(problems))
     first = 8 + len(raw)
     return {
         name: Location(file, first + begin, end - begin, dtype, shape)
@@ -414,7 +414,7 @@ def _read_index(store: Store, name: str) -> dict[str, str]:
         elif not listed.endswith(".safetensors"):
             problems.append(f"{where}: lists {listed!r:.200}, not a safetensors file; {CONVERT}")
     if problems:
-        raise CheckpointError(_first_of(problems))
+        raise CheckpointError(first_of(problems))
     return weight_map
 
 
@@ -481,6 +481,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _first_of(problems: list[str]) -> list[str]:
+def first_of(problems: list[str]) -> list[str]:
+    """The first problems, and how many more there are."""
     more = len(problems) - 20
     return [*problems[:20], f"… and {more} more of this kind"] if more > 0 else problems

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError
-from fusechat_merge.inputs.scaled import CODES, SCALES, Scaled
+from fusechat_merge.inputs.checkpoint import Checkpoint, CheckpointError, first_of
+from fusechat_merge.inputs.scaled import SCALES, Scaled
 from fusechat_merge.inputs.stored import Joined, Location, Stored, Transposed, part_of
 
 Block = tuple[int, int]
@@ -21,10 +21,11 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOAT8 = {"fp8": [128, 128], "mxfp8": [1, 32]}
 """The methods of FP8 that are read, and their blocks where the configuration gives none."""
 
+_BYTES = ("F8_E4M3", "F8_E5M2")
 _PACKED_INT4 = ".weight_packed"
 _BLOCKS = (".gate_up_proj_blocks", ".down_proj_blocks")
 _COMPRESSED = "compressed-tensors"
-_COMPRESSED_FLOAT8 = {("float-quantized", "float", 8), ("naive-quantized", "float", 8)}
+_COMPRESSED_FLOAT8 = (("float-quantized", "float", 8), ("naive-quantized", "float", 8))
 _INT4 = ("pack-quantized", "int", 4)
 _SCALES_OF_WEIGHTS = ("_scale_inv", ".weight_scale", ".qscale_weight", ".weight_zero_point",
                       ".weight_g_idx", ".weight_shape")  # fmt: skip
@@ -89,7 +90,7 @@ def dequantised(checkpoint: Checkpoint, config: Any) -> Checkpoint:
     if methods and not problems:
         blocks = list(dict.fromkeys(block for _, blocks in methods for block in blocks))
         tensors, unread = _weights(tensors, blocks, _dtype(config))
-        problems = [f"{checkpoint.name}: {problem}" for problem in unread[:20]]
+        problems = first_of([f"{checkpoint.name}: {problem}" for problem in unread])
     codes = _codes(tensors)
     if codes and not problems:
         dtypes = ", ".join(sorted({tensors[name].dtype for name in codes}))
@@ -136,6 +137,8 @@ def _method(key: str | int, scheme: Any) -> str:
 
 def _blocks(method: str, scheme: Any) -> list[Block] | None:
     """The blocks that share a scale, besides rows and whole matrices; None: can't be read here."""
+    if not isinstance(scheme, dict):
+        return None
     if method in _FLOAT8:
         size = scheme.get("weight_block_size", _FLOAT8[method])
         return [] if size is None else _sizes([size])
@@ -198,7 +201,7 @@ def _weights(
             scales = f"{name.removesuffix('_packed')}_scale"
             weight = _packed(at, tensors.get(scales), blocks, dtype)
             consumed.add(f"{name.removesuffix('_packed')}_shape")
-        elif at.dtype in CODES:
+        elif at.dtype in _BYTES:
             scales = next((n for n in _names_of_scales(name) if n in tensors), "")
             weight = _scaled(at, tensors.get(scales), blocks, dtype)
         else:
@@ -207,7 +210,10 @@ def _weights(
             which = f"{scales}, {list(tensors[scales].shape)}" if scales in tensors else "none"
             problems.append(f"{name} of {at.dtype} {list(at.shape)} has no fitting scales: {which}")
             continue
-        weights[name] = name.removesuffix("_blocks").removesuffix("_packed"), weight
+        weight_name = name.removesuffix("_blocks").removesuffix("_packed")
+        if weight_name != name and weight_name in tensors:
+            problems.append(f"{name} stands beside {weight_name}: one of them has to go")
+        weights[name] = weight_name, weight
         consumed.add(scales)
     problems += [
         f"{name} belongs to no weight that is quantised"

@@ -35,6 +35,7 @@ from tests.support.tensors import same_bits
 
 UP = "model.layers.0.mlp.up_proj.weight"
 PLAIN = {"F16", "BF16", "F32", "F64", "BOOL", "C64"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 READ = {"fp8", "mxfp8", "mxfp4"}
 METHODS = sorted({n.removesuffix("_4bit").removesuffix("_8bit") for n in AUTO_QUANTIZER_MAPPING})
 
@@ -87,6 +88,9 @@ def test_every_method_of_transformers_is_refused_by_name_in_every_place(paths, p
         ({"compression_config": {"format": "int-quantized"}}, "compressed-tensors int-quantized"),
         ({"quantization_config": {"bits": 4}}, "in an unknown way"),
         ({"quantization_config": "gptq"}, "gptq"),
+        ({"vision": [{"quantization_config": "fp8"}]}, "fp8"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128]}}, "fp8"),
+        ({"quantization_config": FP8 | {"weight_block_size": [0, "128"]}}, "fp8"),
     ],
 )
 def test_methods_that_have_another_key_for_their_name(paths, scheme, method):
@@ -130,7 +134,6 @@ def times(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 
 DTYPE_OF = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 HUGE = 256
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 
 
@@ -286,6 +289,9 @@ def without(name: str) -> Callable[[Tensors], object]:
          f"{UP} of F8_E4M3 [48, 32] has no fitting scales: {UP}_scale_inv, [2, 4]"),
         (lambda t: t.update({UP: t[UP].to(torch.bfloat16)}),
          f"{UP}_scale_inv belongs to no weight that is quantised"),
+        (lambda t: t.update({f"{UP}_packed": torch.zeros(48, 4, dtype=torch.int32),
+                             f"{UP}_scale": torch.ones(48, 1)}),
+         f"{UP}_packed stands beside {UP}: one of them has to go"),
         (lambda t: t.update({UP: t.pop(f"{UP}_scale_inv").to(torch.int8)}),
          f"its weights are quantised (I8, {UP} for one)"),
     ],
@@ -409,6 +415,9 @@ def test_packed_int4_is_code_times_scale(tmp_path, family, group, dtype):
         ({"symmetric": False}, {}),
         ({"actorder": "group"}, {}),
         ({"num_bits": 3}, {}),
+        ({"type": [], "num_bits": {}}, {}),
+        ({"strategy": "tensor_group"}, {}),
+        ({"group_size": -1}, {}),
         ({}, {"quantization_status": None}),
         ({}, {"format": "marlin-24"}),
         ({}, {"transform_config": {"config_groups": {"u": 1}}}),
