@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config
+from transformers import FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config, Qwen3MoeForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from fusechat_common.errors import RequestError
@@ -265,6 +267,36 @@ def test_quantised_and_plain_models_in_one_merge(tmp_path, family, settings, qua
     out = merge(configuration(mixed, **settings), tmp_path / "out", memory=1 << 25)
     assert_same(read(out), read(expected))
     assert (out / "config.json").read_text() == (expected / "config.json").read_text()
+
+
+def test_an_adapter_of_quantised_experts(tmp_path):
+    plain = write_plain("gpt-oss", tmp_path / "plain", 0)
+    write_mxfp4(plain, tmp_path / "quantised", 118, 124)
+    dequantised = copy(tmp_path / "quantised", tmp_path / "dequantised")
+    settings = LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    model = GptOssForCausalLM.from_pretrained(dequantised)
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    expected, found = (
+        read(merge(configuration([base, tmp_path / "adapter"]), tmp_path / f"of {base.name}"))
+        for base in (dequantised, tmp_path / "quantised")
+    )
+    assert_same(found, expected)
+
+
+def test_quantised_experts_one_by_one_and_plain_ones_stacked(tmp_path):
+    separate = write_plain("Qwen3-MoE", tmp_path / "plain", 0)
+    expected = write_float8(separate, tmp_path / "quantised", "blocks")
+    target = write_plain("Qwen3-MoE", tmp_path / "target", 1)
+    stacked = Qwen3MoeForCausalLM.from_pretrained(target)
+    shutil.copytree(target, tmp_path / "stacked")
+    save_file(stacked.state_dict(), tmp_path / "stacked" / "model.safetensors", {"format": "pt"})
+    half = configuration([tmp_path / "quantised", tmp_path / "stacked"], "task_arithmetic",
+                         parameters={"weight": 0.5})  # fmt: skip
+    found = read(merge(half, tmp_path / "out"))
+    half["base_model"] = str(copy(tmp_path / "quantised", tmp_path / "dequantised"))
+    half["models"] = [{"model": str(target)}]
+    assert found.keys() == expected.keys()
+    assert_same(found, read(merge(half, tmp_path / "expected")))
 
 
 def test_mergekit_itself_would_merge_the_codes(tmp_path):
