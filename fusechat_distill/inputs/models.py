@@ -23,6 +23,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 """Files of which a tokenizer has at least one."""
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""Files by which a vision-language model prepares its inputs."""
+
 NO_TOKENIZER = "has no tokenizer; copy the tokenizer files of its base model there"
 
 
@@ -100,6 +108,8 @@ def open_model(
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(spec.model, **source)
+            if not tokenizer.chat_template:
+                tokenizer.chat_template = _processors_template(spec)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
@@ -109,16 +119,35 @@ def open_model(
     return ModelFiles(spec, config, tokenizer, weights=not weight_problems)
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a checkpoint whole.
+
+    For a vision-language checkpoint that is not the class of its language model alone, which
+    `AutoModelForCausalLM` may give.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    (kind, *_) = config.architectures or [None]
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if seeing is not None and seeing.__name__ == kind:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def empty_model(config: Any, *, trust_remote_code: bool = False, **load: Any) -> Any:
     """The model that a configuration describes, without memory for its weights.
 
     `load`: arguments of `from_pretrained` that apply without weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **load)
+        kind = auto_class(config)
+        return kind.from_config(config, trust_remote_code=trust_remote_code, **load)
 
 
 def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFiles:
@@ -155,6 +184,20 @@ def open_checkpoint(spec: Model, *, trust_remote_code: bool = False) -> ModelFil
     return ModelFiles(spec, base.config, AutoTokenizer.from_pretrained(spec.model), base)
 
 
+def _processors_template(spec: Model) -> str | None:
+    """The chat template that a vision-language model keeps with its processor."""
+    from transformers.utils import cached_file
+
+    for name in ("chat_template.json", "processor_config.json"):
+        path = cached_file(
+            spec.model, name, revision=spec.revision, _raise_exceptions_for_missing_entries=False
+        )
+        template = path and json.loads(Path(path).read_text("utf-8")).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
@@ -175,11 +218,12 @@ def _config_problem(spec: Model, error: Exception) -> str:
 
 
 def _weight_problems(spec: Model, config: Any) -> Iterable[str]:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.utils.hub import has_file
 
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
+    if not causal and auto_class(config) is AutoModelForCausalLM:
         yield f"is a {config.model_type} model, which is not a causal language model"
     folder = Path(spec.model)
     index = folder / "model.safetensors.index.json"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError
+from fusechat_distill.inputs.models import auto_class
 from fusechat_distill.scoring.engine import Request, Scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 
@@ -26,7 +27,7 @@ class TransformersScorer:
     one forward over eight tokens; a model with other logits is refused.
 
     Args:
-        model: the result of `AutoModelForCausalLM.from_pretrained`.
+        model: the result of `from_pretrained`: a causal or a vision-language model.
         token_ids: the ids that the tokenizer has; the head's other rows are padding, get no
             probability, and never appear.
         top_k: entries per position; at most the number of `token_ids`.
@@ -81,11 +82,14 @@ class TransformersScorer:
         `device` is a torch device, or "spread" for transformers' own `device_map="auto"`; a
         `device_map` in `load` takes precedence.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         options = dict(load or {})
         options.setdefault("device_map", "auto" if device == "spread" else {"": device})
-        loaded = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
+        loaded = auto_class(config).from_pretrained(
             model,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),

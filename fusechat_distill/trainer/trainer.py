@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -359,15 +362,34 @@ def _has_adapter(model: Any, module: Any, peft_config: Any) -> bool:
     return any(check_target_module_exists(peft_config, name) for name in names)
 
 
-def _vocab_size(model: Any, args: FusionConfig) -> int:
+def _config(model: Any, args: FusionConfig) -> Any:
+    if not isinstance(model, str):
+        return model.config
+    load = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return AutoConfig.from_pretrained(
+        model, revision=load.get("revision"), trust_remote_code=args.trust_remote_code
+    )
+
+
+def outside_language_model(model: Any) -> list[str]:
+    """Names of a vision-language model's parameters that text has no use for; else none."""
+    if not hasattr(model.config, "text_config"):
+        return []
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    inside = {id(parameter) for part in parts for parameter in part.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+
+
+def _towers(model: Any, config: Any) -> str | None:
+    """A pattern of the modules that an adapter leaves alone: those outside the language model."""
+    if not hasattr(config, "text_config"):
+        return None
     if isinstance(model, str):
-        load = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-        config = AutoConfig.from_pretrained(
-            model, revision=load.get("revision"), trust_remote_code=args.trust_remote_code
-        )
-    else:
-        config = model.config
-    return config.get_text_config().vocab_size
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(copy.deepcopy(config))
+    names = outside_language_model(model)
+    towers = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
+    return rf"({'|'.join(map(re.escape, towers))})(\..*)?" if towers else None
 
 
 class FusionTrainer(SFTTrainer):
@@ -420,7 +442,10 @@ class FusionTrainer(SFTTrainer):
         ]
         if problems:
             raise RequestError(problems, "FusionTrainer")
-        self._vocab_size = _vocab_size(model, args)
+        config = _config(model, args)
+        self._vocab_size = config.get_text_config().vocab_size
+        if peft_config is not None and getattr(peft_config, "exclude_modules", 0) is None:
+            peft_config.exclude_modules = _towers(model, config)
         super().__init__(
             model=model,
             args=args,
@@ -431,6 +456,9 @@ class FusionTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        plain = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        for name in outside_language_model(plain):
+            plain.get_parameter(name).requires_grad_(False)
         # Problems that depend on the loaded model and the launcher's settings.
         parallelism = self.accelerator.parallelism_config
         problems = [*adapter_problems(self.model, None), *_parallelism_problems(parallelism)]
@@ -438,11 +466,11 @@ class FusionTrainer(SFTTrainer):
             raise RequestError(problems, "FusionTrainer")
         # TRL refuses a custom collator in its padding-free modes, so it is replaced afterwards.
         if data_collator is None:
-            plain = self.data_collator
-            settings = {f.name: getattr(plain, f.name) for f in fields(plain)}
+            collator = self.data_collator
+            settings = {f.name: getattr(collator, f.name) for f in fields(collator)}
             self.data_collator = DataCollatorForFusion(**settings)
         self._head = _FusionHead(args.clm_weight)
-        self._head.install(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self._head.install(plain)
         self._terms = {"train": _Terms(), "eval": _Terms()}
 
     def _prepare_dataset(

@@ -17,7 +17,7 @@ from fusechat_common.errors import FusechatError, RequestError
 from fusechat_common.files import sync_path, write_json
 from fusechat_distill.fusion.decisions import Decisions
 from fusechat_distill.fusion.stage import FuseStage, fuse_stages
-from fusechat_distill.inputs.models import ModelFiles
+from fusechat_distill.inputs.models import PROCESSOR_FILES, ModelFiles
 from fusechat_distill.inputs.open import disk_problems
 from fusechat_distill.inputs.trl_settings import (
     checkpoint_bytes,
@@ -295,7 +295,7 @@ class TrainStage:
 
 
 def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
-    """Copy a model's tokenizer files byte for byte, replacing those that transformers wrote.
+    """Copy a model's tokenizer and processor byte for byte, over what transformers wrote.
 
     Tokenizers that transformers 5 has written are refused by some servers.
     """
@@ -303,7 +303,7 @@ def copy_tokenizer(files: ModelFiles, folder: Path) -> None:
 
     own = getattr(files.tokenizer, "vocab_files_names", None) or {}
     absent_is_none = {"_raise_exceptions_for_missing_entries": False}
-    for name in sorted({*TOKENIZER_FILES, *own.values()}):
+    for name in sorted({*TOKENIZER_FILES, *PROCESSOR_FILES, *own.values()}):
         (folder / name).unlink(missing_ok=True)
         model, revision = files.spec.model, files.spec.revision
         if path := cached_file(model, name, revision=revision, **absent_is_none):
