@@ -16,8 +16,17 @@ from fusechat_merge.engine.opening import opening_problems
 from fusechat_merge.engine.verify import verify
 from fusechat_merge.inputs.loading import loading
 from fusechat_merge.planning.planner import plan
+from tests.support.checkpoints import llama_family
 from tests.support.families import FAMILIES, Family, family
-from tests.support.merging import change_json, cli, configuration, piece, read, write_yaml
+from tests.support.merging import (
+    add_tokenizers,
+    change_json,
+    cli,
+    configuration,
+    piece,
+    read,
+    write_yaml,
+)
 
 FOUR = {"num_hidden_layers": 4}
 
@@ -142,3 +151,32 @@ def test_a_merge_that_does_not_load_is_said(tmp_path: Path) -> None:
     assert "it is written, but" in told.stderr
     (difference,) = verify(settings, out)
     assert "ids up to 69" in difference
+
+
+def test_leftovers_and_other_tokenizers_do_not_travel(tmp_path: Path) -> None:
+    """Files of other weights never do; a tokenizer's other forms only with the base's own."""
+    paths = llama_family(tmp_path / "in", (torch.bfloat16,) * 2)
+    add_tokenizers(paths, "abc", "abd")
+    leftovers = [
+        "adapter_config.json",
+        "params.json",
+        "consolidated.safetensors",
+        "old.bin.index.json",
+    ]
+    others = ["tekken.json", "spiece.model", "added_tokens.json", "qwen.tiktoken"]
+    for name in (*leftovers, *others, "chat_template.json", "LICENSE"):
+        (paths[0] / name).write_text("{}")
+    plain = merge(configuration(paths), tmp_path / "plain")
+    merged = merge(configuration(paths, tokenizer_source="union"), tmp_path / "union")
+    asked = merge(configuration(paths, chat_template="chatml"), tmp_path / "template")
+    for out, kept in (
+        (plain, {*others, "chat_template.json", "LICENSE"}),
+        (merged, {"LICENSE"}),
+        (asked, {*others, "LICENSE"}),
+    ):
+        assert {p.name for p in out.iterdir()} & {
+            *leftovers,
+            *others,
+            "chat_template.json",
+            "LICENSE",
+        } == kept
