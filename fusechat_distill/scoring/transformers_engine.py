@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusechat_common.errors import FusechatError
-from fusechat_distill.inputs.models import auto_class
+from fusechat_distill.inputs.models import ADAPTER_CONFIG, auto_class
 from fusechat_distill.scoring.engine import Request, Scores
 from fusechat_distill.scoring.head import Head, set_logprobs, topk_logprobs
 
@@ -86,8 +88,12 @@ class TransformersScorer:
 
         options = dict(load or {})
         options.setdefault("device_map", "auto" if device == "spread" else {"": device})
+        folder, described = Path(model), model
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            adapter = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+            described, revision = adapter["base_model_name_or_path"], None
         config = AutoConfig.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code
+            described, revision=revision, trust_remote_code=trust_remote_code
         )
         loaded = auto_class(config).from_pretrained(
             model,

@@ -206,6 +206,7 @@ def test_layers_for_multi_token_prediction(tmp_path: Path) -> None:
         f"model.layers.2.{n}.weight": torch.randn(8, 8) for n in ("eh_proj", "mlp.gate", "enorm")
     }
     rewrite(paths[0], lambda tensors: tensors.update(layer))
+    assert plan(configuration(paths)).notes()[0].startswith("the base's alone, copied: 3 tensors (")
     out = read(merge(configuration(paths), tmp_path / "out"))
     assert all(torch.equal(out[name], tensor) for name, tensor in layer.items())
     assert sorted(record(tmp_path / "out")["copied_from_base"]) == sorted(layer)

@@ -148,3 +148,14 @@ def test_nan_is_found() -> None:
     bad = torch.full((9,), torch.nan)
     with pytest.raises(NonFiniteError):
         merged("slerp", [torch.ones(9), bad])
+
+
+def test_where_there_is_nothing_to_interpolate() -> None:
+    one, two = np.ones((1, 1)), np.array([[1.0, -1.0], [-1.0, 1.0]])
+    weights = {"weight": [1.0, 1.0], "normalize_weights": True, "eps": 1e-8}
+    assert spherical.multislerp(one, weights | {"weight": [3.0]}).tolist() == [1.0]
+    assert spherical.multislerp(two, weights).tolist() == [0.5, 0.5]
+    assert spherical.karcher(one, DEFAULTS["karcher"]).tolist() == [1.0]
+    assert not merged("karcher", [torch.zeros(9)] * 3).any()
+    with pytest.raises(OverflowError, match="dot products"):
+        merged("slerp", [torch.full((9,), 1e200, dtype=torch.float64)] * 2)
