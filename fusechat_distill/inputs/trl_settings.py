@@ -135,10 +135,25 @@ def settings_problems(
         problems += [f"training: {problem}" for problem in argument_problems(arguments)]
         own = _trainer_problems(arguments, config, trust_remote_code)
         problems += [f"training.{problem}" for problem in own]
+    if config is not None:
+        problems += _class_problems(config, trust_remote_code)
     if lora is not None and config is not None:
         own = _lora_problems(lora, config, trust_remote_code)
         problems += [f"training.lora: {problem}" for problem in own]
     return problems
+
+
+def _class_problems(config: Any, trust_remote_code: bool) -> Iterator[str]:
+    """What keeps the pivot's class from being trained, as Llama 4's with vision."""
+    try:
+        model = empty_model(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception:  # what the class or its code raises; loading reports it
+        return
+    if model.base_model is model:
+        yield (
+            f"pivot: {type(model).__name__} has no backbone that TRL's loss can call by itself;"
+            " take its language model alone as the pivot, or name it as a source"
+        )
 
 
 def _value_problems(sft: dict[str, Any]) -> Iterator[str]:

@@ -19,7 +19,9 @@ from fusechat_distill.scoring.transformers_engine import TransformersScorer
 from tests.support import chain
 from tests.support.families import FAMILIES, Family
 
-MODELS = ["LLaVA", "Qwen2.5-VL", "Qwen3-VL", "Gemma 3 with vision", "Qwen3.5"]
+MODELS = [
+    "LLaVA", "Qwen2.5-VL", "Qwen3-VL", "Gemma 3 with vision", "Qwen3.5", "Qwen3.5-MoE", "Kimi K2.5"
+]  # fmt: skip
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<image>", "<video>", "<begin>", "<end>"]
 IDS = {"image_token_id": 2, "image_token_index": 2, "video_token_id": 3,
        "vision_start_token_id": 4, "vision_end_token_id": 5}  # fmt: skip
@@ -106,3 +108,11 @@ def test_a_vision_language_source_and_its_processors_template(tmp_path: Path) ->
     assert auto_class(open_model(Model(model=str(source))).config) is (
         transformers.AutoModelForImageTextToText
     )
+
+
+def test_a_class_that_cannot_be_trained_is_refused_before_any_work(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    chain.save_models(models)
+    pivot = save("Llama 4", models / "vlm")
+    told = chain.refused("validate", chain.recipe(tmp_path, models, pivot=str(pivot)))
+    assert "Llama4ForConditionalGeneration has no backbone that TRL's loss can call" in told
