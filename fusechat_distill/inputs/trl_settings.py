@@ -136,15 +136,22 @@ def settings_problems(
         own = _trainer_problems(arguments, config, trust_remote_code)
         problems += [f"training.{problem}" for problem in own]
     if config is not None:
-        problems += _class_problems(config, trust_remote_code)
+        problems += _class_problems(recipe, config, trust_remote_code)
     if lora is not None and config is not None:
         own = _lora_problems(lora, config, trust_remote_code)
         problems += [f"training.lora: {problem}" for problem in own]
     return problems
 
 
-def _class_problems(config: Any, trust_remote_code: bool) -> Iterator[str]:
+def _class_problems(recipe: Recipe, config: Any, trust_remote_code: bool) -> Iterator[str]:
     """What keeps the pivot's class from being trained, as Llama 4's with vision."""
+    # TRL 1.16's loss that balances experts asks for a key that GLM-4.5V names otherwise.
+    balanced = recipe.training.sft.get("router_aux_loss_coef") != 0.0
+    if config.model_type == "glm4v_moe" and balanced:
+        yield (
+            "training.router_aux_loss_coef: TRL can't balance the experts of a glm4v_moe model;"
+            " set it to 0.0"
+        )
     try:
         model = empty_model(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except Exception:  # what the class or its code raises; loading reports it

@@ -155,6 +155,11 @@ FAMILIES: dict[str, Family] = {
     "Qwen2.5-VL": _vision("Qwen2_5_VL", MROPE, QWEN_TOWER, **QWEN_IDS),
     "Qwen3-VL": _vision("Qwen3VL", HEADS, QWEN3_TOWER, **QWEN_IDS),
     "Qwen3-VL-MoE": _vision("Qwen3VLMoe", HEADS | MOE | {"moe_intermediate_size": 12}, QWEN3_TOWER, **QWEN_IDS),
+    "GLM-4.5V": _vision("Glm4vMoe", HEADS | ROUTED | {
+        "first_k_dense_replace": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}}, TOWER | {
+        "depth": 1, "num_heads": 2, "out_hidden_size": 32, "spatial_merge_size": 2},
+        LEFT_OUT, ".experts.", **QWEN_IDS),
     "Gemma 3 with vision": _vision("Gemma3", HEADS, TOWER, "wants the vision tower's older names",
                                    mm_tokens_per_image=4, image_token_index=60),
     "LLaVA": _vision("Llava", HEADS | {"model_type": "llama"}, TOWER | {"model_type": "clip_vision_model"},
